@@ -1,0 +1,7 @@
+//! Model files: configuration, layout, weights.
+
+mod config;
+mod layout;
+
+pub use config::{AttentionConfig, Config, MambaConfig, MlpConfig, MoeConfig};
+pub use layout::{BlockSpec, Layout, LinearSpec, SliceSpec, TensorSpec};

@@ -1,0 +1,99 @@
+//! Quantized matrices as canonical codes and scales, and round-to-nearest quantization of a row.
+
+use half::bf16;
+
+use super::Scheme;
+
+/// A `[rows, cols]` matrix of codes with scales: `w[r, c] = codes[r·cols + c] · scales[r·(cols/group) + c/group]`.
+/// Scales hold values that the stored type (f32 for int8, bf16 for int4) represents exactly.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedMatrix {
+    pub scheme: Scheme,
+    pub rows: usize,
+    pub cols: usize,
+    pub codes: Vec<i8>,
+    pub scales: Vec<f32>,
+}
+
+impl QuantizedMatrix {
+    /// Inputs that share a scale.
+    pub fn group(&self) -> usize {
+        self.scheme.group(self.cols)
+    }
+
+    /// Bytes stored on disk, scales included.
+    pub fn stored_bytes(&self) -> u64 {
+        self.scheme.stored_bytes(self.rows, self.cols, 0)
+    }
+
+    /// The float matrix that the codes stand for, `[rows, cols]`.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let group = self.group();
+        self.codes
+            .chunks_exact(group)
+            .zip(&self.scales)
+            .flat_map(|(codes, scale)| codes.iter().map(move |code| f32::from(*code) * scale))
+            .collect()
+    }
+
+    /// Puts the rows of `other` (same scheme and width) below the rows of `self`.
+    pub fn append_rows(&mut self, other: &Self) {
+        debug_assert_eq!((self.scheme, self.cols), (other.scheme, other.cols));
+        self.rows += other.rows;
+        self.codes.extend_from_slice(&other.codes);
+        self.scales.extend_from_slice(&other.scales);
+    }
+}
+
+/// Round-to-nearest quantization of `weights` `[rows, cols]` under `scheme` (not [`Scheme::Float`]):
+/// scale = absmax / max code, rounded to its stored type before the codes are chosen;
+/// code = round-half-even(w / scale), kept within the scheme's range.
+pub fn round_to_nearest(weights: &[f32], rows: usize, cols: usize, scheme: Scheme) -> QuantizedMatrix {
+    debug_assert_eq!(weights.len(), rows * cols);
+    let group = scheme.group(cols);
+    let max_code = f32::from(scheme.max_code());
+    let min_code = if matches!(scheme, Scheme::Int8) { -max_code } else { -max_code - 1.0 };
+    let mut codes = Vec::with_capacity(weights.len());
+    let mut scales = Vec::with_capacity(weights.len() / group);
+    for chunk in weights.chunks_exact(group) {
+        let absmax = chunk.iter().fold(0.0_f32, |max, w| max.max(w.abs()));
+        let exact = absmax / max_code;
+        let scale = if matches!(scheme, Scheme::Int8) { exact } else { bf16::from_f32(exact).to_f32() };
+        scales.push(scale);
+        // A scale of zero (an all-zero or denormal group) leaves every code at zero.
+        codes.extend(chunk.iter().map(|w| if scale > 0.0 { (w / scale).round_ties_even().clamp(min_code, max_code) as i8 } else { 0 }));
+    }
+    QuantizedMatrix { scheme, rows, cols, codes, scales }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn error_is_within_half_a_step(weights in prop::collection::vec(-3.0_f32..3.0, 256), int8 in any::<bool>()) {
+            let scheme = if int8 { Scheme::Int8 } else { Scheme::Int4 { group: 64 } };
+            let matrix = round_to_nearest(&weights, 2, 128, scheme);
+            let group = matrix.group();
+            for (i, (w, q)) in weights.iter().zip(matrix.dequantize()).enumerate() {
+                let step = matrix.scales[i / group];
+                // bf16 rounding of the scale may clip the extreme by up to 2^-8 of itself: half a step at 7 levels.
+                prop_assert!((w - q).abs() <= 0.5 * step * 1.001 + w.abs() * 2f32.powi(-8), "{w} became {q}, step {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn zero_rows_stay_zero() {
+        let matrix = round_to_nearest(&[0.0; 64], 2, 32, Scheme::Int4 { group: 32 });
+        assert!(matrix.dequantize().iter().all(|w| *w == 0.0));
+    }
+
+    #[test]
+    fn halves_round_to_even() {
+        let matrix = round_to_nearest(&[127.0, 0.5, 1.5, 2.5], 1, 4, Scheme::Int8);
+        assert_eq!(matrix.codes, [127, 0, 2, 2]);
+    }
+}

@@ -1,0 +1,8 @@
+//! strata: quantizes hybrid language models (Mamba-2, attention, MLP, mixture of experts) block by block,
+//! in integer arithmetic that really runs, and measures what that costs.
+
+pub mod backend;
+pub mod checkpoint;
+pub mod error;
+pub mod format;
+pub mod monitor;
