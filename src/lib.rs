@@ -4,5 +4,8 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod error;
+pub mod eval;
 pub mod format;
+pub mod model;
 pub mod monitor;
+pub mod quant;

@@ -1,3 +1,230 @@
 //! The operations a model needs, as one trait, and the machines that implement it.
+//!
+//! A tensor is a matrix `[tokens, features]` of f32. The tokens of several sequences lie one after another,
+//! without padding; [`Sequences`] says where each begins. Start with [`Backend`].
 
 pub mod cpu;
+
+use crate::error::Result;
+use crate::format::LinearWeights;
+
+/// How the tokens of a batch divide into sequences.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequences {
+    lengths: Vec<usize>,
+}
+
+impl Sequences {
+    /// Sequences of these lengths, one after another.
+    pub fn new(lengths: Vec<usize>) -> Self {
+        Self { lengths }
+    }
+
+    /// `count` sequences of one token each: a decoding step.
+    pub fn steps(count: usize) -> Self {
+        Self { lengths: vec![1; count] }
+    }
+
+    /// Number of sequences.
+    pub fn count(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    /// Token range of each sequence.
+    pub fn ranges(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
+        self.lengths.iter().scan(0, |start, length| {
+            let range = *start..*start + length;
+            *start = range.end;
+            Some(range)
+        })
+    }
+}
+
+/// In which forms an operation hands its result to the linears that read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Emit {
+    pub float: bool,
+    pub int8: bool,
+}
+
+impl Emit {
+    pub const FLOAT: Self = Self { float: true, int8: false };
+    pub const INT8: Self = Self { float: false, int8: true };
+
+    /// Both forms that either asks for.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { float: self.float || other.float, int8: self.int8 || other.int8 }
+    }
+}
+
+/// Sizes of a Mamba-2 mixer. Its `in_proj` puts out rows of `z | x | B | C | dt`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MambaShape {
+    pub heads: usize,
+    pub head_dim: usize,
+    pub groups: usize,
+    pub state: usize,
+    pub kernel: usize,
+    pub dt_min: f32,
+    pub dt_max: f32,
+}
+
+impl MambaShape {
+    /// Channels of z, x and y.
+    pub fn inner(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Channels of x | B | C, which the convolution sees.
+    pub fn conv_channels(&self) -> usize {
+        self.inner() + 2 * self.groups * self.state
+    }
+
+    /// Outputs of `in_proj`.
+    pub fn projected(&self) -> usize {
+        self.inner() + self.conv_channels() + self.heads
+    }
+}
+
+/// Small float parameters of a Mamba-2 mixer.
+#[derive(Debug, Clone)]
+pub struct MambaParameters {
+    /// `[conv_channels, kernel]`.
+    pub conv_weight: Vec<f32>,
+    /// `[conv_channels]`, zeros where the model has none.
+    pub conv_bias: Vec<f32>,
+    /// `[heads]` each; `a = −exp(A_log)`.
+    pub a: Vec<f32>,
+    pub d: Vec<f32>,
+    pub dt_bias: Vec<f32>,
+}
+
+/// Sizes of an attention mixer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// How far one row of logits is from the reference's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Divergence {
+    /// KL(reference ‖ other) in nats.
+    pub kl: f64,
+    /// Whether both find the same token most probable.
+    pub same_top: bool,
+}
+
+/// The operations of a Nemotron-H forward pass on one device.
+pub trait Backend: Send + Sync + 'static {
+    /// `[tokens, features]` in f32.
+    type Tensor: Clone + Send + Sync;
+    /// Weights of a linear, laid out for the device.
+    type Linear: Send + Sync;
+    /// An embedding table.
+    type Embedding: Send + Sync;
+    /// What a linear reads: floats, int8 codes with a scale a token, or both.
+    type Activation: Send + Sync;
+    /// Float parameters of a Mamba-2 mixer on the device.
+    type Mamba: Send + Sync;
+    /// Convolution window and SSM state of some sequences.
+    type SsmCache: Send;
+    /// Keys and values of some sequences.
+    type KvCache: Send;
+
+    /// What the results are computed by, for provenance: `cpu avx512-vnni`.
+    fn name(&self) -> String;
+
+    /// Moves `values` `[rows, cols]` to the device.
+    fn upload(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
+    /// The values `[rows, cols]` of a tensor.
+    fn download(&self, tensor: &Self::Tensor) -> Result<Vec<f32>>;
+    /// The float form `[rows, cols]` of an activation that carries one.
+    fn floats(&self, activation: &Self::Activation) -> Result<Vec<f32>>;
+    /// Features of a tensor.
+    fn features(&self, tensor: &Self::Tensor) -> usize;
+
+    /// Lays out weights for the device.
+    fn prepare(&self, weights: LinearWeights) -> Result<Self::Linear>;
+    /// Bytes that prepared weights take on the device.
+    fn resident_bytes(&self, linear: &Self::Linear) -> u64;
+    /// The form in which `linear` reads its input.
+    fn reads(&self, linear: &Self::Linear) -> Emit;
+
+    /// Lays out an embedding table `[vocabulary, hidden]`.
+    fn prepare_embedding(&self, table: LinearWeights) -> Result<Self::Embedding>;
+    /// Bytes that an embedding table takes on the device.
+    fn embedding_bytes(&self, table: &Self::Embedding) -> u64;
+    /// Rows `ids` of an embedding table.
+    fn embed(&self, table: &Self::Embedding, ids: &[u32]) -> Result<Self::Tensor>;
+    /// `x Wᵀ + bias`: `[tokens, in]` to `[tokens, out]`.
+    fn linear(&self, linear: &Self::Linear, x: &Self::Activation) -> Result<Self::Tensor>;
+    /// Hands `x` on in the forms asked for.
+    fn emit(&self, x: Self::Tensor, emit: Emit) -> Result<Self::Activation>;
+    /// `x / rms(x) · weight` by row.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &[f32], eps: f32, emit: Emit) -> Result<Self::Activation>;
+    /// `relu(x)²`.
+    fn relu2(&self, x: &Self::Tensor, emit: Emit) -> Result<Self::Activation>;
+    /// `a + b`, reusing `a`'s memory where possible.
+    fn add(&self, a: Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Moves a mixer's float parameters to the device.
+    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<Self::Mamba>;
+    /// An empty cache for `sequences` sequences.
+    fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> Self::SsmCache;
+    /// The selective scan between `in_proj` and the gated norm: causal convolution and SiLU over x | B | C, dt,
+    /// state update and read-out. `projected` is `in_proj`'s output `[tokens, z|x|B|C|dt]`; returns y `[tokens, inner]`
+    /// with `D·x` added and the gate not yet applied. With a cache the sequences go on from it, and it is updated.
+    fn mamba_scan(
+        &self,
+        projected: &Self::Tensor,
+        parameters: &Self::Mamba,
+        shape: &MambaShape,
+        sequences: &Sequences,
+        cache: Option<&mut Self::SsmCache>,
+    ) -> Result<Self::Tensor>;
+    /// `y·silu(z)`, then RMS norm in groups of `inner / groups` channels with `weight`; z is the first slice of `projected`.
+    fn gated_norm(
+        &self,
+        y: &Self::Tensor,
+        projected: &Self::Tensor,
+        weight: &[f32],
+        shape: &MambaShape,
+        eps: f32,
+        emit: Emit,
+    ) -> Result<Self::Activation>;
+
+    /// An empty cache for `sequences` sequences.
+    fn kv_cache(&self, shape: &AttentionShape, sequences: usize) -> Self::KvCache;
+    /// Causal grouped-query attention without positional encoding, scale head_dim^−½. q `[tokens, heads·d]`,
+    /// k and v `[tokens, kv_heads·d]`; returns `[tokens, heads·d]`. With a cache, earlier keys are seen and new ones kept.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        shape: &AttentionShape,
+        sequences: &Sequences,
+        cache: Option<&mut Self::KvCache>,
+    ) -> Result<Self::Tensor>;
+
+    /// The rows `tokens` of an activation.
+    fn gather(&self, x: &Self::Activation, tokens: &[usize]) -> Result<Self::Activation>;
+    /// The rows `tokens` of a tensor.
+    fn gather_rows(&self, x: &Self::Tensor, tokens: &[usize]) -> Result<Self::Tensor>;
+    /// `into[tokens[i]] += weights[i] · x[i]`, in ascending i.
+    fn scatter_add(&self, into: Self::Tensor, x: &Self::Tensor, tokens: &[usize], weights: &[f32]) -> Result<Self::Tensor>;
+
+    /// For each (row, token) of `targets`: the log-probability of `token` under that row of logits, and whether it is
+    /// the most probable one.
+    fn log_probabilities(&self, logits: &Self::Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>>;
+    /// Divergence of every row of `logits` from the same row of `reference`.
+    fn divergence(&self, reference: &Self::Tensor, logits: &Self::Tensor) -> Result<Vec<Divergence>>;
+}

@@ -311,6 +311,11 @@ fn first_token(value: Option<&Value>) -> Option<u32> {
     u32::try_from(number).ok()
 }
 
+/// The JSON of a `config.json`, bare `Infinity` included.
+pub fn parse_config_json(text: &str) -> Result<Value> {
+    serde_json::from_str(&quote_bare_infinity(text)).map_err(|error| Error::input(format!("not valid JSON: {error}")))
+}
+
 /// Python writes a bare `Infinity`, which JSON lacks: turns it into the object spelling.
 fn quote_bare_infinity(text: &str) -> String {
     let mut out = String::with_capacity(text.len());

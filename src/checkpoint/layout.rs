@@ -135,6 +135,14 @@ impl Layout {
         }
     }
 
+    /// Makes every linear one slice, at least as wide as its widest: what formats with one scheme a module can hold.
+    pub fn merge_slices(&mut self) {
+        for linear in self.blocks.iter_mut().flat_map(|block| &mut block.linears) {
+            let min_bits = linear.slices.iter().map(|slice| slice.min_bits).max().unwrap_or(2);
+            linear.slices = vec![SliceSpec { name: "", rows: linear.rows, min_bits }];
+        }
+    }
+
     /// Kinds of the blocks in order.
     pub fn kinds(&self) -> Vec<BlockKind> {
         self.blocks.iter().map(|block| block.kind).collect()

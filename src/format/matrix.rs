@@ -66,6 +66,56 @@ pub fn round_to_nearest(weights: &[f32], rows: usize, cols: usize, scheme: Schem
     QuantizedMatrix { scheme, rows, cols, codes, scales }
 }
 
+/// The weights of one linear as a backend takes them: parts stacked along the output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinearWeights {
+    pub cols: usize,
+    pub parts: Vec<WeightPart>,
+    /// One value an output, if the linear has a bias.
+    pub bias: Option<Vec<f32>>,
+    /// Whether the linear reads int8 activations. Float parts then still read floats.
+    pub int8_activations: bool,
+}
+
+/// Consecutive output rows that are stored in one way.
+#[derive(Debug, Clone, PartialEq)]
+pub enum WeightPart {
+    /// `[rows, cols]`.
+    Float(Vec<f32>),
+    Quantized(QuantizedMatrix),
+}
+
+impl WeightPart {
+    /// Output rows of a part `cols` inputs wide.
+    pub fn rows(&self, cols: usize) -> usize {
+        match self {
+            Self::Float(values) => values.len() / cols,
+            Self::Quantized(matrix) => matrix.rows,
+        }
+    }
+}
+
+impl LinearWeights {
+    /// A float linear without bias: `values` is `[rows, cols]`.
+    pub fn float(values: Vec<f32>, cols: usize) -> Self {
+        Self { cols, parts: vec![WeightPart::Float(values)], bias: None, int8_activations: false }
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.parts.iter().map(|part| part.rows(self.cols)).sum()
+    }
+
+    /// Adds a part below the others, merging it with the last where both are stored alike.
+    pub fn push(&mut self, part: WeightPart) {
+        match (self.parts.last_mut(), &part) {
+            (Some(WeightPart::Float(above)), WeightPart::Float(below)) => above.extend_from_slice(below),
+            (Some(WeightPart::Quantized(above)), WeightPart::Quantized(below)) if above.scheme == below.scheme => above.append_rows(below),
+            _ => self.parts.push(part),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,6 @@ pub mod packing;
 mod plan;
 mod scheme;
 
-pub use matrix::{QuantizedMatrix, round_to_nearest};
+pub use matrix::{LinearWeights, QuantizedMatrix, WeightPart, round_to_nearest};
 pub use plan::{BlockKind, Plan, Selector};
 pub use scheme::{Format, GROUP_SIZES, Scheme};

@@ -1,0 +1,72 @@
+//! Embedding tables on the CPU: rows looked up and, where quantized, expanded.
+
+use crate::error::{Error, Result};
+use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart, packing};
+
+/// A table `[vocabulary, hidden]`.
+pub struct Embedding {
+    rows: usize,
+    cols: usize,
+    table: Table,
+}
+
+enum Table {
+    Float(Vec<f32>),
+    Int8 { codes: Vec<i8>, scales: Vec<f32> },
+    Int4 { words: Vec<u32>, scales: Vec<f32>, group: usize },
+}
+
+impl Embedding {
+    pub fn new(mut weights: LinearWeights) -> Result<Self> {
+        let (rows, cols) = (weights.rows(), weights.cols);
+        let table = match (weights.parts.pop(), weights.parts.is_empty()) {
+            (Some(WeightPart::Float(values)), true) => Table::Float(values),
+            (Some(WeightPart::Quantized(QuantizedMatrix { scheme, codes, scales, .. })), true) => match scheme {
+                Scheme::Int4 { group } => Table::Int4 { words: packing::pack_int4(&codes, cols), scales, group },
+                _ => Table::Int8 { codes, scales },
+            },
+            _ => return Err(Error::run("an embedding table must be stored in one part")),
+        };
+        Ok(Self { rows, cols, table })
+    }
+
+    /// Features of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> u64 {
+        let bytes = match &self.table {
+            Table::Float(values) => 4 * values.len(),
+            Table::Int8 { codes, scales } => codes.len() + 4 * scales.len(),
+            Table::Int4 { words, scales, .. } => 4 * words.len() + 4 * scales.len(),
+        };
+        bytes as u64
+    }
+
+    /// The rows `ids`, `[ids, cols]`.
+    pub fn look_up(&self, ids: &[u32]) -> Result<Vec<f32>> {
+        let cols = self.cols;
+        let mut out = Vec::with_capacity(ids.len() * cols);
+        for id in ids {
+            let row = *id as usize;
+            if row >= self.rows {
+                return Err(Error::input(format!("token id {id} is outside the vocabulary of {}", self.rows)));
+            }
+            match &self.table {
+                Table::Float(values) => out.extend_from_slice(&values[row * cols..(row + 1) * cols]),
+                Table::Int8 { codes, scales } => {
+                    out.extend(codes[row * cols..(row + 1) * cols].iter().map(|code| f32::from(*code) * scales[row]));
+                }
+                Table::Int4 { words, scales, group } => {
+                    let width = cols.div_ceil(8);
+                    let codes = packing::unpack_int4(&words[row * width..(row + 1) * width], cols);
+                    let scales = &scales[row * (cols / group)..];
+                    out.extend(codes.iter().enumerate().map(|(c, code)| f32::from(*code) * scales[c / group]));
+                }
+            }
+        }
+        Ok(out)
+    }
+}

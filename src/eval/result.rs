@@ -1,0 +1,72 @@
+//! What an evaluation found, in the shape of `strata.results/1`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::score::TaskScore;
+use super::speed::Speed;
+use super::statistics::DivergenceSummary;
+
+/// Schema of [`ResultSet`].
+pub const RESULTS_SCHEMA: &str = "strata.results/1";
+
+/// Results of several models, the unquantized one first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResultSet {
+    pub schema: String,
+    pub results: Vec<ModelResult>,
+}
+
+impl ResultSet {
+    /// Results under the current schema.
+    pub fn new(results: Vec<ModelResult>) -> Self {
+        Self { schema: RESULTS_SCHEMA.into(), results }
+    }
+}
+
+/// Results of one model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelResult {
+    pub model: String,
+    /// `base` for the unquantized model.
+    pub variant: String,
+    pub recipe: Option<String>,
+    /// What the linears of the blocks store, scales included.
+    pub weight_bytes: u64,
+    /// Stored bits per weight of the blocks' linears.
+    pub bits_per_weight: f64,
+    /// Weight files on disk.
+    pub file_bytes: u64,
+    pub tasks: BTreeMap<String, TaskScore>,
+    /// Divergence from the unquantized model; `null` for itself.
+    pub kld: Option<DivergenceSummary>,
+    /// Of the same windows as the divergence: exp of the mean loss of each window's tokens after its first.
+    pub perplexity: Option<f64>,
+    pub speed: Option<Speed>,
+    pub memory: Memory,
+    pub provenance: Evidence,
+}
+
+/// Memory, measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Highest resident set of the process so far; it includes what was evaluated before in the same process.
+    pub peak_bytes: u64,
+    /// Weights as the backend holds them.
+    pub resident_weight_bytes: u64,
+}
+
+/// Where the figures come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evidence {
+    pub tool: String,
+    /// SHA-256 of the evaluated weights and configuration.
+    pub sha256: String,
+    pub backend: String,
+    pub threads: usize,
+    pub processor: String,
+    /// What the text windows of divergence and perplexity were: count × tokens, and from where.
+    pub text: String,
+    pub limit: Option<usize>,
+}

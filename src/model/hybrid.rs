@@ -1,0 +1,121 @@
+//! The whole model with its blocks resident: prefill, decoding, hidden states.
+
+use super::block::{Block, BlockCache};
+use crate::backend::{Backend, Emit, Sequences};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+
+/// What stands before and behind the blocks: embedding, final norm and head.
+pub struct Ends<B: Backend> {
+    embedding: B::Embedding,
+    final_norm: Vec<f32>,
+    eps: f32,
+    head: B::Linear,
+}
+
+impl<B: Backend> Ends<B> {
+    /// Loads embedding, final norm and head of `checkpoint`.
+    pub fn load(backend: &B, checkpoint: &Checkpoint) -> Result<Self> {
+        Ok(Self {
+            embedding: backend.prepare_embedding(checkpoint.embedding()?)?,
+            final_norm: checkpoint.read("norm_f.weight")?,
+            eps: checkpoint.config.norm_eps,
+            head: backend.prepare(checkpoint.head()?)?,
+        })
+    }
+
+    /// The residual stream in front of the first block, `[tokens, hidden]`.
+    pub fn embed(&self, backend: &B, ids: &[u32]) -> Result<B::Tensor> {
+        backend.embed(&self.embedding, ids)
+    }
+
+    /// The residual stream after the final norm, `[tokens, hidden]`.
+    pub fn normalize(&self, backend: &B, h: &B::Tensor) -> Result<Vec<f32>> {
+        let rows = backend.rms_norm(h, &self.final_norm, self.eps, Emit::FLOAT)?;
+        backend.floats(&rows)
+    }
+
+    /// Logits `[tokens, vocabulary]` of the residual stream behind the last block.
+    pub fn logits(&self, backend: &B, h: &B::Tensor) -> Result<B::Tensor> {
+        let x = backend.rms_norm(h, &self.final_norm, self.eps, backend.reads(&self.head))?;
+        backend.linear(&self.head, &x)
+    }
+
+    /// Logits of the rows `tokens` only.
+    pub fn logits_at(&self, backend: &B, h: &B::Tensor, tokens: &[usize]) -> Result<B::Tensor> {
+        self.logits(backend, &backend.gather_rows(h, tokens)?)
+    }
+
+    /// Bytes on the device.
+    pub fn resident_bytes(&self, backend: &B) -> u64 {
+        backend.embedding_bytes(&self.embedding) + backend.resident_bytes(&self.head)
+    }
+}
+
+/// What the blocks of a model remember of the tokens they have seen.
+pub struct Cache<B: Backend> {
+    blocks: Vec<BlockCache<B>>,
+}
+
+/// A model whose blocks are all on the device.
+pub struct Hybrid<B: Backend> {
+    pub backend: B,
+    ends: Ends<B>,
+    blocks: Vec<Block<B>>,
+    vocabulary: usize,
+}
+
+impl<B: Backend> Hybrid<B> {
+    /// Loads every block of `checkpoint`.
+    pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
+        let ends = Ends::load(&backend, checkpoint)?;
+        let blocks = (0..checkpoint.layout.blocks.len()).map(|index| Block::load(&backend, checkpoint, index)).collect::<Result<_>>()?;
+        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, backend })
+    }
+
+    /// Tokens that the model knows.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// An empty cache for `sequences` sequences.
+    pub fn cache(&self, sequences: usize) -> Cache<B> {
+        Cache { blocks: self.blocks.iter().map(|block| block.cache(&self.backend, sequences)).collect() }
+    }
+
+    /// The residual stream behind the last block for tokens `ids` of `sequences`, going on from `cache` if given.
+    pub fn forward(&self, ids: &[u32], sequences: &Sequences, cache: Option<&mut Cache<B>>) -> Result<B::Tensor> {
+        if ids.len() != sequences.tokens() {
+            return Err(Error::run(format!("{} token ids were given for sequences of {} tokens", ids.len(), sequences.tokens())));
+        }
+        let mut h = self.ends.embed(&self.backend, ids)?;
+        let mut caches = cache.map(|cache| cache.blocks.iter_mut());
+        for block in &self.blocks {
+            h = block.forward(&self.backend, h, sequences, caches.as_mut().and_then(Iterator::next))?;
+        }
+        Ok(h)
+    }
+
+    /// Logits `[tokens, vocabulary]`.
+    pub fn logits(&self, ids: &[u32], sequences: &Sequences, cache: Option<&mut Cache<B>>) -> Result<B::Tensor> {
+        let h = self.forward(ids, sequences, cache)?;
+        self.ends.logits(&self.backend, &h)
+    }
+
+    /// Logits of the last token of each sequence, `[sequences, vocabulary]`.
+    pub fn last_logits(&self, ids: &[u32], sequences: &Sequences, cache: Option<&mut Cache<B>>) -> Result<B::Tensor> {
+        let h = self.forward(ids, sequences, cache)?;
+        let last: Vec<usize> = sequences.ranges().map(|range| range.end - 1).collect();
+        self.ends.logits_at(&self.backend, &h, &last)
+    }
+
+    /// Logits of the rows `tokens` of `forward`'s result.
+    pub fn logits_at(&self, h: &B::Tensor, tokens: &[usize]) -> Result<B::Tensor> {
+        self.ends.logits_at(&self.backend, h, tokens)
+    }
+
+    /// Bytes of weights on the device.
+    pub fn resident_bytes(&self) -> u64 {
+        self.ends.resident_bytes(&self.backend) + self.blocks.iter().map(|block| block.resident_bytes(&self.backend)).sum::<u64>()
+    }
+}

@@ -1,0 +1,11 @@
+//! The hybrid architecture, written once over [`Backend`]. Start with [`Hybrid`] (all blocks resident) or
+//! [`Stream`] (one block at a time from the mapped checkpoint).
+
+mod block;
+mod hybrid;
+mod moe;
+mod stream;
+
+pub use block::{Block, BlockCache};
+pub use hybrid::{Cache, Ends, Hybrid};
+pub use stream::Stream;

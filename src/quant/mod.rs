@@ -1,0 +1,13 @@
+//! Quantization: recipes, the sample text, weight methods, and the pipeline that makes a variant on disk.
+//! Start with [`quantize`].
+
+mod method;
+mod pipeline;
+mod publish;
+mod recipe;
+mod sample;
+
+pub use pipeline::{QuantizeRequest, quantize, request_key};
+pub use publish::work_directory;
+pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe};
+pub use sample::{Sample, SampleSpec};

@@ -1,0 +1,463 @@
+//! load → analyze → quantize → validate → save, one block at a time.
+//!
+//! Two residual streams of the sample move from block to block: the float model's, and the quantized model's. After
+//! each block its shard, both streams and what was measured are in the work folder; a run that ends early goes on
+//! from there. The finished files are opened again and must give the same streams and logits before they appear.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::method::{QuantizedLinear, quantize_linear};
+use super::publish::{self, TensorOut};
+use super::recipe::Method;
+use super::sample::Sample;
+use crate::backend::{Backend, Sequences};
+use crate::checkpoint::{
+    BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
+    VARIANT_SCHEMA, VariantManifest, linear_tensors, quantization_config, sha256_hex,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::eval::statistics;
+use crate::format::{Format, Plan};
+use crate::model::{Block, Stream};
+use crate::monitor::Monitor;
+
+/// What to quantize, how, and to where.
+pub struct QuantizeRequest<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// Name of the recipe, for provenance.
+    pub recipe: String,
+    pub method: Method,
+    pub plan: Plan,
+    pub sample: Sample,
+    pub storage: StorageLayout,
+    pub output: PathBuf,
+    /// Replace an output that exists.
+    pub force: bool,
+}
+
+/// What is known after some blocks: the part of a manifest that a resumed run needs.
+#[derive(Serialize, Deserialize)]
+struct State {
+    key: String,
+    records: Vec<BlockRecord>,
+    /// Hash of the quantized stream in front of the first block and behind each finished one.
+    boundaries: Vec<String>,
+}
+
+/// The float and the quantized residual stream of each sample sequence.
+struct Streams<B: Backend> {
+    reference: Vec<B::Tensor>,
+    quantized: Vec<B::Tensor>,
+    sequences: Vec<Sequences>,
+}
+
+/// Hash of everything that decides the bytes of a variant.
+pub fn request_key(source: &str, request: &QuantizeRequest<'_>) -> String {
+    let plan = json!({
+        "tool": TOOL,
+        "source": source,
+        "recipe": request.recipe,
+        "method": request.method,
+        "plan": request.plan,
+        "sample": request.sample.sha256(),
+        "seed": request.sample.seed,
+        "storage": request.storage,
+    });
+    sha256_hex(plan.to_string().as_bytes())
+}
+
+/// Makes a variant. Killed at any moment, it leaves either no variant or a whole one at the output, and the same
+/// request run again goes on after the last finished block.
+pub fn quantize<B: Backend>(backend: &B, request: &QuantizeRequest<'_>, monitor: &Monitor) -> Result<VariantManifest> {
+    if request.output.exists() && !request.force {
+        return Err(publish::exists(&request.output));
+    }
+    if request.checkpoint.variant.is_some() {
+        return Err(Error::input(format!("{} is quantized already", request.checkpoint.name)).hint("give the original checkpoint"));
+    }
+    let work = publish::work_directory(&request.output);
+    let lock = publish::lock(&work)?;
+    let manifest = Pipeline::new(backend, request, &work, monitor)?.run()?;
+    drop(lock);
+    publish::remove(&work)?;
+    Ok(manifest)
+}
+
+struct Pipeline<'a, B: Backend> {
+    backend: &'a B,
+    request: &'a QuantizeRequest<'a>,
+    /// The source's layout, with modules of one scheme when the variant is portable.
+    blocks: Vec<BlockSpec>,
+    monitor: &'a Monitor<'a>,
+    /// Where finished shards wait; becomes the variant.
+    files: PathBuf,
+    work: &'a Path,
+    source: String,
+    state: State,
+}
+
+impl<'a, B: Backend> Pipeline<'a, B> {
+    fn new(backend: &'a B, request: &'a QuantizeRequest<'a>, work: &'a Path, monitor: &'a Monitor<'a>) -> Result<Self> {
+        monitor.stage("load", 1);
+        let source = request.checkpoint.sha256()?;
+        monitor.step(1, "source hashed")?;
+        let key = request_key(&source, request);
+        let files = work.join("variant");
+        let state = read_state(work).filter(|state| state.key == key);
+        let state = match state {
+            Some(state) => {
+                monitor.log(format!("going on after {} finished blocks", state.records.len()));
+                state
+            }
+            None => {
+                publish::remove(&files)?;
+                State { key, records: Vec::new(), boundaries: Vec::new() }
+            }
+        };
+        fs::create_dir_all(&files).map_err(|error| Error::io("creating", &files, &error))?;
+        let mut layout = request.checkpoint.layout.clone();
+        if request.storage == StorageLayout::Portable {
+            layout.merge_slices();
+        }
+        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state })
+    }
+
+    fn run(mut self) -> Result<VariantManifest> {
+        let streams = self.quantize_blocks()?;
+        let (reference_logits, logits) = self.write_ends(&streams)?;
+        let sample = self.sample_record(&reference_logits, &logits)?;
+        let manifest = self.write_manifest(sample)?;
+        drop((streams, reference_logits, logits));
+        if let Err(error) = self.validate(&manifest) {
+            if error.kind == ErrorKind::Cancelled {
+                return Err(error);
+            }
+            let aside = publish::failed_directory(&self.request.output);
+            publish::remove(&aside)?;
+            publish::write_atomically(&self.files.join("FAILED.txt"), error.message.as_bytes())?;
+            fs::rename(&self.files, &aside).map_err(|error| Error::io("renaming", &self.files, &error))?;
+            publish::remove(self.work)?;
+            return Err(Error::run(format!("the variant failed its validation and was put aside in {}: {error}", aside.display()))
+                .hint("FAILED.txt there holds the reason; quantizing again starts afresh"));
+        }
+        self.monitor.stage("save", 1);
+        publish::publish(&self.files, &self.request.output, self.request.force)?;
+        self.monitor.step(1, self.request.output.display().to_string())?;
+        Ok(manifest)
+    }
+
+    fn shard_name(&self, shard: usize) -> String {
+        format!("model-{:05}-of-{:05}.safetensors", shard + 1, self.blocks.len() + 1)
+    }
+
+    fn stored(&self, canonical: &str) -> String {
+        self.request.checkpoint.stored_name(canonical)
+    }
+
+    fn quantize_blocks(&mut self) -> Result<Streams<B>> {
+        let blocks = self.blocks.len();
+        self.monitor.stage("quantize", blocks);
+        let batches = self.request.sample.batches();
+        let sequences = batches.iter().map(|(_, sequences)| sequences.clone()).collect();
+        let mut streams = if self.state.boundaries.is_empty() {
+            let reference = Stream::new(self.backend, self.request.checkpoint, &batches)?.boundary().to_vec();
+            let table = quantize_linear(self.request.checkpoint, &self.request.checkpoint.layout.embedding, self.request.plan.embedding)?;
+            let table = self.backend.prepare_embedding(table.weights(self.request.checkpoint.config.hidden_size))?;
+            let quantized = batches.iter().map(|(ids, _)| self.backend.embed(&table, ids)).collect::<Result<_>>()?;
+            let streams = Streams { reference, quantized, sequences };
+            self.state.boundaries.push(self.boundary_hash(&streams.quantized, "the embedding")?);
+            streams
+        } else {
+            self.load_streams(sequences)?
+        };
+        for record in &self.state.records {
+            self.monitor.block(record.index, record.error, record.bytes);
+        }
+        for index in self.state.records.len()..blocks {
+            let record = self.quantize_block(index, &mut streams)?;
+            self.monitor.block(index, record.error, record.bytes);
+            for note in &record.notes {
+                self.monitor.warn(format!("block {index}: {note}"));
+            }
+            let note = format!("block {index} {} {} error {:.2e}", record.kind, record.format, record.error);
+            self.state.records.push(record);
+            self.state.boundaries.push(self.boundary_hash(&streams.quantized, &format!("block {index}"))?);
+            self.save_progress(&streams)?;
+            self.monitor.step(index + 1, note)?;
+        }
+        Ok(streams)
+    }
+
+    fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
+        let (spec, checkpoint, format) = (&self.blocks[index], self.request.checkpoint, self.request.plan.blocks[index]);
+        let mut linears: BTreeMap<&str, (&LinearSpec, QuantizedLinear)> = BTreeMap::new();
+        for linear in &spec.linears {
+            linears.insert(&linear.name, (linear, quantize_linear(checkpoint, linear, format)?));
+        }
+        let mut tensors: Vec<TensorOut> = Vec::new();
+        for other in &spec.others {
+            tensors.push(self.copy(&other.name)?);
+        }
+        for (linear, quantized) in linears.values() {
+            self.push_linear(linear, quantized, &mut tensors)?;
+        }
+        publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
+        drop(tensors);
+
+        let float_block = Block::load(self.backend, checkpoint, index)?;
+        let quantized_block = Block::assemble(self.backend, checkpoint, spec, &|name| match linears.get(name) {
+            Some((linear, quantized)) => Ok(quantized.weights(linear.cols)),
+            None => Err(Error::run(format!("block {index} has no linear `{name}`"))),
+        })?;
+        let (mut difference, mut norm) = (0.0, 0.0);
+        for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
+            let exact = float_block.mix(self.backend, quantized, sequences, None)?;
+            let rounded = quantized_block.mix(self.backend, quantized, sequences, None)?;
+            for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
+                difference += f64::from(exact - rounded).powi(2);
+                norm += f64::from(*exact).powi(2);
+            }
+            *reference = float_block.forward(self.backend, reference.clone(), sequences, None)?;
+            *quantized = self.backend.add(quantized.clone(), &rounded)?;
+        }
+        Ok(BlockRecord {
+            index,
+            kind: spec.kind,
+            format,
+            error: if norm > 0.0 { (difference / norm).sqrt() } else { 0.0 },
+            bytes: spec.linear_bytes(format, checkpoint.layout.float_bytes),
+            notes: linears.into_values().flat_map(|(_, quantized)| quantized.notes).collect(),
+        })
+    }
+
+    /// Appends what stores `linear`: its quantized tensors, or the source's own.
+    fn push_linear<'t>(&'t self, linear: &LinearSpec, quantized: &QuantizedLinear, tensors: &mut Vec<TensorOut<'t>>) -> Result<()> {
+        if quantized.is_float() {
+            tensors.push(self.copy(&format!("{}.weight", linear.stem))?);
+        }
+        let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts);
+        tensors.extend(owned.into_iter().map(|(name, dtype, shape, bytes)| (name, dtype, shape, Cow::Owned(bytes))));
+        Ok(())
+    }
+
+    /// A tensor of the source as it is.
+    fn copy(&self, canonical: &str) -> Result<TensorOut<'_>> {
+        let (name, tensor) = self.request.checkpoint.raw(canonical)?;
+        Ok((name, tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)))
+    }
+
+    /// SHA-256 over the values of every batch; an error when one is not finite.
+    fn boundary_hash(&self, boundary: &[B::Tensor], after: &str) -> Result<String> {
+        let mut bytes = Vec::new();
+        for tensor in boundary {
+            let values = self.backend.download(tensor)?;
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(Error::run(format!("the residual stream behind {after} is not finite")).hint("give this block a wider format"));
+            }
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        Ok(sha256_hex(&bytes))
+    }
+
+    /// Keeps both streams and the records, so that a killed run goes on from here.
+    fn save_progress(&self, streams: &Streams<B>) -> Result<()> {
+        let mut tensors: Vec<TensorOut> = Vec::new();
+        for (name, stream) in [("reference", &streams.reference), ("quantized", &streams.quantized)] {
+            for (batch, tensor) in stream.iter().enumerate() {
+                let values = self.backend.download(tensor)?;
+                let cols = self.backend.features(tensor);
+                let shape = vec![values.len() / cols, cols];
+                let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                tensors.push((format!("{name}.{batch}"), Dtype::F32, shape, Cow::Owned(bytes)));
+            }
+        }
+        let done = self.state.records.len();
+        publish::write_tensors(&boundary_file(self.work, done), &tensors)?;
+        publish::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
+        // The boundary before is no longer needed once the state names the new one.
+        match fs::remove_file(boundary_file(self.work, done - 1)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("removing", &boundary_file(self.work, done - 1), &error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn load_streams(&self, sequences: Vec<Sequences>) -> Result<Streams<B>> {
+        let path = boundary_file(self.work, self.state.records.len());
+        let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
+        let damaged = |what: String| Error::run(format!("{} is damaged: {what}", path.display())).hint("remove the work folder and run again");
+        let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let stream = |name: &str| {
+            (0..sequences.len())
+                .map(|batch| {
+                    let tensor = file.tensor(&format!("{name}.{batch}")).map_err(|error| damaged(error.to_string()))?;
+                    let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                    self.backend.upload(values, tensor.shape()[1])
+                })
+                .collect::<Result<Vec<_>>>()
+        };
+        let streams = Streams { reference: stream("reference")?, quantized: stream("quantized")?, sequences };
+        if self.boundary_hash(&streams.quantized, "the last finished block").ok() != self.state.boundaries.last().cloned() {
+            return Err(damaged("its hash is not the recorded one".into()));
+        }
+        Ok(streams)
+    }
+
+    /// Writes embedding, final norm, head and whatever the layout does not know (MTP layers) into the last shard, and
+    /// returns the sample's float and quantized logits.
+    fn write_ends(&self, streams: &Streams<B>) -> Result<(Vec<B::Tensor>, Vec<B::Tensor>)> {
+        let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
+        let mut tensors: Vec<TensorOut> = vec![self.copy(&layout.final_norm.name)?];
+        let table = quantize_linear(checkpoint, &layout.embedding, plan.embedding)?;
+        self.push_linear(&layout.embedding, &table, &mut tensors)?;
+        // A tied head is stored apart as soon as it or the embedding is quantized: their formats differ.
+        let head_source = LinearSpec { stem: if layout.tied { "embeddings" } else { "lm_head" }.into(), ..layout.head.clone() };
+        let head = quantize_linear(checkpoint, &head_source, plan.head)?;
+        if !layout.tied {
+            self.push_linear(&layout.head, &head, &mut tensors)?;
+        } else if plan.head != Format::W16A16 || plan.embedding != Format::W16A16 {
+            self.monitor.warn("embedding and head were tied; each is stored in a format of its own");
+            if head.is_float() {
+                let (_, dtype, shape, bytes) = self.copy("embeddings.weight")?;
+                tensors.push(("lm_head.weight".into(), dtype, shape, bytes));
+            } else {
+                self.push_linear(&layout.head, &head, &mut tensors)?;
+            }
+        }
+        for (name, tensor) in checkpoint.tensors() {
+            if name.starts_with("mtp.") {
+                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)));
+            }
+        }
+        publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
+
+        let norm = checkpoint.read(&layout.final_norm.name)?;
+        let logits = |head, stream: &[B::Tensor]| {
+            let head = self.backend.prepare(head)?;
+            let logits = |h| {
+                let x = self.backend.rms_norm(h, &norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
+                self.backend.linear(&head, &x)
+            };
+            stream.iter().map(logits).collect::<Result<Vec<_>>>()
+        };
+        Ok((logits(checkpoint.head()?, &streams.reference)?, logits(head.weights(layout.head.cols), &streams.quantized)?))
+    }
+
+    fn sample_record(&self, reference: &[B::Tensor], logits: &[B::Tensor]) -> Result<SampleRecord> {
+        let mut rows = Vec::new();
+        for (reference, logits) in reference.iter().zip(logits) {
+            rows.extend(self.backend.divergence(reference, logits)?);
+        }
+        let summary = statistics::summarize_divergence(&rows);
+        Ok(SampleRecord {
+            sequences: self.request.sample.sequences.len(),
+            tokens: self.request.sample.tokens(),
+            kld_mean: summary.mean,
+            kld_p99: summary.p99,
+            top1: summary.top1,
+            logits: self.boundary_hash(logits, "the head")?,
+            boundaries: self.state.boundaries.clone(),
+        })
+    }
+
+    /// Writes everything but the shards: index, config.json, companions and strata.toml.
+    fn write_manifest(&self, sample: SampleRecord) -> Result<VariantManifest> {
+        let (request, checkpoint) = (self.request, self.request.checkpoint);
+        let mut weight_map = BTreeMap::new();
+        let mut files = BTreeMap::new();
+        let mut total = 0;
+        for shard in 0..=self.blocks.len() {
+            let name = self.shard_name(shard);
+            let path = self.files.join(&name);
+            let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
+            let tensors = safetensors::SafeTensors::deserialize(&bytes)
+                .map_err(|error| Error::run(format!("{} cannot be read back: {error}", path.display())))?;
+            for (tensor, view) in tensors.iter() {
+                weight_map.insert(tensor.to_owned(), name.clone());
+                total += view.data().len();
+            }
+            files.insert(name, sha256_hex(&bytes));
+        }
+        let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+        self.write(INDEX_FILE, &pretty(&index))?;
+
+        let mut config: serde_json::Value = crate::checkpoint::parse_config_json(&checkpoint.config_text()?)?;
+        let mut layout = checkpoint.layout.clone();
+        layout.blocks.clone_from(&self.blocks);
+        config["quantization_config"] = quantization_config(request.storage, &layout, &request.plan, |name| self.stored(name));
+        if checkpoint.layout.tied && (request.plan.head != Format::W16A16 || request.plan.embedding != Format::W16A16) {
+            config["tie_word_embeddings"] = json!(false);
+        }
+        self.write("config.json", &pretty(&config))?;
+        for (name, bytes) in checkpoint.companions()? {
+            self.write(name, &bytes)?;
+        }
+        let manifest = VariantManifest {
+            schema: VARIANT_SCHEMA.into(),
+            layout: request.storage,
+            provenance: Provenance {
+                tool: TOOL.into(),
+                source: self.source.clone(),
+                recipe: request.recipe.clone(),
+                method: request.method.name().into(),
+                sample: request.sample.sha256(),
+                seed: request.sample.seed,
+            },
+            plan: request.plan.clone(),
+            sample,
+            files,
+            blocks: self.state.records.clone(),
+        };
+        let text = toml::to_string(&manifest).map_err(|error| Error::run(format!("{STRATA_FILE} cannot be written: {error}")))?;
+        self.write(STRATA_FILE, text.as_bytes())?;
+        Ok(manifest)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        publish::write_atomically(&self.files.join(name), bytes)
+    }
+
+    /// Opens the finished files and streams the sample through them: every boundary and the logits must be the ones
+    /// seen while quantizing.
+    fn validate(&self, manifest: &VariantManifest) -> Result<()> {
+        let variant = Checkpoint::open(&self.files)?;
+        let blocks = self.blocks.len();
+        self.monitor.stage("validate", blocks + 1);
+        let mut stream = Stream::new(self.backend, &variant, &self.request.sample.batches())?;
+        let differs = |what: &str| Error::run(format!("read back from disk, {what} differs from what was measured"));
+        let recorded = &manifest.sample.boundaries;
+        if self.boundary_hash(stream.boundary(), "the embedding")? != recorded[0] {
+            return Err(differs("the embedding"));
+        }
+        for index in 0..blocks {
+            stream.advance(index)?;
+            if self.boundary_hash(stream.boundary(), &format!("block {index}"))? != recorded[index + 1] {
+                return Err(differs(&format!("block {index}")));
+            }
+            self.monitor.step(index + 1, format!("block {index} reads back the same"))?;
+        }
+        let logits = (0..self.request.sample.sequences.len()).map(|batch| stream.logits(batch)).collect::<Result<Vec<_>>>()?;
+        if self.boundary_hash(&logits, "the head")? != manifest.sample.logits {
+            return Err(differs("the head"));
+        }
+        self.monitor.step(blocks + 1, "logits read back the same")
+    }
+}
+
+fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {
+    work.join(format!("boundary-{blocks_done:05}.safetensors"))
+}
+
+/// The state of an earlier run; a missing or unreadable one means starting afresh.
+fn read_state(work: &Path) -> Option<State> {
+    serde_json::from_slice(&fs::read(work.join("state.json")).ok()?).ok()
+}
+
+fn pretty(value: &serde_json::Value) -> Vec<u8> {
+    format!("{value:#}\n").into_bytes()
+}

@@ -1,0 +1,154 @@
+//! Recipes: how to quantize, before it is known for which model. A recipe and a model's layout give a plan.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Layout;
+use crate::error::{Error, Result};
+use crate::format::{BlockKind, Format, Plan, Selector};
+
+/// Schema of a recipe file.
+pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
+
+/// The built-in recipes, as the files that a user could have written.
+const BUILT_IN: [&str; 3] = [include_str!("recipes/phase1.toml"), include_str!("recipes/phase2.toml"), include_str!("recipes/phase3.toml")];
+
+/// How weights are rounded to codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Round to nearest.
+    Rtn,
+}
+
+impl Method {
+    /// The word used in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+        }
+    }
+}
+
+/// Formats by kind of block.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Formats {
+    pub ssm: Format,
+    pub mlp: Format,
+    pub attention: Format,
+    pub moe: Format,
+    pub embedding: Format,
+    pub head: Format,
+}
+
+/// How to quantize.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    pub schema: String,
+    pub name: String,
+    #[serde(default)]
+    pub description: String,
+    pub method: Method,
+    pub formats: Formats,
+}
+
+/// A rule that changes a recipe's plan: what `match` means gets `format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Override {
+    #[serde(rename = "match")]
+    pub selector: Selector,
+    pub format: Format,
+}
+
+impl Recipe {
+    /// Names and descriptions of the built-in recipes.
+    pub fn built_in() -> Result<Vec<Self>> {
+        BUILT_IN.iter().map(|text| Self::parse(text, "built-in recipe")).collect()
+    }
+
+    /// The recipe that `text` names: a built-in one, or a file.
+    pub fn find(text: &str) -> Result<Self> {
+        let built_in = Self::built_in()?;
+        if let Some(recipe) = built_in.iter().find(|recipe| recipe.name == text) {
+            return Ok(recipe.clone());
+        }
+        let path = Path::new(text);
+        if !path.is_file() {
+            let names = built_in.iter().map(|recipe| recipe.name.as_str()).collect::<Vec<_>>().join(", ");
+            return Err(Error::input(format!("unknown recipe `{text}`")).hint(format!("the built-in recipes are {names}; a recipe file's path works too")));
+        }
+        let contents = std::fs::read_to_string(path).map_err(|error| Error::io("reading", path, &error))?;
+        Self::parse(&contents, text)
+    }
+
+    /// Parses a recipe file; `origin` is named in errors.
+    pub fn parse(text: &str, origin: &str) -> Result<Self> {
+        let recipe: Self = toml::from_str(text).map_err(|error| Error::input(format!("{origin} is not a recipe: {}", error.to_string().trim_end())))?;
+        if recipe.schema != RECIPE_SCHEMA {
+            return Err(Error::input(format!("{origin} has schema `{}`, and this strata reads `{RECIPE_SCHEMA}`", recipe.schema)));
+        }
+        Ok(recipe)
+    }
+
+    /// The plan for a model of this `layout`, with `overrides` applied in order. An override that meets nothing,
+    /// or that gives another format to what an earlier one of the same kind already named, is an error.
+    pub fn plan(&self, layout: &Layout, overrides: &[Override]) -> Result<Plan> {
+        let formats = &self.formats;
+        let kinds = layout.kinds();
+        let by_kind = |kind: &BlockKind| match kind {
+            BlockKind::Ssm => formats.ssm,
+            BlockKind::Mlp => formats.mlp,
+            BlockKind::Attention => formats.attention,
+            BlockKind::Moe => formats.moe,
+        };
+        let mut plan = Plan { embedding: Format::W16A16, head: formats.head, blocks: kinds.iter().map(by_kind).collect() };
+        plan.set(Selector::Embedding, &kinds, formats.embedding);
+        for (index, rule) in overrides.iter().enumerate() {
+            if let Some(other) = overrides[..index].iter().find(|other| other.selector == rule.selector && other.format != rule.format) {
+                return Err(Error::input(format!("overrides give `{}` both {} and {}", rule.selector, other.format, rule.format))
+                    .hint("keep one of the two"));
+            }
+            if let Selector::Blocks(_, last) = rule.selector
+                && last >= kinds.len()
+            {
+                return Err(Error::input(format!("override `{}` names block {last}, and the model has blocks 0 to {}", rule.selector, kinds.len() - 1)));
+            }
+            if plan.set(rule.selector, &kinds, rule.format) == 0 {
+                return Err(Error::input(format!("override `{}` matches no block of the model", rule.selector)));
+            }
+        }
+        Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_recipes_are_readable_and_named_as_their_files() {
+        let names: Vec<String> = Recipe::built_in().unwrap().into_iter().map(|recipe| recipe.name).collect();
+        assert_eq!(names, ["phase1", "phase2", "phase3"]);
+        assert!(Recipe::find("phase9").unwrap_err().hint.unwrap().contains("phase1, phase2, phase3"));
+    }
+
+    #[test]
+    fn overrides_change_the_plan_and_contradictions_are_refused() {
+        let layout = crate::checkpoint::open("demo").unwrap().layout;
+        let recipe = Recipe::find("phase3").unwrap();
+        let rule = |selector: &str, format| Override { selector: selector.parse().unwrap(), format };
+        let plan = recipe.plan(&layout, &[rule("kind:ssm", Format::W8A8), rule("block:0", Format::W16A16)]).unwrap();
+        assert_eq!((plan.blocks[0], plan.blocks[2]), (Format::W16A16, Format::W8A8));
+        for (rules, expected) in [
+            (vec![rule("block:0", Format::W8A8), rule("block:0", Format::W4A8)], "both w8a8 and w4a8"),
+            (vec![rule("kind:moe", Format::W8A8)], "matches no block"),
+            (vec![rule("block:3-99", Format::W8A8)], "block 99"),
+        ] {
+            assert!(recipe.plan(&layout, &rules).unwrap_err().message.contains(expected));
+        }
+    }
+}
