@@ -1,11 +1,15 @@
 //! strata: quantizes hybrid language models (Mamba-2, attention, MLP, mixture of experts) block by block,
 //! in integer arithmetic that really runs, and measures what that costs.
 
+pub mod analysis;
 pub mod backend;
 pub mod checkpoint;
+pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod format;
 pub mod model;
 pub mod monitor;
 pub mod quant;
+pub mod session;
+pub mod tui;

@@ -117,7 +117,8 @@ impl Checkpoint {
     fn expect(&self, canonical: &str, shape: &[usize]) -> Result<RawTensor<'_>> {
         let stored = self.stored_name(canonical);
         let tensor = self.shards.get(&stored).ok_or_else(|| {
-            Error::input(format!("{}: tensor `{stored}` is missing", self.name)).hint("config.json and the weights may be of different models")
+            Error::input(format!("{}: tensor `{stored}` is missing", self.name))
+                .hint("config.json and the weights may be of different models")
         })?;
         if tensor.shape != shape {
             return Err(Error::input(format!("{}: tensor `{stored}` has shape {:?}, expected {shape:?}", self.name, tensor.shape))
@@ -263,7 +264,8 @@ impl Checkpoint {
     /// The tokenizer, or an error that says that it is missing.
     pub fn tokenizer(&self) -> Result<tokenizers::Tokenizer> {
         let bytes = self.companion("tokenizer.json")?.ok_or_else(|| {
-            Error::input(format!("{} has no tokenizer.json", self.name)).hint("text needs a tokenizer: copy the model's tokenizer.json beside its weights")
+            Error::input(format!("{} has no tokenizer.json", self.name))
+                .hint("text needs a tokenizer: copy the model's tokenizer.json beside its weights")
         })?;
         let tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|error| Error::input(format!("{}: tokenizer.json is not usable: {error}", self.name)))?;

@@ -88,8 +88,8 @@ impl Shards {
 
     fn open_index(directory: &Path, index: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(index).map_err(|error| Error::io("reading", index, &error))?;
-        let parsed: Index = serde_json::from_str(&text)
-            .map_err(|error| Error::input(format!("{} is not a shard index: {error}", index.display())))?;
+        let parsed: Index =
+            serde_json::from_str(&text).map_err(|error| Error::input(format!("{} is not a shard index: {error}", index.display())))?;
         let mut files: Vec<&String> = parsed.weight_map.values().collect();
         files.sort();
         files.dedup();

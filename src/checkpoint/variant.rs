@@ -100,8 +100,12 @@ impl VariantManifest {
         let manifest: Self = toml::from_str(&text)
             .map_err(|error| Error::input(format!("{} is not a variant's manifest: {}", path.display(), error.message())))?;
         if manifest.schema != VARIANT_SCHEMA {
-            return Err(Error::input(format!("{} has schema `{}`, and this strata reads `{VARIANT_SCHEMA}`", path.display(), manifest.schema))
-                .hint("use the version of strata that wrote it, or quantize again"));
+            return Err(Error::input(format!(
+                "{} has schema `{}`, and this strata reads `{VARIANT_SCHEMA}`",
+                path.display(),
+                manifest.schema
+            ))
+            .hint("use the version of strata that wrote it, or quantize again"));
         }
         Ok(manifest)
     }

@@ -86,8 +86,14 @@ pub fn evaluate<B: Backend>(
         let loaded = Hybrid::load(backend(), &checkpoint)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let is_reference = index == 0 && request.reference.is_some();
-        let evaluated =
-            Evaluation { request, checkpoint: &checkpoint, model: &loaded, name: &model.name, questions: &questions, text: heldout.as_deref() };
+        let evaluated = Evaluation {
+            request,
+            checkpoint: &checkpoint,
+            model: &loaded,
+            name: &model.name,
+            questions: &questions,
+            text: heldout.as_deref(),
+        };
         let (evaluated, logits) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, monitor)?;
         if let Some(logits) = logits {
             reference = Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits });

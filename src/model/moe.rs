@@ -102,10 +102,8 @@ impl<B: Backend> Moe<B> {
         let mut choice: Vec<f32> = scores.iter().zip(&self.correction).map(|(score, correction)| score + correction).collect();
         let size = config.experts / config.groups;
         if config.top_groups < config.groups {
-            let group_scores: Vec<f32> = choice
-                .chunks_exact(size)
-                .map(|group| largest(group, 2).into_iter().map(|expert| group[expert]).sum())
-                .collect();
+            let group_scores: Vec<f32> =
+                choice.chunks_exact(size).map(|group| largest(group, 2).into_iter().map(|expert| group[expert]).sum()).collect();
             let kept = largest(&group_scores, config.top_groups);
             for (group, choice) in choice.chunks_exact_mut(size).enumerate() {
                 if !kept.contains(&group) {

@@ -22,8 +22,7 @@ impl QuantizedLinear {
 
     /// The weights as a backend takes them.
     pub fn weights(&self, cols: usize) -> LinearWeights {
-        let mut weights =
-            LinearWeights { cols, parts: Vec::new(), bias: self.bias.clone(), int8_activations: self.int8_activations };
+        let mut weights = LinearWeights { cols, parts: Vec::new(), bias: self.bias.clone(), int8_activations: self.int8_activations };
         for part in &self.parts {
             weights.push(part.clone());
         }
@@ -37,7 +36,8 @@ pub fn quantize_linear(checkpoint: &Checkpoint, linear: &LinearSpec, format: For
     let bias = if linear.bias { Some(checkpoint.read(&format!("{}.bias", linear.stem))?) } else { None };
     let schemes = linear.schemes(format);
     let mut notes = Vec::new();
-    if format.weight_bits() == 4 && schemes.iter().zip(&linear.slices).any(|(scheme, slice)| *scheme == Scheme::Int8 && slice.min_bits <= 4) {
+    if format.weight_bits() == 4 && schemes.iter().zip(&linear.slices).any(|(scheme, slice)| *scheme == Scheme::Int8 && slice.min_bits <= 4)
+    {
         notes.push(format!("{}: no group of 128, 64 or 32 divides {} inputs, so weights are int8 per channel", linear.name, linear.cols));
     }
     let quantize = |rows: std::ops::Range<usize>, scheme| {

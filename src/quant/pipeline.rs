@@ -282,7 +282,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         publish::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
         // The boundary before is no longer needed once the state names the new one.
         match fs::remove_file(boundary_file(self.work, done - 1)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("removing", &boundary_file(self.work, done - 1), &error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("removing", &boundary_file(self.work, done - 1), &error))
+            }
             _ => Ok(()),
         }
     }
@@ -290,7 +292,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     fn load_streams(&self, sequences: Vec<Sequences>) -> Result<Streams<B>> {
         let path = boundary_file(self.work, self.state.records.len());
         let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
-        let damaged = |what: String| Error::run(format!("{} is damaged: {what}", path.display())).hint("remove the work folder and run again");
+        let damaged =
+            |what: String| Error::run(format!("{} is damaged: {what}", path.display())).hint("remove the work folder and run again");
         let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
         let stream = |name: &str| {
             (0..sequences.len())

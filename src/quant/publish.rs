@@ -34,7 +34,10 @@ pub fn lock(work: &Path) -> Result<File> {
     let file = File::create(&path).map_err(|error| Error::io("creating", &path, &error))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(_) => Err(Error::input(format!("another strata is writing to {}", work.display())).hint("wait for it, or choose another output with -o")),
+        Err(_) => {
+            Err(Error::input(format!("another strata is writing to {}", work.display()))
+                .hint("wait for it, or choose another output with -o"))
+        }
     }
 }
 
@@ -58,7 +61,8 @@ pub fn write_tensors(path: &Path, tensors: &[TensorOut<'_>]) -> Result<()> {
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
         .map_err(|error| Error::run(format!("{} cannot be laid out: {error}", path.display())))?;
     let metadata = Some(std::iter::once(("format".to_owned(), "pt".to_owned())).collect());
-    let bytes = safetensors::serialize(views, metadata).map_err(|error| Error::run(format!("{} cannot be laid out: {error}", path.display())))?;
+    let bytes =
+        safetensors::serialize(views, metadata).map_err(|error| Error::run(format!("{} cannot be laid out: {error}", path.display())))?;
     write_atomically(path, &bytes)
 }
 

@@ -79,7 +79,8 @@ impl Recipe {
         let path = Path::new(text);
         if !path.is_file() {
             let names = built_in.iter().map(|recipe| recipe.name.as_str()).collect::<Vec<_>>().join(", ");
-            return Err(Error::input(format!("unknown recipe `{text}`")).hint(format!("the built-in recipes are {names}; a recipe file's path works too")));
+            return Err(Error::input(format!("unknown recipe `{text}`"))
+                .hint(format!("the built-in recipes are {names}; a recipe file's path works too")));
         }
         let contents = std::fs::read_to_string(path).map_err(|error| Error::io("reading", path, &error))?;
         Self::parse(&contents, text)
@@ -87,7 +88,8 @@ impl Recipe {
 
     /// Parses a recipe file; `origin` is named in errors.
     pub fn parse(text: &str, origin: &str) -> Result<Self> {
-        let recipe: Self = toml::from_str(text).map_err(|error| Error::input(format!("{origin} is not a recipe: {}", error.to_string().trim_end())))?;
+        let recipe: Self =
+            toml::from_str(text).map_err(|error| Error::input(format!("{origin} is not a recipe: {}", error.to_string().trim_end())))?;
         if recipe.schema != RECIPE_SCHEMA {
             return Err(Error::input(format!("{origin} has schema `{}`, and this strata reads `{RECIPE_SCHEMA}`", recipe.schema)));
         }
@@ -115,7 +117,11 @@ impl Recipe {
             if let Selector::Blocks(_, last) = rule.selector
                 && last >= kinds.len()
             {
-                return Err(Error::input(format!("override `{}` names block {last}, and the model has blocks 0 to {}", rule.selector, kinds.len() - 1)));
+                return Err(Error::input(format!(
+                    "override `{}` names block {last}, and the model has blocks 0 to {}",
+                    rule.selector,
+                    kinds.len() - 1
+                )));
             }
             if plan.set(rule.selector, &kinds, rule.format) == 0 {
                 return Err(Error::input(format!("override `{}` matches no block of the model", rule.selector)));

@@ -21,10 +21,7 @@ struct SequenceState {
 
 impl SequenceState {
     fn empty(shape: &MambaShape) -> Self {
-        Self {
-            window: vec![0.0; (shape.kernel - 1) * shape.conv_channels()],
-            state: vec![0.0; shape.heads * shape.head_dim * shape.state],
-        }
+        Self { window: vec![0.0; (shape.kernel - 1) * shape.conv_channels()], state: vec![0.0; shape.heads * shape.head_dim * shape.state] }
     }
 }
 

@@ -248,9 +248,8 @@ impl Backend for Cpu {
         emit: Emit,
     ) -> Result<CpuActivation> {
         let group = shape.inner() / shape.groups;
-        let values = with_values(y, |y| {
-            with_values(projected, |projected| norm::gated(y, projected, shape.projected(), weight, group, eps))
-        })??;
+        let values =
+            with_values(y, |y| with_values(projected, |projected| norm::gated(y, projected, shape.projected(), weight, group, eps)))??;
         Self::activation(values, weight.len(), emit)
     }
 
@@ -267,9 +266,7 @@ impl Backend for Cpu {
         sequences: &Sequences,
         cache: Option<&mut attention::KvCache>,
     ) -> Result<Tensor> {
-        let out = with_values(q, |q| {
-            with_values(k, |k| with_values(v, |v| attention::attend(q, k, v, shape, sequences, cache)))
-        })???;
+        let out = with_values(q, |q| with_values(k, |k| with_values(v, |v| attention::attend(q, k, v, shape, sequences, cache))))???;
         tensor(out, shape.heads * shape.head_dim)
     }
 

@@ -13,10 +13,7 @@ const ROWS_PER_TASK: usize = 16;
 pub fn rms(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
     let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(width)
-        .with_min_len(ROWS_PER_TASK)
-        .zip(x.par_chunks(width))
-        .for_each(|(out, x)| rms_row(x, weight, eps, out));
+    out.par_chunks_mut(width).with_min_len(ROWS_PER_TASK).zip(x.par_chunks(width)).for_each(|(out, x)| rms_row(x, weight, eps, out));
     out
 }
 

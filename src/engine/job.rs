@@ -1,0 +1,125 @@
+//! The jobs that the engine runs.
+
+use std::path::PathBuf;
+
+use tokio::sync::watch;
+
+use super::{Event, JobId, Progress};
+use crate::backend::cpu::Cpu;
+use crate::checkpoint::{self, Checkpoint, StorageLayout};
+use crate::error::Result;
+use crate::eval::{EvaluateRequest, evaluate};
+use crate::format::{Format, Plan};
+use crate::monitor::{CancelToken, Monitor, Report};
+use crate::quant::{self, Method, QuantizeRequest, Sample, SampleSpec};
+
+/// Work for the engine.
+#[derive(Debug, Clone)]
+pub enum Job {
+    Quantize(Box<QuantizeJob>),
+    /// Evaluates the reference and the models in turn; one `Evaluated` event each.
+    Evaluate(Box<EvaluateRequest>),
+}
+
+/// Quantize one variant.
+#[derive(Debug, Clone)]
+pub struct QuantizeJob {
+    /// What [`checkpoint::open`] takes.
+    pub model: String,
+    /// The variant's name, for events.
+    pub name: String,
+    pub recipe: String,
+    pub method: Method,
+    pub plan: Plan,
+    pub sample: SampleSpec,
+    pub storage: StorageLayout,
+    /// Where the variant goes. `None`: under `store`, by the hash of everything that decides its bytes; a variant
+    /// found there is verified and reused unless `force` is set.
+    pub output: Option<PathBuf>,
+    /// The folder of variants without an output of their own.
+    pub store: PathBuf,
+    /// Replace what is there.
+    pub force: bool,
+}
+
+impl Job {
+    /// What the job is called on screen.
+    pub fn title(&self) -> String {
+        match self {
+            Self::Quantize(job) => format!("quantize {}", job.name),
+            Self::Evaluate(request) => {
+                let names: Vec<&str> = request.reference.iter().chain(&request.models).map(|model| model.name.as_str()).collect();
+                format!("evaluate {}", names.join(", "))
+            }
+        }
+    }
+}
+
+/// Runs a job on the current computing pool.
+pub(super) fn run(
+    id: JobId,
+    job: Job,
+    cancel: &CancelToken,
+    progress: &watch::Sender<Progress>,
+    send: &(impl Fn(Event) + Sync),
+) -> Result<()> {
+    let monitor = Monitor::new(
+        |report: Report| {
+            progress.send_modify(|progress| progress.update(&report));
+            send(Event::Report { id, report });
+        },
+        cancel.clone(),
+    );
+    monitor.check()?;
+    match job {
+        Job::Quantize(job) => quantize(id, *job, &monitor, send),
+        Job::Evaluate(request) => {
+            evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
+        }
+    }
+}
+
+fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+    let checkpoint = checkpoint::open(&job.model)?;
+    let mut plan = job.plan;
+    if job.storage == StorageLayout::Portable && plan.embedding != Format::W16A16 {
+        monitor.warn("portable: the embedding stays in the checkpoint's precision");
+        plan.embedding = Format::W16A16;
+    }
+    if job.storage == StorageLayout::Portable && plan.blocks.contains(&Format::W4A8) {
+        monitor.warn("portable: in_proj of SSM blocks takes 8 bits as a whole, since its dt rows need them");
+    }
+    let sample = Sample::load(&checkpoint, &job.sample)?;
+    let mut request = QuantizeRequest {
+        checkpoint: &checkpoint,
+        recipe: job.recipe,
+        method: job.method,
+        plan,
+        sample,
+        storage: job.storage,
+        output: PathBuf::new(),
+        force: job.force,
+    };
+    request.output = match job.output {
+        Some(output) => output,
+        None => {
+            let output = job.store.join(&quant::request_key(&checkpoint.sha256()?, &request)[..16]);
+            if output.exists() && !job.force {
+                let variant = Checkpoint::open(&output)?;
+                variant.verify_files()?;
+                if let Some(manifest) = variant.variant {
+                    monitor.log(format!("{} is there already, verified and reused", output.display()));
+                    for block in &manifest.blocks {
+                        monitor.block(block.index, block.error, block.bytes);
+                    }
+                    send(Event::Quantized { id, name: job.name, path: output, manifest: Box::new(manifest), reused: true });
+                    return Ok(());
+                }
+            }
+            output
+        }
+    };
+    let manifest = quant::quantize(&Cpu, &request, monitor)?;
+    send(Event::Quantized { id, name: job.name, path: request.output.clone(), manifest: Box::new(manifest), reused: false });
+    Ok(())
+}

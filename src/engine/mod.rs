@@ -1,0 +1,162 @@
+//! The worker that owns the device: jobs in over a bounded channel, progress and results out.
+//!
+//! [`Engine::start`] spawns one thread. It takes [`Job`]s in order, reports the latest [`Progress`] over a watch
+//! channel and everything that must not be missed as [`Event`]s. The workbench and the headless commands use the
+//! same engine and the same jobs; neither holds a tensor.
+
+mod job;
+mod progress;
+
+use std::collections::HashMap;
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, watch};
+
+pub use job::{Job, QuantizeJob};
+pub use progress::Progress;
+
+use crate::checkpoint::VariantManifest;
+use crate::error::{Error, Result};
+use crate::eval::run::Evaluated;
+use crate::monitor::{CancelToken, Report};
+
+/// Jobs that may wait.
+const QUEUE: usize = 64;
+
+/// Names a submitted job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(pub u64);
+
+/// What happened to a job. Every submitted job ends with exactly one `Finished`.
+#[derive(Debug)]
+pub enum Event {
+    Started {
+        id: JobId,
+        title: String,
+    },
+    /// A report of the running job: stages, steps, blocks, log lines.
+    Report {
+        id: JobId,
+        report: Report,
+    },
+    /// A variant is on disk, new or found there.
+    Quantized {
+        id: JobId,
+        name: String,
+        path: std::path::PathBuf,
+        manifest: Box<VariantManifest>,
+        reused: bool,
+    },
+    /// A model was evaluated.
+    Evaluated {
+        id: JobId,
+        evaluated: Box<Evaluated>,
+    },
+    Finished {
+        id: JobId,
+        outcome: Result<()>,
+    },
+}
+
+/// What the engine runs on.
+#[derive(Debug, Clone, Default)]
+pub struct EngineOptions {
+    /// Threads of the computing pool; `None` takes one for each processor.
+    pub threads: Option<usize>,
+}
+
+/// A handle on the worker thread. Dropping it cancels what runs and ends the thread.
+pub struct Engine {
+    jobs: Option<SyncSender<(JobId, Job, CancelToken)>>,
+    progress: watch::Receiver<Progress>,
+    tokens: Arc<Mutex<HashMap<JobId, CancelToken>>>,
+    next: Mutex<u64>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Engine {
+    /// Starts the worker; events come over the returned channel.
+    pub fn start(options: &EngineOptions) -> Result<(Self, mpsc::UnboundedReceiver<Event>)> {
+        let (jobs, queue) = sync_channel::<(JobId, Job, CancelToken)>(QUEUE);
+        let (event_sender, events) = mpsc::unbounded_channel();
+        let (progress_sender, progress) = watch::channel(Progress::default());
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.threads.unwrap_or(0))
+            .thread_name(|index| format!("strata-compute-{index}"))
+            .build()
+            .map_err(|error| Error::run(format!("the computing threads cannot be started: {error}")))?;
+        let tokens = Arc::new(Mutex::new(HashMap::new()));
+        let finished = Arc::clone(&tokens);
+        let worker = move || {
+            while let Ok((id, job, cancel)) = queue.recv() {
+                let title = job.title();
+                // Receivers may be gone when the program is ending: nobody is left to be told.
+                let send = |event| drop(event_sender.send(event));
+                send(Event::Started { id, title: title.clone() });
+                progress_sender.send_replace(Progress::begin(id, title));
+                let outcome = pool.install(|| job::run(id, job, &cancel, &progress_sender, &send));
+                progress_sender.send_replace(Progress::default());
+                lock(&finished).remove(&id);
+                send(Event::Finished { id, outcome });
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("strata-engine".into())
+            .spawn(worker)
+            .map_err(|error| Error::run(format!("the engine's thread cannot be started: {error}")))?;
+        Ok((Self { jobs: Some(jobs), progress, tokens, next: Mutex::new(1), thread: Some(thread) }, events))
+    }
+
+    /// Puts a job into the queue.
+    pub fn submit(&self, job: Job) -> Result<JobId> {
+        let id = {
+            let mut next = lock(&self.next);
+            let id = JobId(*next);
+            *next += 1;
+            id
+        };
+        let cancel = CancelToken::default();
+        lock(&self.tokens).insert(id, cancel.clone());
+        let Some(jobs) = &self.jobs else { return Err(Error::run("the engine has stopped")) };
+        jobs.try_send((id, job, cancel)).map_err(|error| {
+            lock(&self.tokens).remove(&id);
+            match error {
+                TrySendError::Full(_) => Error::input(format!("{QUEUE} jobs are waiting already")),
+                TrySendError::Disconnected(_) => Error::run("the engine has stopped"),
+            }
+        })?;
+        Ok(id)
+    }
+
+    /// Asks a waiting or running job to stop at the next block or batch.
+    pub fn cancel(&self, id: JobId) {
+        if let Some(token) = lock(&self.tokens).get(&id) {
+            token.cancel();
+        }
+    }
+
+    /// The latest progress; wakes on change.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        for token in lock(&self.tokens).values() {
+            token.cancel();
+        }
+        self.jobs = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            // The worker panicked; the panic hook has reported it already.
+        }
+    }
+}
+
+/// A poisoned lock only means that another thread panicked while holding it; the maps stay usable.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,19 @@
+//! Where strata keeps what the user did not name a place for.
+
+use std::path::PathBuf;
+
+/// `$XDG_DATA_HOME/strata`, or `~/.local/share/strata`.
+pub fn data_directory() -> PathBuf {
+    directory("XDG_DATA_HOME", ".local/share")
+}
+
+/// The folder of variants that were given no output of their own.
+pub fn variants_directory() -> PathBuf {
+    data_directory().join("variants")
+}
+
+fn directory(variable: &str, fallback: &str) -> PathBuf {
+    let base = std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(fallback)));
+    base.unwrap_or_else(std::env::temp_dir).join("strata")
+}

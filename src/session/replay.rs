@@ -1,0 +1,114 @@
+//! Headless replay of a session: quantize its variants, evaluate the model and them, hand out the results.
+
+use std::path::PathBuf;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::file::{Session, VariantSpec};
+use super::paths;
+use crate::checkpoint::{self, StorageLayout};
+use crate::engine::{Engine, Event, Job, QuantizeJob};
+use crate::error::{Error, Result};
+use crate::eval::run::{Evaluated, ModelToEvaluate};
+
+/// What a replay does beside what its session says.
+#[derive(Debug, Clone, Default)]
+pub struct ReplayOptions {
+    /// Only this variant.
+    pub variant: Option<String>,
+    /// Make variants again that are there already.
+    pub fresh: bool,
+    /// Folder for the variants, each under its name; without it they go to the user's data folder.
+    pub output: Option<PathBuf>,
+    /// Quantize only.
+    pub skip_evaluation: bool,
+}
+
+/// A session being replayed on an engine.
+pub struct Replay<'a> {
+    pub session: &'a Session,
+    pub options: ReplayOptions,
+}
+
+impl Replay<'_> {
+    /// Runs the session to its end; every event of the engine is also handed to `watch`. Returns the evaluated models,
+    /// the unquantized one first.
+    pub fn run(&self, engine: &Engine, events: &mut UnboundedReceiver<Event>, watch: &mut dyn FnMut(&Event)) -> Result<Vec<Evaluated>> {
+        let variants = self.variants()?;
+        let mut models = Vec::new();
+        for variant in variants {
+            engine.submit(Job::Quantize(Box::new(self.quantize_job(variant)?)))?;
+            let mut path = None;
+            finish(events, &mut |event| {
+                if let Event::Quantized { path: at, .. } = event {
+                    path = Some(at.display().to_string());
+                }
+                watch(event);
+            })?;
+            let path = path.ok_or_else(|| Error::run(format!("variant `{}` ended without a result", variant.name)))?;
+            models.push(ModelToEvaluate { name: variant.name.clone(), path });
+        }
+        if self.options.skip_evaluation {
+            return Ok(Vec::new());
+        }
+        let mut request = self.session.evaluate.request()?;
+        request.reference = Some(ModelToEvaluate { name: "base".into(), path: self.session.model.id.clone() });
+        request.models = models;
+        engine.submit(Job::Evaluate(Box::new(request)))?;
+        let mut results = Vec::new();
+        finish(events, &mut |event| {
+            if let Event::Evaluated { evaluated, .. } = event {
+                results.push((**evaluated).clone());
+            }
+            watch(event);
+        })?;
+        Ok(results)
+    }
+
+    fn variants(&self) -> Result<Vec<&VariantSpec>> {
+        let all = &self.session.variants;
+        let Some(name) = &self.options.variant else { return Ok(all.iter().collect()) };
+        match all.iter().find(|variant| variant.name == *name) {
+            Some(variant) => Ok(vec![variant]),
+            None => {
+                let names = all.iter().map(|variant| variant.name.as_str()).collect::<Vec<_>>().join(", ");
+                Err(Error::input(format!("the session has no variant `{name}`")).hint(format!("its variants are {names}")))
+            }
+        }
+    }
+
+    fn quantize_job(&self, variant: &VariantSpec) -> Result<QuantizeJob> {
+        let checkpoint = checkpoint::open(&self.session.model.id)?;
+        if let Some(expected) = &self.session.model.sha256 {
+            let found = checkpoint.sha256()?;
+            if *expected != found {
+                return Err(Error::input(format!("{} has the hash {found}, and the session was made for {expected}", checkpoint.name))
+                    .hint("give the checkpoint that the session names, or remove `sha256` from its [model]"));
+            }
+        }
+        let (recipe, plan) = variant.plan(&checkpoint.layout)?;
+        Ok(QuantizeJob {
+            model: self.session.model.id.clone(),
+            name: variant.name.clone(),
+            recipe: recipe.name,
+            method: recipe.method,
+            plan,
+            sample: self.session.calibration.clone(),
+            storage: StorageLayout::Native,
+            output: self.options.output.as_ref().map(|folder| folder.join(&variant.name)),
+            store: paths::variants_directory(),
+            force: self.options.fresh,
+        })
+    }
+}
+
+/// Hands events to `watch` until the job that runs is finished.
+pub fn finish(events: &mut UnboundedReceiver<Event>, watch: &mut dyn FnMut(&Event)) -> Result<()> {
+    while let Some(event) = events.blocking_recv() {
+        watch(&event);
+        if let Event::Finished { outcome, .. } = event {
+            return outcome;
+        }
+    }
+    Err(Error::run("the engine stopped before the job was finished"))
+}

@@ -1,0 +1,114 @@
+//! Results as a table of text.
+
+use crate::eval::{ModelResult, Task};
+
+/// Rows of columns, the first row being the heads; numbers are right-aligned. Reads the same on screen and in a file.
+pub struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these column heads.
+    pub fn new(heads: &[&str]) -> Self {
+        Self { rows: vec![heads.iter().map(|head| (*head).to_owned()).collect()] }
+    }
+
+    /// Adds a row.
+    pub fn push(&mut self, row: Vec<String>) {
+        self.rows.push(row);
+    }
+
+    /// Lines with columns two spaces apart; the first column is left-aligned, the others right.
+    pub fn lines(&self) -> Vec<String> {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let line = |row: &Vec<String>| {
+            let cells = row.iter().zip(&widths).enumerate();
+            let cells =
+                cells.map(|(column, (cell, width))| if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") });
+            cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+        };
+        self.rows.iter().map(line).collect()
+    }
+
+    /// Comma-separated values.
+    pub fn csv(&self) -> String {
+        let cell = |cell: &String| {
+            if cell.contains([',', '"', '\n']) { format!("\"{}\"", cell.replace('"', "\"\"")) } else { cell.clone() }
+        };
+        self.rows.iter().map(|row| row.iter().map(cell).collect::<Vec<_>>().join(",") + "\n").collect()
+    }
+}
+
+/// The comparison table: a row a model, the first one in full and the others with their differences in points.
+pub fn comparison(results: &[ModelResult]) -> Table {
+    let tasks: Vec<Task> =
+        Task::ALL.into_iter().filter(|task| results.iter().any(|result| result.tasks.contains_key(task.name()))).collect();
+    let mut heads = vec!["variant", "linears", "ratio", "bits"];
+    heads.extend(tasks.iter().map(|task| task.name()));
+    heads.extend(["mean", "KLD", "KLD p99", "top1", "ppl", "prefill t/s", "decode t/s"]);
+    let mut table = Table::new(&heads);
+    let base = results.first();
+    for result in results {
+        let mut row = vec![result.variant.clone(), bytes(result.weight_bytes)];
+        row.push(base.map_or_else(String::new, |base| format!("{:.3}", result.weight_bytes as f64 / base.weight_bytes as f64)));
+        row.push(format!("{:.2}", result.bits_per_weight));
+        let scores: Vec<Option<f64>> =
+            tasks.iter().map(|task| result.tasks.get(task.name()).map(|score| 100.0 * score.headline(*task))).collect();
+        row.extend(scores.iter().map(|score| score.map_or_else(|| "-".into(), |score| format!("{score:.1}"))));
+        let present: Vec<f64> = scores.into_iter().flatten().collect();
+        let none = || "-".to_owned();
+        row.push(if present.is_empty() { none() } else { format!("{:.2}", crate::eval::statistics::mean(&present)) });
+        row.push(result.kld.map_or_else(none, |kld| format!("{:.2e}", kld.mean)));
+        row.push(result.kld.map_or_else(none, |kld| format!("{:.2e}", kld.p99)));
+        row.push(result.kld.map_or_else(none, |kld| format!("{:.1}%", 100.0 * kld.top1)));
+        row.push(result.perplexity.map_or_else(none, |perplexity| format!("{perplexity:.4}")));
+        row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
+        row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.decode_tokens_per_s)));
+        table.push(row);
+    }
+    table
+}
+
+/// Bytes in decimal units with three significant digits.
+pub fn bytes(count: u64) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    match value {
+        _ if unit == 0 => format!("{count} B"),
+        value if value < 10.0 => format!("{value:.2} {}", units[unit]),
+        value if value < 100.0 => format!("{value:.1} {}", units[unit]),
+        value => format!("{value:.0} {}", units[unit]),
+    }
+}
+
+/// A count with a unit of thousands: `8.10 B` for parameters.
+pub fn count(number: u64) -> String {
+    match number {
+        0..1000 => number.to_string(),
+        1000..1_000_000 => format!("{:.1} K", number as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} M", number as f64 / 1e6),
+        _ => format!("{:.2} B", number as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short_and_csv_is_quoted() {
+        assert_eq!([bytes(999), bytes(12_268_112), bytes(16_200_000_000)], ["999 B", "12.3 MB", "16.2 GB"]);
+        assert_eq!(count(8_100_852_736), "8.10 B");
+        let mut table = Table::new(&["a", "b"]);
+        table.push(vec!["x,y".into(), "1".into()]);
+        assert_eq!(table.csv(), "a,b\n\"x,y\",1\n");
+        assert_eq!(table.lines(), ["a    b", "x,y  1"]);
+    }
+}
