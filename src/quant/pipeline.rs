@@ -23,6 +23,7 @@ use crate::checkpoint::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
+use crate::files;
 use crate::format::{Format, Plan};
 use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
@@ -140,7 +141,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
             let aside = publish::failed_directory(&self.request.output);
             publish::remove(&aside)?;
-            publish::write_atomically(&self.files.join("FAILED.txt"), error.message.as_bytes())?;
+            files::write_atomically(&self.files.join("FAILED.txt"), error.message.as_bytes())?;
             fs::rename(&self.files, &aside).map_err(|error| Error::io("renaming", &self.files, &error))?;
             publish::remove(self.work)?;
             return Err(Error::run(format!("the variant failed its validation and was put aside in {}: {error}", aside.display()))
@@ -279,7 +280,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         let done = self.state.records.len();
         publish::write_tensors(&boundary_file(self.work, done), &tensors)?;
-        publish::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
+        files::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
         // The boundary before is no longer needed once the state names the new one.
         match fs::remove_file(boundary_file(self.work, done - 1)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -422,7 +423,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        publish::write_atomically(&self.files.join(name), bytes)
+        files::write_atomically(&self.files.join(name), bytes)
     }
 
     /// Opens the finished files and streams the sample through them: every boundary and the logits must be the ones

@@ -219,7 +219,7 @@ impl Session {
     pub fn save(&self, path: &Path) -> Result<()> {
         let existing = std::fs::read_to_string(path).ok();
         let text = self.to_toml(existing.as_deref())?;
-        crate::quant::write_atomically(path, text.as_bytes())
+        crate::files::write_atomically(path, text.as_bytes())
     }
 }
 
