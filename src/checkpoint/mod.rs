@@ -1,6 +1,7 @@
 //! Model files: configuration, layout, weights.
 
 mod config;
+pub mod hub;
 mod layout;
 
 pub use config::{AttentionConfig, Config, MambaConfig, MlpConfig, MoeConfig};
