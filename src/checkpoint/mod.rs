@@ -3,6 +3,7 @@
 
 mod config;
 mod demo;
+pub mod hub;
 mod layout;
 mod shards;
 mod variant;
@@ -20,6 +21,7 @@ pub use variant::{
 };
 
 use crate::error::{Error, Result};
+use crate::monitor::Monitor;
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart, packing};
 
 /// Files beside the weights that a variant carries along when they are there.
@@ -39,11 +41,23 @@ pub struct Checkpoint {
     prefix: &'static str,
 }
 
-/// Opens what a user named: `demo` or a directory.
+/// Opens what a user named: `demo`, a directory, or a hub id (`owner/name`, or `owner/name@revision`), which is
+/// downloaded first unless the cache has it.
 pub fn open(model: &str) -> Result<Checkpoint> {
+    open_watched(model, &Monitor::silent())
+}
+
+/// [`open`], with a download's progress reported to `monitor`.
+pub fn open_watched(model: &str, monitor: &Monitor) -> Result<Checkpoint> {
     let path = Path::new(model);
     if model == DEMO {
         return demo::open();
+    }
+    let (id, revision) = model.split_once('@').map_or((model, None), |(id, revision)| (id, Some(revision)));
+    if !path.exists() && hub::looks_like_id(id) {
+        let mut checkpoint = Checkpoint::open(&hub::fetch(id, revision, monitor)?)?;
+        model.clone_into(&mut checkpoint.name);
+        return Ok(checkpoint);
     }
     Checkpoint::open(path)
 }
