@@ -135,9 +135,9 @@ pub fn matmul_with(isa: Isa, weights: &PackedMatrix, x: &QuantizedRows, out: &mu
         let panel = group * tile_panels;
         let panels = tile_panels.min(weights.panels() - panel);
         let block = block * TASK_TOKENS..tokens.min((block + 1) * TASK_TOKENS);
+        let mut tile: Tile = [[0.0; PANEL]; TILE];
         for token in block.clone().step_by(tile_tokens) {
             let window = Window { panel, panels, token, tokens: tile_tokens.min(block.end - token) };
-            let mut tile: Tile = [[0.0; PANEL]; TILE];
             run(isa, weights, x, window, &mut tile);
             // SAFETY: the assertions above put every output of the window inside the slice; tasks have windows
             // of their own, so that no two write to the same place, and the slice is borrowed mutably until

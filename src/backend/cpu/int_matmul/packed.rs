@@ -30,8 +30,9 @@ pub(super) enum Scales {
 pub struct PackedMatrix {
     rows: usize,
     cols: usize,
-    /// `[panels, blocks in a panel]`.
+    /// `[panels, blocks_in_panel]`.
     blocks: Vec<Block>,
+    blocks_in_panel: usize,
     pub(super) scales: Scales,
 }
 
@@ -65,7 +66,7 @@ impl PackedMatrix {
             };
             blocks.par_chunks_mut(blocks_in_panel).enumerate().for_each(pack);
         }
-        Self { rows, cols, blocks, scales: pack_scales(matrix, panels) }
+        Self { rows, cols, blocks, blocks_in_panel, scales: pack_scales(matrix, panels) }
     }
 
     pub fn rows(&self) -> usize {
@@ -113,8 +114,7 @@ impl PackedMatrix {
 
     /// The blocks of a panel.
     pub(super) fn panel(&self, panel: usize) -> &[Block] {
-        let blocks = self.blocks.len() / self.panels();
-        &self.blocks[panel * blocks..(panel + 1) * blocks]
+        &self.blocks[panel * self.blocks_in_panel..(panel + 1) * self.blocks_in_panel]
     }
 }
 

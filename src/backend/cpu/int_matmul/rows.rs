@@ -59,6 +59,7 @@ impl QuantizedRows {
     }
 
     /// The given tokens, in that order.
+    #[must_use]
     pub fn select(&self, tokens: &[usize]) -> Self {
         let sums_in_row = self.padded / SUM_LENGTH;
         Self {
