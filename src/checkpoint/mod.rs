@@ -21,8 +21,8 @@ pub use variant::{
 };
 
 use crate::error::{Error, Result};
-use crate::monitor::Monitor;
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart, packing};
+use crate::monitor::Monitor;
 
 /// Files beside the weights that a variant carries along when they are there.
 const COMPANION_FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"];

@@ -6,8 +6,9 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 use strata::analysis::Inventory;
-use strata::checkpoint::{self, Checkpoint, Config, Layout};
+use strata::checkpoint::{self, Checkpoint, Config, Layout, hub};
 use strata::error::{Error, Result};
+use strata::monitor::Monitor;
 use strata::session::report::{self, Table};
 
 use super::{Common, output};
@@ -19,6 +20,9 @@ pub struct Analyze {
     /// List every stored tensor instead: name, shape, type, kind, bytes, the linear it belongs to.
     #[arg(long)]
     tensors: bool,
+    /// Read the configuration only: no weights are downloaded or read.
+    #[arg(long, conflicts_with = "tensors")]
+    config_only: bool,
     /// Print comma-separated values.
     #[arg(long, conflicts_with = "json")]
     csv: bool,
@@ -73,15 +77,22 @@ impl Analyze {
     }
 
     fn inventory(&self) -> Result<Inventory> {
+        let of_config = |path: &Path| Ok(Inventory::of_layout(&self.model, &Layout::new(&Config::read(path)?)));
         let path = Path::new(&self.model);
         if path.is_file() {
-            return Ok(Inventory::of_layout(&self.model, &Layout::new(&Config::read(path)?)));
+            return of_config(path);
         }
-        let weights = checkpoint::SINGLE_FILE;
-        if path.join("config.json").exists() && !path.join(weights).exists() && !path.join(checkpoint::INDEX_FILE).exists() {
-            return Ok(Inventory::of_layout(&self.model, &Layout::new(&Config::read(&path.join("config.json"))?)));
+        let has_weights = path.join(checkpoint::SINGLE_FILE).exists() || path.join(checkpoint::INDEX_FILE).exists();
+        let config = path.join("config.json");
+        if config.exists() && (self.config_only || !has_weights) {
+            return of_config(&config);
         }
-        Inventory::of_checkpoint(&checkpoint::open(&self.model)?)
+        let (id, revision) = self.model.split_once('@').map_or((self.model.as_str(), None), |(id, revision)| (id, Some(revision)));
+        if self.config_only && hub::looks_like_id(id) && !path.exists() {
+            return of_config(&hub::fetch_config(id, revision, &Monitor::silent())?.join("config.json"));
+        }
+        let checkpoint = checkpoint::open(&self.model)?;
+        if self.config_only { Ok(Inventory::of_layout(&self.model, &checkpoint.layout)) } else { Inventory::of_checkpoint(&checkpoint) }
     }
 
     fn print_tensors(&self, common: &Common) -> Result<()> {

@@ -103,12 +103,14 @@ pub(super) fn run(
             evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
         Job::Generate(job) => generate(id, &job, &monitor, send),
-        Job::Trace(job) => trace::trace(&Cpu, &checkpoint::open(&job.model)?, &TraceInput::read(&job.input)?, &job.output, &monitor),
+        Job::Trace(job) => {
+            trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
+        }
     }
 }
 
 fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
-    let checkpoint = checkpoint::open(&job.model)?;
+    let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let tokenizer = checkpoint.tokenizer()?;
     let model = Hybrid::load(Cpu, &checkpoint)?;
     let prompt = text::encode(&tokenizer, &job.prompt, true)?;
@@ -129,7 +131,7 @@ fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Even
 }
 
 fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
-    let checkpoint = checkpoint::open(&job.model)?;
+    let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let mut plan = job.plan;
     if job.storage == StorageLayout::Portable && plan.embedding != Format::W16A16 {
         monitor.warn("portable: the embedding stays in the checkpoint's precision");

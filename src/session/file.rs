@@ -46,6 +46,13 @@ pub struct ModelSpec {
     pub sha256: Option<String>,
 }
 
+impl ModelSpec {
+    /// The name that [`crate::checkpoint::open`] takes.
+    pub fn name(&self) -> String {
+        self.revision.as_ref().map_or_else(|| self.id.clone(), |revision| format!("{}@{revision}", self.id))
+    }
+}
+
 /// One variant: a recipe with changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -51,6 +51,16 @@ pub enum Isa {
     Portable,
 }
 
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Avx512Vnni => "avx512-vnni",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        })
+    }
+}
+
 impl Isa {
     const ALL: [Self; 3] = [Self::Avx512Vnni, Self::Avx2, Self::Portable];
 

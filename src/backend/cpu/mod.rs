@@ -1,3 +1,306 @@
-//! The CPU backend.
+//! The CPU backend: candle tensors and its matrix products for floats, integer kernels of our own for int8 and int4.
+//! Work runs on the rayon pool that the caller is in; results do not depend on its number of threads.
 
+mod attention;
+mod embedding;
 pub mod int_matmul;
+mod mamba;
+mod math;
+mod norm;
+
+use candle_core::{CpuStorage, Device, Storage, Tensor};
+
+use self::int_matmul::{Isa, PackedMatrix, QuantizedRows};
+use super::{AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, Sequences};
+use crate::error::{Error, Result};
+use crate::format::{LinearWeights, WeightPart};
+
+/// The machine's processor.
+pub struct Cpu;
+
+/// Weights of a linear, in parts along the output.
+pub struct CpuLinear {
+    rows: usize,
+    cols: usize,
+    parts: Vec<Part>,
+    bias: Option<Vec<f32>>,
+    int8_activations: bool,
+}
+
+enum Part {
+    /// `[rows, cols]` in f32.
+    Float(Tensor),
+    Packed(PackedMatrix),
+}
+
+impl Part {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Float(weights) => weights.dims()[0],
+            Self::Packed(matrix) => matrix.rows(),
+        }
+    }
+}
+
+/// What a linear reads.
+pub struct CpuActivation {
+    float: Option<Tensor>,
+    int8: Option<QuantizedRows>,
+}
+
+/// Runs `f` on the values of a contiguous f32 tensor.
+fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
+        _ => Err(Error::run("a tensor of the CPU backend is not contiguous f32")),
+    }
+}
+
+fn tensor(values: Vec<f32>, cols: usize) -> Result<Tensor> {
+    let rows = values.len() / cols;
+    Ok(Tensor::from_vec(values, (rows, cols), &Device::Cpu)?)
+}
+
+fn width(tensor: &Tensor) -> usize {
+    tensor.dims()[1]
+}
+
+fn missing(form: &str) -> Error {
+    Error::run(format!("a linear reads {form} activations that its input does not carry"))
+}
+
+impl Cpu {
+    fn activation(values: Vec<f32>, cols: usize, emit: Emit) -> Result<CpuActivation> {
+        let int8 = emit.int8.then(|| QuantizedRows::per_token(&values, values.len() / cols, cols));
+        let float = if emit.float { Some(tensor(values, cols)?) } else { None };
+        Ok(CpuActivation { float, int8 })
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = Tensor;
+    type Linear = CpuLinear;
+    type Embedding = embedding::Embedding;
+    type Activation = CpuActivation;
+    type Mamba = MambaParameters;
+    type SsmCache = mamba::SsmCache;
+    type KvCache = attention::KvCache;
+
+    fn name(&self) -> String {
+        format!("cpu {}", Isa::best())
+    }
+
+    fn upload(&self, values: Vec<f32>, cols: usize) -> Result<Tensor> {
+        tensor(values, cols)
+    }
+
+    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        with_values(tensor, <[f32]>::to_vec)
+    }
+
+    fn floats(&self, activation: &CpuActivation) -> Result<Vec<f32>> {
+        self.download(activation.float.as_ref().ok_or_else(|| missing("float"))?)
+    }
+
+    fn features(&self, tensor: &Tensor) -> usize {
+        width(tensor)
+    }
+
+    fn prepare(&self, weights: LinearWeights) -> Result<CpuLinear> {
+        let (rows, cols) = (weights.rows(), weights.cols);
+        let parts = weights
+            .parts
+            .into_iter()
+            .map(|part| match part {
+                WeightPart::Float(values) => Ok(Part::Float(tensor(values, cols)?)),
+                WeightPart::Quantized(matrix) => Ok(Part::Packed(PackedMatrix::new(&matrix))),
+            })
+            .collect::<Result<_>>()?;
+        Ok(CpuLinear { rows, cols, parts, bias: weights.bias, int8_activations: weights.int8_activations })
+    }
+
+    fn resident_bytes(&self, linear: &CpuLinear) -> u64 {
+        let weights = |part: &Part| match part {
+            Part::Float(weights) => 4 * weights.elem_count() as u64,
+            Part::Packed(matrix) => matrix.bytes(),
+        };
+        linear.parts.iter().map(weights).sum::<u64>() + linear.bias.as_ref().map_or(0, |bias| 4 * bias.len() as u64)
+    }
+
+    fn reads(&self, linear: &CpuLinear) -> Emit {
+        linear.parts.iter().fold(Emit { float: false, int8: false }, |emit, part| match part {
+            Part::Packed(_) if linear.int8_activations => emit.and(Emit::INT8),
+            _ => emit.and(Emit::FLOAT),
+        })
+    }
+
+    fn prepare_embedding(&self, table: LinearWeights) -> Result<embedding::Embedding> {
+        embedding::Embedding::new(table)
+    }
+
+    fn embedding_bytes(&self, table: &embedding::Embedding) -> u64 {
+        table.bytes()
+    }
+
+    fn embed(&self, table: &embedding::Embedding, ids: &[u32]) -> Result<Tensor> {
+        tensor(table.look_up(ids)?, table.cols())
+    }
+
+    fn linear(&self, linear: &CpuLinear, x: &CpuActivation) -> Result<Tensor> {
+        let float_product = |weights: &Tensor| -> Result<Tensor> {
+            let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
+            Ok(x.matmul(&weights.t()?)?)
+        };
+        if let ([Part::Float(weights)], None) = (linear.parts.as_slice(), &linear.bias) {
+            return float_product(weights);
+        }
+        let tokens = match (&x.float, &x.int8) {
+            (_, Some(codes)) => codes.tokens,
+            (Some(float), None) => float.dims()[0],
+            (None, None) => return Err(missing("some")),
+        };
+        let rows = linear.rows;
+        let mut out = vec![0.0; tokens * rows];
+        let mut offset = 0;
+        for part in &linear.parts {
+            let width = part.rows();
+            let product = match part {
+                Part::Float(weights) => float_product(weights)?,
+                Part::Packed(matrix) if linear.int8_activations => {
+                    let codes = x.int8.as_ref().ok_or_else(|| missing("int8"))?;
+                    int_matmul::matmul(matrix, codes, &mut out, rows, offset);
+                    offset += width;
+                    continue;
+                }
+                Part::Packed(matrix) => {
+                    let mut weights = vec![0.0; width * linear.cols];
+                    matrix.dequantize_into(0, &mut weights);
+                    float_product(&tensor(weights, linear.cols)?)?
+                }
+            };
+            with_values(&product, |values| {
+                for (out, row) in out.chunks_exact_mut(rows).zip(values.chunks_exact(width)) {
+                    out[offset..offset + width].copy_from_slice(row);
+                }
+            })?;
+            offset += width;
+        }
+        if let Some(bias) = &linear.bias {
+            for row in out.chunks_exact_mut(rows) {
+                for (out, bias) in row.iter_mut().zip(bias) {
+                    *out += bias;
+                }
+            }
+        }
+        tensor(out, rows)
+    }
+
+    fn emit(&self, x: Tensor, emit: Emit) -> Result<CpuActivation> {
+        let int8 = if emit.int8 {
+            let (tokens, cols) = x.dims2()?;
+            Some(with_values(&x, |values| QuantizedRows::per_token(values, tokens, cols))?)
+        } else {
+            None
+        };
+        Ok(CpuActivation { float: emit.float.then_some(x), int8 })
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &[f32], eps: f32, emit: Emit) -> Result<CpuActivation> {
+        Self::activation(with_values(x, |x| norm::rms(x, weight, eps))?, weight.len(), emit)
+    }
+
+    fn relu2(&self, x: &Tensor, emit: Emit) -> Result<CpuActivation> {
+        Self::activation(with_values(x, norm::relu2)?, width(x), emit)
+    }
+
+    fn add(&self, a: Tensor, b: &Tensor) -> Result<Tensor> {
+        Ok((a + b)?)
+    }
+
+    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<MambaParameters> {
+        Ok(parameters)
+    }
+
+    fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> mamba::SsmCache {
+        mamba::SsmCache::new(shape, sequences)
+    }
+
+    fn mamba_scan(
+        &self,
+        projected: &Tensor,
+        parameters: &MambaParameters,
+        shape: &MambaShape,
+        sequences: &Sequences,
+        cache: Option<&mut mamba::SsmCache>,
+    ) -> Result<Tensor> {
+        let y = with_values(projected, |projected| mamba::scan(projected, parameters, shape, sequences, cache))?;
+        tensor(y, shape.inner())
+    }
+
+    fn gated_norm(
+        &self,
+        y: &Tensor,
+        projected: &Tensor,
+        weight: &[f32],
+        shape: &MambaShape,
+        eps: f32,
+        emit: Emit,
+    ) -> Result<CpuActivation> {
+        let group = shape.inner() / shape.groups;
+        let values =
+            with_values(y, |y| with_values(projected, |projected| norm::gated(y, projected, shape.projected(), weight, group, eps)))??;
+        Self::activation(values, weight.len(), emit)
+    }
+
+    fn kv_cache(&self, _shape: &AttentionShape, sequences: usize) -> attention::KvCache {
+        attention::KvCache::new(sequences)
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: &AttentionShape,
+        sequences: &Sequences,
+        cache: Option<&mut attention::KvCache>,
+    ) -> Result<Tensor> {
+        let out = with_values(q, |q| with_values(k, |k| with_values(v, |v| attention::attend(q, k, v, shape, sequences, cache))))???;
+        tensor(out, shape.heads * shape.head_dim)
+    }
+
+    fn gather(&self, x: &CpuActivation, tokens: &[usize]) -> Result<CpuActivation> {
+        let float = x.float.as_ref().map(|float| self.gather_rows(float, tokens)).transpose()?;
+        Ok(CpuActivation { float, int8: x.int8.as_ref().map(|codes| codes.select(tokens)) })
+    }
+
+    fn gather_rows(&self, x: &Tensor, tokens: &[usize]) -> Result<Tensor> {
+        let cols = width(x);
+        let rows = with_values(x, |x| tokens.iter().flat_map(|t| &x[t * cols..(t + 1) * cols]).copied().collect())?;
+        tensor(rows, cols)
+    }
+
+    fn scatter_add(&self, into: Tensor, x: &Tensor, tokens: &[usize], weights: &[f32]) -> Result<Tensor> {
+        let cols = width(&into);
+        let mut sum = self.download(&into)?;
+        with_values(x, |x| {
+            for ((row, token), weight) in x.chunks_exact(cols).zip(tokens).zip(weights) {
+                for (sum, x) in sum[token * cols..(token + 1) * cols].iter_mut().zip(row) {
+                    *sum += weight * x;
+                }
+            }
+        })?;
+        tensor(sum, cols)
+    }
+
+    fn log_probabilities(&self, logits: &Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
+        let width = width(logits);
+        with_values(logits, |logits| norm::log_probabilities(logits, width, targets))
+    }
+
+    fn divergence(&self, reference: &Tensor, logits: &Tensor) -> Result<Vec<Divergence>> {
+        let width = width(logits);
+        with_values(reference, |reference| with_values(logits, |logits| norm::divergence(reference, logits, width)))?
+    }
+}
