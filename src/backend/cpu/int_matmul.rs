@@ -86,7 +86,7 @@ impl Isa {
             (Self::Avx512Vnni, 1) => (1, 4),
             (Self::Avx512Vnni, _) => (8, 2),
             (Self::Avx2, _) => (2, 1),
-            (Self::Portable, _) => (4, 1),
+            (Self::Portable, _) => (TILE, 1),
         }
     }
 }
