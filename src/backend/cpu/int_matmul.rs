@@ -10,7 +10,7 @@
 //! * int8: `y = acc · (s_x · s_w)`, `acc` the exact dot product as f32, `s_x` the token's scale, `s_w` the row's;
 //! * int4: `y = (Σ_g acc_g · s_w[g]) · s_x`, groups added in ascending order, multiply and add rounded apart.
 //!
-//! The dot product stays within i32 for up to 2³¹ / 127² = 133 144 inputs.
+//! Sums stay within i32 for up to 2³¹ / (127 · 128) = 132 104 inputs.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -96,7 +96,7 @@ impl Isa {
             (Self::Avx512Vnni, 1) => (1, 4),
             (Self::Avx512Vnni, _) => (8, 2),
             (Self::Avx2, _) => (2, 1),
-            (Self::Portable, _) => (4, 1),
+            (Self::Portable, _) => (TILE, 1),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! [`PackedMatrix`]: int8 and int4 weights laid out for the kernels.
 
 use half::bf16;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::PANEL;
@@ -139,14 +140,19 @@ fn pack_scales(matrix: &QuantizedMatrix, panels: usize) -> Scales {
     Scales::Groups { group, bits }
 }
 
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
 fn dequantize_int8(blocks: &[Block], lane: usize, scale: f32, out: &mut [f32]) {
-    for (block, out) in blocks.iter().zip(out.chunks_mut(4)) {
-        for (out, byte) in out.iter_mut().zip(&block.0[4 * lane..]) {
-            *out = (i32::from(*byte) - INT8_BIAS) as f32 * scale;
-        }
+    let (whole, rest) = out.as_chunks_mut::<4>();
+    let mut quads = blocks.iter().map(|block| block.0.as_chunks::<4>().0[lane].map(|byte| (i32::from(byte) - INT8_BIAS) as f32 * scale));
+    for (out, quad) in whole.iter_mut().zip(&mut quads) {
+        *out = quad;
+    }
+    if let Some(quad) = quads.next() {
+        rest.copy_from_slice(&quad[..rest.len()]);
     }
 }
 
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
 fn dequantize_int4(blocks: &[Block], lane: usize, group: usize, bits: &[[u16; PANEL]], out: &mut [f32]) {
     for ((blocks, out), bits) in blocks.chunks_exact(group / 8).zip(out.chunks_exact_mut(group)).zip(bits) {
         let scale = bf16::from_bits(bits[lane]).to_f32();

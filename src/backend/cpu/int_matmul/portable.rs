@@ -1,85 +1,57 @@
-//! The kernel in plain loops, for any machine.
+//! The kernel in plain loops, for any machine: rows are unpacked, and each is then a dot product that compilers
+//! turn into vector code.
 
 use half::bf16;
 
-use super::packed::{Block, INT4_BIAS, INT8_BIAS, Scales};
+use super::packed::{INT4_BIAS, INT8_BIAS, Scales};
 use super::{PANEL, PackedMatrix, QuantizedRows, Tile, Window};
 
-/// Sums of 4 rows, one for each of 4 inputs: the shape that compilers turn into vectors.
-type Partial = [i32; 16];
-
 pub(super) fn run(weights: &PackedMatrix, x: &QuantizedRows, window: Window, tile: &mut Tile) {
-    for t in 0..window.tokens {
-        let token = window.token + t;
-        let (codes, x_scale) = (x.padded_row(token), x.scales[token]);
-        for p in 0..window.panels {
-            let panel = window.panel + p;
-            let (blocks, out) = (weights.panel(panel), &mut tile[t * window.panels + p]);
-            match &weights.scales {
-                Scales::Rows(scales) => {
-                    let products = int8_products(blocks, codes);
-                    for ((out, acc), scale) in out.iter_mut().zip(products).zip(&scales[panel * PANEL..]) {
-                        *out = acc as f32 * (x_scale * scale);
+    let mut row = Vec::new();
+    for p in 0..window.panels {
+        let panel = window.panel + p;
+        for lane in 0..PANEL {
+            unpack(weights, panel, lane, &mut row);
+            for t in 0..window.tokens {
+                let token = window.token + t;
+                let (codes, x_scale) = (&x.padded_row(token)[..row.len()], x.scales[token]);
+                tile[t * window.panels + p][lane] = match &weights.scales {
+                    Scales::Rows(scales) => dot(&row, codes) as f32 * (x_scale * scales[panel * PANEL + lane]),
+                    Scales::Groups { group, bits } => {
+                        let bits = &bits[panel * (weights.cols() / group)..];
+                        let groups = row.chunks_exact(*group).zip(codes.chunks_exact(*group)).zip(bits);
+                        let add = |sum, ((row, codes), bits): ((&[i8], &[i8]), &[u16; PANEL])| {
+                            sum + dot(row, codes) as f32 * bf16::from_bits(bits[lane]).to_f32()
+                        };
+                        groups.fold(0.0, add) * x_scale
                     }
-                }
-                Scales::Groups { group, bits } => {
-                    *out = [0.0; PANEL];
-                    let bits = &bits[panel * (weights.cols() / group)..];
-                    for ((blocks, codes), bits) in blocks.chunks_exact(group / 8).zip(codes.chunks_exact(*group)).zip(bits) {
-                        for ((out, acc), bits) in out.iter_mut().zip(int4_products(blocks, codes)).zip(bits) {
-                            *out += acc as f32 * bf16::from_bits(*bits).to_f32();
-                        }
-                    }
-                    for out in out {
-                        *out *= x_scale;
-                    }
-                }
+                };
             }
         }
     }
 }
 
-fn int8_products(blocks: &[Block], codes: &[i8]) -> [i32; PANEL] {
-    let mut acc = [0; PANEL];
-    for (q, acc) in acc.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        let mut partial = [0; 16];
-        for (block, codes) in blocks.iter().zip(codes.as_chunks::<4>().0) {
-            let bytes = &block.0.as_chunks::<16>().0[q];
-            add_products(&mut partial, &bytes.map(|byte| i16::from(byte) - INT8_BIAS as i16), *codes);
+/// The codes of row `lane` of a panel, in order.
+fn unpack(weights: &PackedMatrix, panel: usize, lane: usize, row: &mut Vec<i8>) {
+    let blocks = weights.panel(panel);
+    let quads = blocks.iter().map(|block| block.0.as_chunks::<4>().0[lane]);
+    match weights.scales {
+        Scales::Rows(_) => {
+            row.resize(4 * blocks.len(), 0);
+            for (codes, quad) in row.as_chunks_mut::<4>().0.iter_mut().zip(quads) {
+                *codes = quad.map(|byte| byte.wrapping_sub(INT8_BIAS as u8) as i8);
+            }
         }
-        *acc = finish(&partial);
-    }
-    acc
-}
-
-/// Dot products of one group.
-fn int4_products(blocks: &[Block], codes: &[i8]) -> [i32; PANEL] {
-    let mut acc = [0; PANEL];
-    for (q, acc) in acc.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        let mut partial = [0; 16];
-        for (block, codes) in blocks.iter().zip(codes.as_chunks::<8>().0) {
-            let bytes = &block.0.as_chunks::<16>().0[q];
-            let [a, b, c, d, e, f, g, h] = *codes;
-            add_products(&mut partial, &bytes.map(|byte| i16::from(byte & 0x0f) - INT4_BIAS as i16), [a, b, c, d]);
-            add_products(&mut partial, &bytes.map(|byte| i16::from(byte >> 4) - INT4_BIAS as i16), [e, f, g, h]);
+        Scales::Groups { .. } => {
+            row.resize(8 * blocks.len(), 0);
+            for (codes, quad) in row.as_chunks_mut::<4>().0.chunks_exact_mut(2).zip(quads) {
+                codes[0] = quad.map(|byte| (byte & 0x0f) as i8 - INT4_BIAS as i8);
+                codes[1] = quad.map(|byte| (byte >> 4) as i8 - INT4_BIAS as i8);
+            }
         }
-        *acc = finish(&partial);
-    }
-    acc
-}
-
-/// Adds the products of 4 rows × 4 inputs; each fits 16 bits (at most 127²).
-#[inline]
-fn add_products(partial: &mut Partial, weights: &[i16; 16], codes: [i8; 4]) {
-    for i in 0..16 {
-        partial[i] += i32::from(weights[i] * i16::from(codes[i % 4]));
     }
 }
 
-fn finish(partial: &Partial) -> [i32; 4] {
-    let mut rows = [0; 4];
-    for (row, inputs) in rows.iter_mut().zip(partial.as_chunks::<4>().0) {
-        *row = inputs.iter().sum();
-    }
-    rows
+fn dot(row: &[i8], codes: &[i8]) -> i32 {
+    row.iter().zip(codes).map(|(w, x)| i32::from(*w) * i32::from(*x)).sum()
 }

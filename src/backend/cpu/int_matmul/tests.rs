@@ -136,13 +136,17 @@ fn any_number_of_threads_gives_the_same_bits() {
 }
 
 #[rstest]
-fn dequantized_rows_are_those_of_the_matrix(#[values(INT8, INT4_32, INT4_128)] scheme: Scheme) {
-    let w = weights(70, 256, scheme);
+#[case(INT8, 27)]
+#[case(INT8, 256)]
+#[case(INT4_32, 96)]
+#[case(INT4_128, 256)]
+fn dequantized_rows_are_those_of_the_matrix(#[case] scheme: Scheme, #[case] cols: usize) {
+    let w = weights(70, cols, scheme);
     let (packed, expected) = (PackedMatrix::new(&w), w.dequantize());
     for (first, count) in [(0, 70), (5, 30), (69, 1), (3, 0)] {
-        let mut out = vec![f32::NAN; count * 256];
+        let mut out = vec![f32::NAN; count * cols];
         packed.dequantize_into(first, &mut out);
-        assert_eq!(out, expected[first * 256..(first + count) * 256]);
+        assert_eq!(out, expected[first * cols..(first + count) * cols]);
     }
 }
 
