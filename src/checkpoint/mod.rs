@@ -147,6 +147,7 @@ impl Checkpoint {
         let tensor = self.find(canonical).ok_or_else(|| Error::input(format!("{}: tensor `{stored}` is missing", self.name)))?;
         let values = tensor.to_f32().ok_or_else(|| {
             Error::input(format!("{}: tensor `{stored}` has type {:?}, expected F32, F16 or BF16", self.name, tensor.dtype))
+                .hint("strata quantizes float checkpoints: give the original one")
         })?;
         match values.iter().position(|value| !value.is_finite()) {
             Some(index) => Err(Error::input(format!("{}: tensor `{stored}` holds {} at element {index}", self.name, values[index]))

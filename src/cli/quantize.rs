@@ -112,7 +112,8 @@ impl Quantize {
 fn parse_override(rule: &str) -> Result<Override> {
     let (selector, format) =
         rule.split_once('=').ok_or_else(|| Error::input(format!("override `{rule}` has no `=`")).hint("write kind:ssm=w8a8"))?;
-    let wrong = |what: String| Error::input(format!("override `{rule}`: {what}"));
+    let wrong =
+        |what: String| Error::input(format!("override `{rule}`: {what}")).hint("an override reads like kind:ssm=w8a8 or block:3-7=w4a8");
     Ok(Override { selector: selector.parse().map_err(wrong)?, format: format.parse().map_err(wrong)? })
 }
 
