@@ -168,7 +168,9 @@ fn session_with_a_misspelt_key_or_a_newer_schema() {
 fn overrides_that_match_nothing_or_contradict() {
     let quantize = |rules: &[&str], expected: &[&str]| {
         let mut arguments = vec!["quantize", "demo", "--recipe", "phase1"];
-        rules.iter().for_each(|rule| arguments.extend(["--override", rule]));
+        for rule in rules {
+            arguments.extend(["--override", rule]);
+        }
         refused(&arguments, expected);
     };
     quantize(&["kind:moe=w4a8"], &["kind:moe"]);

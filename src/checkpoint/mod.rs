@@ -299,7 +299,7 @@ impl Checkpoint {
     pub fn sha256(&self) -> Result<String> {
         let mut listing = format!("config.json {}\n", sha256_hex(self.config_text()?.as_bytes()));
         for (name, hash) in self.shards.hashes() {
-            listing.push_str(&format!("{name} {hash}\n"));
+            listing.extend([name.as_str(), " ", hash.as_str(), "\n"]);
         }
         Ok(sha256_hex(listing.as_bytes()))
     }
