@@ -50,16 +50,21 @@ impl Sequences {
 pub struct Emit {
     pub float: bool,
     pub int8: bool,
+    /// Orthonormal Hadamard transform of each block of so many features before the result is handed on.
+    pub hadamard: Option<usize>,
 }
 
 impl Emit {
-    pub const FLOAT: Self = Self { float: true, int8: false };
-    pub const INT8: Self = Self { float: false, int8: true };
+    /// Nothing yet: what [`Emit::and`] begins with.
+    pub const NONE: Self = Self { float: false, int8: false, hadamard: None };
+    pub const FLOAT: Self = Self { float: true, int8: false, hadamard: None };
+    pub const INT8: Self = Self { float: false, int8: true, hadamard: None };
 
-    /// Both forms that either asks for.
+    /// Both forms that either asks for. Readers of one input agree on its rotation.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
-        Self { float: self.float || other.float, int8: self.int8 || other.int8 }
+        debug_assert!(self.hadamard == other.hadamard || self == Self::NONE || other == Self::NONE);
+        Self { float: self.float || other.float, int8: self.int8 || other.int8, hadamard: self.hadamard.or(other.hadamard) }
     }
 }
 
@@ -221,6 +226,9 @@ pub trait Backend: Send + Sync + 'static {
     fn gather_rows(&self, x: &Self::Tensor, tokens: &[usize]) -> Result<Self::Tensor>;
     /// `into[tokens[i]] += weights[i] · x[i]`, in ascending i.
     fn scatter_add(&self, into: Self::Tensor, x: &Self::Tensor, tokens: &[usize], weights: &[f32]) -> Result<Self::Tensor>;
+
+    /// `Σ_t x_t x_tᵀ` `[features, features]` of the float form of an activation, in f64.
+    fn gram(&self, x: &Self::Activation) -> Result<Vec<f64>>;
 
     /// For each (row, token) of `targets`: the log-probability of `token` under that row of logits, and whether it is
     /// the most probable one.

@@ -75,6 +75,9 @@ pub struct LinearWeights {
     pub bias: Option<Vec<f32>>,
     /// Whether the linear reads int8 activations. Float parts then still read floats.
     pub int8_activations: bool,
+    /// The linear reads its input after an orthonormal Hadamard transform of each block of so many features (a power
+    /// of two): its weights carry the inverse.
+    pub hadamard: Option<usize>,
 }
 
 /// Consecutive output rows that are stored in one way.
@@ -98,7 +101,7 @@ impl WeightPart {
 impl LinearWeights {
     /// A float linear without bias: `values` is `[rows, cols]`.
     pub fn float(values: Vec<f32>, cols: usize) -> Self {
-        Self { cols, parts: vec![WeightPart::Float(values)], bias: None, int8_activations: false }
+        Self { cols, parts: vec![WeightPart::Float(values)], bias: None, int8_activations: false, hadamard: None }
     }
 
     /// Outputs.

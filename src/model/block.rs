@@ -1,7 +1,7 @@
 //! One block: `h + mixer(RMSNorm(h))`, for the four kinds of mixer.
 
 use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences};
-use crate::checkpoint::{BlockSpec, Checkpoint};
+use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, LinearWeights};
 
@@ -50,24 +50,47 @@ pub enum BlockCache<B: Backend> {
     None,
 }
 
-/// Where a block's linears come from: the checkpoint as stored, or weights just quantized.
-pub type LinearSource<'a> = dyn Fn(&str) -> Result<LinearWeights> + 'a;
+/// Where a block's tensors come from: the checkpoint as stored, or weights just transformed or quantized.
+pub trait BlockSource {
+    /// A float tensor by its canonical name.
+    fn tensor(&self, name: &str) -> Result<Vec<f32>>;
+    /// A linear's weights.
+    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights>;
+}
+
+/// Hands each linear of a block its input before it is applied: (name in the mixer, input). The router is no linear.
+pub type Tap<'a, B> = dyn FnMut(&str, &<B as Backend>::Activation) -> Result<()> + 'a;
+
+/// A block as `checkpoint` stores it.
+struct Stored<'a> {
+    checkpoint: &'a Checkpoint,
+    index: usize,
+}
+
+impl BlockSource for Stored<'_> {
+    fn tensor(&self, name: &str) -> Result<Vec<f32>> {
+        self.checkpoint.read(name)
+    }
+
+    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
+        self.checkpoint.linear(linear, Some(self.index))
+    }
+}
 
 impl<B: Backend> Block<B> {
     /// Loads block `index` of `checkpoint` as it is stored.
     pub fn load(backend: &B, checkpoint: &Checkpoint, index: usize) -> Result<Self> {
         let spec = &checkpoint.layout.blocks[index];
-        Self::assemble(backend, checkpoint, spec, &|name| {
-            let linear = spec.linear(name).ok_or_else(|| Error::run(format!("block {index} has no linear `{name}`")))?;
-            checkpoint.linear(linear, Some(index))
-        })
+        Self::assemble(backend, &checkpoint.config, spec, &Stored { checkpoint, index })
     }
 
-    /// Builds a block from `checkpoint`'s float tensors and the linears of `source`.
-    pub fn assemble(backend: &B, checkpoint: &Checkpoint, spec: &BlockSpec, source: &LinearSource<'_>) -> Result<Self> {
-        let config = &checkpoint.config;
-        let mixer_tensor = |name: &str| checkpoint.read(&format!("{}mixer.{name}", spec.prefix));
-        let linear = |name: &str| backend.prepare(source(name)?);
+    /// Builds a block from the tensors of `source`.
+    pub fn assemble(backend: &B, config: &Config, spec: &BlockSpec, source: &impl BlockSource) -> Result<Self> {
+        let mixer_tensor = |name: &str| source.tensor(&format!("{}mixer.{name}", spec.prefix));
+        let linear = |name: &str| {
+            let linear = spec.linear(name).ok_or_else(|| Error::run(format!("block {} has no linear `{name}`", spec.index)))?;
+            backend.prepare(source.linear(linear)?)
+        };
         let mixer = match spec.kind {
             BlockKind::Ssm => {
                 let mamba = &config.mamba;
@@ -107,7 +130,7 @@ impl<B: Backend> Block<B> {
             }
             BlockKind::Moe => Mixer::Moe(Box::new(Moe::assemble(backend, &config.moe, &mixer_tensor, &linear, config.hidden_size)?)),
         };
-        Ok(Self { norm: checkpoint.read(&format!("{}norm.weight", spec.prefix))?, eps: config.norm_eps, mixer })
+        Ok(Self { norm: source.tensor(&format!("{}norm.weight", spec.prefix))?, eps: config.norm_eps, mixer })
     }
 
     /// An empty cache for `sequences` sequences.

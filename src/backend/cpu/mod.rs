@@ -3,6 +3,7 @@
 
 mod attention;
 mod embedding;
+mod hadamard;
 pub mod int_matmul;
 mod mamba;
 mod math;
@@ -15,6 +16,9 @@ use super::{AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaSha
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, WeightPart};
 
+/// Tokens whose outer products are summed in f32.
+const GRAM_TOKENS: usize = 256;
+
 /// The machine's processor.
 pub struct Cpu;
 
@@ -25,6 +29,7 @@ pub struct CpuLinear {
     parts: Vec<Part>,
     bias: Option<Vec<f32>>,
     int8_activations: bool,
+    hadamard: Option<usize>,
 }
 
 enum Part {
@@ -71,7 +76,10 @@ fn missing(form: &str) -> Error {
 }
 
 impl Cpu {
-    fn activation(values: Vec<f32>, cols: usize, emit: Emit) -> Result<CpuActivation> {
+    fn activation(mut values: Vec<f32>, cols: usize, emit: Emit) -> Result<CpuActivation> {
+        if let Some(block) = emit.hadamard {
+            hadamard::transform_rows(&mut values, cols, block);
+        }
         let int8 = emit.int8.then(|| QuantizedRows::per_token(&values, values.len() / cols, cols));
         let float = if emit.float { Some(tensor(values, cols)?) } else { None };
         Ok(CpuActivation { float, int8 })
@@ -129,10 +137,11 @@ impl Backend for Cpu {
     }
 
     fn reads(&self, linear: &CpuLinear) -> Emit {
-        linear.parts.iter().fold(Emit { float: false, int8: false }, |emit, part| match part {
+        let emit = linear.parts.iter().fold(Emit::NONE, |emit, part| match part {
             Part::Packed(_) if linear.int8_activations => emit.and(Emit::INT8),
             _ => emit.and(Emit::FLOAT),
-        })
+        });
+        Emit { hadamard: linear.hadamard, ..emit }
     }
 
     fn prepare_embedding(&self, table: LinearWeights) -> Result<embedding::Embedding> {
@@ -197,6 +206,9 @@ impl Backend for Cpu {
     }
 
     fn emit(&self, x: Tensor, emit: Emit) -> Result<CpuActivation> {
+        if emit.hadamard.is_some() {
+            return Self::activation(self.download(&x)?, width(&x), emit);
+        }
         let int8 = if emit.int8 {
             let (tokens, cols) = x.dims2()?;
             Some(with_values(&x, |values| QuantizedRows::per_token(values, tokens, cols))?)
@@ -292,6 +304,19 @@ impl Backend for Cpu {
             }
         })?;
         tensor(sum, cols)
+    }
+
+    fn gram(&self, x: &CpuActivation) -> Result<Vec<f64>> {
+        let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
+        let cols = width(x);
+        // Products of a few tokens in f32, added up in f64: neither the number of tokens nor of threads matters.
+        let mut sum = vec![0.0; cols * cols];
+        for start in (0..x.dims()[0]).step_by(GRAM_TOKENS) {
+            let part = x.narrow(0, start, GRAM_TOKENS.min(x.dims()[0] - start))?;
+            let product = part.t()?.contiguous()?.matmul(&part.contiguous()?)?;
+            with_values(&product, |values| sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value)))?;
+        }
+        Ok(sum)
     }
 
     fn log_probabilities(&self, logits: &Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
