@@ -91,7 +91,7 @@ impl Backend for Cpu {
     type Linear = CpuLinear;
     type Embedding = embedding::Embedding;
     type Activation = CpuActivation;
-    type Mamba = MambaParameters;
+    type Mamba = mamba::Parameters;
     type SsmCache = mamba::SsmCache;
     type KvCache = attention::KvCache;
 
@@ -230,8 +230,8 @@ impl Backend for Cpu {
         Ok((a + b)?)
     }
 
-    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<MambaParameters> {
-        Ok(parameters)
+    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<mamba::Parameters> {
+        Ok(mamba::Parameters::new(parameters))
     }
 
     fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> mamba::SsmCache {
@@ -241,7 +241,7 @@ impl Backend for Cpu {
     fn mamba_scan(
         &self,
         projected: &Tensor,
-        parameters: &MambaParameters,
+        parameters: &mamba::Parameters,
         shape: &MambaShape,
         sequences: &Sequences,
         cache: Option<&mut mamba::SsmCache>,
