@@ -25,6 +25,7 @@ fn request<'a>(checkpoint: &'a Checkpoint, plan: Plan, output: &Path) -> Quantiz
         checkpoint,
         recipe: "test".into(),
         method: Method::Rtn,
+        transforms: Vec::new(),
         plan,
         sample: Sample::load(checkpoint, &spec).unwrap(),
         storage: StorageLayout::Native,

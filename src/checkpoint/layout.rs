@@ -3,7 +3,7 @@
 //! Names here are canonical: without the `backbone.` or `model.` in front.
 
 use super::config::Config;
-use crate::format::{BlockKind, Format, Plan, Scheme};
+use crate::format::{BlockKind, Format, Plan, Scheme, Transform};
 
 /// Rows of a linear that have a meaning, and may have a format, of their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,12 +26,33 @@ pub struct LinearSpec {
     pub cols: usize,
     pub bias: bool,
     pub slices: Vec<SliceSpec>,
+    /// The online transform that may stand in front of it, with its block size.
+    pub online: Option<(Transform, usize)>,
 }
 
 impl LinearSpec {
     fn new(prefix: &str, name: impl Into<String>, rows: usize, cols: usize, bias: bool) -> Self {
         let name = name.into();
-        Self { stem: format!("{prefix}{name}"), name, rows, cols, bias, slices: vec![SliceSpec { name: "", rows, min_bits: 2 }] }
+        Self {
+            stem: format!("{prefix}{name}"),
+            name,
+            rows,
+            cols,
+            bias,
+            slices: vec![SliceSpec { name: "", rows, min_bits: 2 }],
+            online: None,
+        }
+    }
+
+    /// With a Hadamard transform of blocks of the largest power of two that divides `width` in front.
+    fn behind(mut self, transform: Transform, width: usize) -> Self {
+        self.online = Some((transform, 1 << width.trailing_zeros()));
+        self
+    }
+
+    /// Block size of the Hadamard transform that the linear's input goes through when `transforms` are applied.
+    pub fn hadamard(&self, transforms: &[Transform]) -> Option<usize> {
+        self.online.filter(|(transform, _)| transforms.contains(transform)).map(|(_, block)| block)
     }
 
     /// The scheme of each slice when the linear's block has `format`.
@@ -203,11 +224,14 @@ fn block(config: &Config, index: usize, kind: BlockKind) -> BlockSpec {
             in_proj.slices = [("z", inner, 2), ("x", inner, 2), ("B", bc, 2), ("C", bc, 2), ("dt", heads, 8)]
                 .map(|(name, rows, min_bits)| SliceSpec { name, rows, min_bits })
                 .to_vec();
-            vec![in_proj, linear("out_proj", hidden, inner, mamba.proj_bias)]
+            vec![in_proj, linear("out_proj", hidden, inner, mamba.proj_bias).behind(Transform::RotateOut, inner / mamba.groups)]
         }
         BlockKind::Mlp => {
             let mlp = &config.mlp;
-            vec![linear("up_proj", mlp.intermediate, hidden, mlp.bias), linear("down_proj", hidden, mlp.intermediate, mlp.bias)]
+            vec![
+                linear("up_proj", mlp.intermediate, hidden, mlp.bias),
+                linear("down_proj", hidden, mlp.intermediate, mlp.bias).behind(Transform::RotateRelu2, mlp.intermediate),
+            ]
         }
         BlockKind::Attention => {
             let attention = &config.attention;
@@ -227,11 +251,13 @@ fn block(config: &Config, index: usize, kind: BlockKind) -> BlockSpec {
             let mut linears = Vec::with_capacity(2 * moe.experts + 4);
             for expert in 0..moe.experts {
                 linears.push(linear(&format!("experts.{expert}.up_proj"), moe.intermediate, width, config.mlp.bias));
-                linears.push(linear(&format!("experts.{expert}.down_proj"), width, moe.intermediate, config.mlp.bias));
+                let down = linear(&format!("experts.{expert}.down_proj"), width, moe.intermediate, config.mlp.bias);
+                linears.push(down.behind(Transform::RotateRelu2, moe.intermediate));
             }
             if moe.shared_intermediate > 0 {
                 linears.push(linear("shared_experts.up_proj", moe.shared_intermediate, hidden, config.mlp.bias));
-                linears.push(linear("shared_experts.down_proj", hidden, moe.shared_intermediate, config.mlp.bias));
+                let down = linear("shared_experts.down_proj", hidden, moe.shared_intermediate, config.mlp.bias);
+                linears.push(down.behind(Transform::RotateRelu2, moe.shared_intermediate));
             }
             if let Some(latent) = moe.latent {
                 linears.push(linear("fc1_latent_proj", latent, hidden, config.mlp.bias));

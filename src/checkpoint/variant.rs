@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::layout::{Layout, LinearSpec};
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, QuantizedMatrix, Scheme, WeightPart, packing};
+use crate::format::{BlockKind, Format, Plan, QuantizedMatrix, Scheme, Transform, WeightPart, packing};
 
 /// The manifest of a variant, beside its weights.
 pub const STRATA_FILE: &str = "strata.toml";
@@ -53,8 +53,11 @@ pub struct Provenance {
     /// SHA-256 of the source checkpoint.
     pub source: String,
     pub recipe: String,
-    /// How weights were rounded: `rtn`.
+    /// How weights were rounded.
     pub method: String,
+    /// What was done to the weights before, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub transforms: Vec<Transform>,
     /// SHA-256 of the token ids that the sample (and calibration, where the method has one) ran on.
     pub sample: String,
     pub seed: u64,

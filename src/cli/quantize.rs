@@ -63,6 +63,7 @@ impl Quantize {
             name: variant.name,
             recipe: recipe.name,
             method: recipe.method,
+            transforms: recipe.transforms,
             plan: plan.clone(),
             sample,
             storage: if self.portable { StorageLayout::Portable } else { StorageLayout::Native },

@@ -9,7 +9,7 @@ use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
-use crate::format::{Format, Plan};
+use crate::format::{Format, Plan, Transform};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
@@ -54,6 +54,7 @@ pub struct QuantizeJob {
     pub name: String,
     pub recipe: String,
     pub method: Method,
+    pub transforms: Vec<Transform>,
     pub plan: Plan,
     pub sample: SampleSpec,
     pub storage: StorageLayout,
@@ -145,6 +146,7 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         checkpoint: &checkpoint,
         recipe: job.recipe,
         method: job.method,
+        transforms: job.transforms,
         plan,
         sample,
         storage: job.storage,

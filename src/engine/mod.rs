@@ -8,6 +8,7 @@ mod job;
 mod progress;
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -100,8 +101,13 @@ impl Engine {
                 // Receivers may be gone when the program is ending: nobody is left to be told.
                 let send = |event| drop(event_sender.send(event));
                 send(Event::Started { id, title: title.clone() });
-                progress_sender.send_replace(Progress::begin(id, title));
-                let outcome = pool.install(|| job::run(id, job, &cancel, &progress_sender, &send));
+                progress_sender.send_replace(Progress::begin(id, title.clone()));
+                // A panic in a job is that job's failure; the panic hook has told where it was.
+                let run = AssertUnwindSafe(|| pool.install(|| job::run(id, job, &cancel, &progress_sender, &send)));
+                let outcome = catch_unwind(run).unwrap_or_else(|_| {
+                    Err(Error::run(format!("the job `{title}` crashed; this is a fault of strata"))
+                        .hint("please report it with what was printed above"))
+                });
                 progress_sender.send_replace(Progress::default());
                 lock(&finished).remove(&id);
                 send(Event::Finished { id, outcome });

@@ -9,7 +9,9 @@ mod matrix;
 pub mod packing;
 mod plan;
 mod scheme;
+mod transform;
 
 pub use matrix::{LinearWeights, QuantizedMatrix, WeightPart, round_to_nearest};
 pub use plan::{BlockKind, Plan, Selector};
 pub use scheme::{Format, GROUP_SIZES, Scheme};
+pub use transform::Transform;

@@ -31,6 +31,8 @@ struct Ssm<B: Backend> {
 
 /// relu² MLP: `down(relu(up(x))²)`.
 pub(super) struct Mlp<B: Backend> {
+    /// In front of its linears' names: empty, or `experts.3.`.
+    prefix: String,
     up: B::Linear,
     down: B::Linear,
 }
@@ -59,7 +61,12 @@ pub trait BlockSource {
 }
 
 /// Hands each linear of a block its input before it is applied: (name in the mixer, input). The router is no linear.
-pub type Tap<'a, B> = dyn FnMut(&str, &<B as Backend>::Activation) -> Result<()> + 'a;
+pub type Tap<'a, B> = dyn Fn(&str, &<B as Backend>::Activation) -> Result<()> + 'a;
+
+/// Hands a linear's input to the tap, if there is one.
+pub(super) fn observe<B: Backend>(tap: Option<&Tap<'_, B>>, name: &str, x: &B::Activation) -> Result<()> {
+    tap.map_or(Ok(()), |tap| tap(name, x))
+}
 
 /// A block as `checkpoint` stores it.
 struct Stored<'a> {
@@ -117,7 +124,7 @@ impl<B: Backend> Block<B> {
                     out_proj: linear("out_proj")?,
                 }))
             }
-            BlockKind::Mlp => Mixer::Mlp(Mlp::new(linear("up_proj")?, linear("down_proj")?)),
+            BlockKind::Mlp => Mixer::Mlp(Mlp::new(String::new(), linear("up_proj")?, linear("down_proj")?)),
             BlockKind::Attention => {
                 let attention = &config.attention;
                 Mixer::Attention(Box::new(Attention {
@@ -144,13 +151,20 @@ impl<B: Backend> Block<B> {
 
     /// The residual stream behind the block, `[tokens, hidden]`.
     pub fn forward(&self, backend: &B, h: B::Tensor, sequences: &Sequences, cache: Option<&mut BlockCache<B>>) -> Result<B::Tensor> {
-        let mixed = self.mix(backend, &h, sequences, cache)?;
+        let mixed = self.mix(backend, &h, sequences, cache, None)?;
         backend.add(h, &mixed)
     }
 
-    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`.
+    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input.
     #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
-    pub fn mix(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, cache: Option<&mut BlockCache<B>>) -> Result<B::Tensor> {
+    pub fn mix(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        sequences: &Sequences,
+        cache: Option<&mut BlockCache<B>>,
+        tap: Option<&Tap<'_, B>>,
+    ) -> Result<B::Tensor> {
         let norm = |emit| backend.rms_norm(h, &self.norm, self.eps, emit);
         match &self.mixer {
             Mixer::Ssm(ssm) => {
@@ -158,13 +172,16 @@ impl<B: Backend> Block<B> {
                     Some(BlockCache::Ssm(cache)) => Some(cache),
                     _ => None,
                 };
-                let projected = backend.linear(&ssm.in_proj, &norm(backend.reads(&ssm.in_proj))?)?;
+                let x = norm(backend.reads(&ssm.in_proj))?;
+                observe::<B>(tap, "in_proj", &x)?;
+                let projected = backend.linear(&ssm.in_proj, &x)?;
                 let y = backend.mamba_scan(&projected, &ssm.parameters, &ssm.shape, sequences, cache)?;
                 let emit = backend.reads(&ssm.out_proj);
                 let gated = backend.gated_norm(&y, &projected, &ssm.norm, &ssm.shape, self.eps, emit)?;
+                observe::<B>(tap, "out_proj", &gated)?;
                 backend.linear(&ssm.out_proj, &gated)
             }
-            Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?),
+            Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?, tap),
             Mixer::Attention(attention) => {
                 let cache = match cache {
                     Some(BlockCache::KeyValue(cache)) => Some(cache),
@@ -172,11 +189,16 @@ impl<B: Backend> Block<B> {
                 };
                 let emit = [&attention.k, &attention.v].into_iter().fold(backend.reads(&attention.q), |emit, w| emit.and(backend.reads(w)));
                 let x = norm(emit)?;
+                for name in ["q_proj", "k_proj", "v_proj"] {
+                    observe::<B>(tap, name, &x)?;
+                }
                 let (q, k, v) = (backend.linear(&attention.q, &x)?, backend.linear(&attention.k, &x)?, backend.linear(&attention.v, &x)?);
                 let mixed = backend.attention(&q, &k, &v, &attention.shape, sequences, cache)?;
-                backend.linear(&attention.o, &backend.emit(mixed, backend.reads(&attention.o))?)
+                let mixed = backend.emit(mixed, backend.reads(&attention.o))?;
+                observe::<B>(tap, "o_proj", &mixed)?;
+                backend.linear(&attention.o, &mixed)
             }
-            Mixer::Moe(moe) => moe.forward(backend, &norm(moe.reads(backend).and(Emit::FLOAT))?),
+            Mixer::Moe(moe) => moe.forward(backend, &norm(moe.reads(backend).and(Emit::FLOAT))?, tap),
         }
     }
 
@@ -193,8 +215,8 @@ impl<B: Backend> Block<B> {
 }
 
 impl<B: Backend> Mlp<B> {
-    pub(super) fn new(up: B::Linear, down: B::Linear) -> Self {
-        Self { up, down }
+    pub(super) fn new(prefix: String, up: B::Linear, down: B::Linear) -> Self {
+        Self { prefix, up, down }
     }
 
     /// The form in which the first linear reads its input.
@@ -202,9 +224,12 @@ impl<B: Backend> Mlp<B> {
         backend.reads(&self.up)
     }
 
-    pub(super) fn forward(&self, backend: &B, x: &B::Activation) -> Result<B::Tensor> {
+    pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
+        observe::<B>(tap, &format!("{}up_proj", self.prefix), x)?;
         let wide = backend.linear(&self.up, x)?;
-        backend.linear(&self.down, &backend.relu2(&wide, backend.reads(&self.down))?)
+        let x = backend.relu2(&wide, backend.reads(&self.down))?;
+        observe::<B>(tap, &format!("{}down_proj", self.prefix), &x)?;
+        backend.linear(&self.down, &x)
     }
 
     pub(super) fn resident_bytes(&self, backend: &B) -> u64 {

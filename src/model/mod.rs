@@ -8,6 +8,6 @@ mod moe;
 mod stream;
 pub mod trace;
 
-pub use block::{Block, BlockCache};
+pub use block::{Block, BlockCache, BlockSource, Tap};
 pub use hybrid::{Cache, Ends, Hybrid};
 pub use stream::Stream;

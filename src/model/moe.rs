@@ -1,6 +1,6 @@
 //! Mixture of experts: sigmoid router in f32, chosen experts, shared expert, optional latent projections.
 
-use super::block::Mlp;
+use super::block::{Mlp, Tap, observe};
 use crate::backend::{Backend, Emit};
 use crate::checkpoint::MoeConfig;
 use crate::error::Result;
@@ -26,7 +26,7 @@ impl<B: Backend> Moe<B> {
         linear: &dyn Fn(&str) -> Result<B::Linear>,
         hidden: usize,
     ) -> Result<Self> {
-        let mlp = |name: &str| Ok(Mlp::new(linear(&format!("{name}.up_proj"))?, linear(&format!("{name}.down_proj"))?));
+        let mlp = |name: &str| Ok(Mlp::new(format!("{name}."), linear(&format!("{name}.up_proj"))?, linear(&format!("{name}.down_proj"))?));
         Ok(Self {
             gate: backend.prepare(LinearWeights::float(tensor("gate.weight")?, hidden))?,
             correction: tensor("gate.e_score_correction_bias")?,
@@ -50,10 +50,10 @@ impl<B: Backend> Moe<B> {
     }
 
     fn experts_read(&self, backend: &B) -> Emit {
-        self.experts.iter().fold(Emit { float: false, int8: false }, |emit, expert| emit.and(expert.reads(backend)))
+        self.experts.iter().fold(Emit::NONE, |emit, expert| emit.and(expert.reads(backend)))
     }
 
-    pub(super) fn forward(&self, backend: &B, x: &B::Activation) -> Result<B::Tensor> {
+    pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
         let scores = backend.download(&backend.linear(&self.gate, x)?)?;
         let tokens = scores.len() / self.config.experts;
         // For each expert the tokens that chose it, with their weights; experts are added in ascending order.
@@ -65,7 +65,10 @@ impl<B: Backend> Moe<B> {
             }
         }
         let latent = match &self.latent {
-            Some((into, _)) => Some(backend.emit(backend.linear(into, x)?, self.experts_read(backend))?),
+            Some((into, _)) => {
+                observe::<B>(tap, "fc1_latent_proj", x)?;
+                Some(backend.emit(backend.linear(into, x)?, self.experts_read(backend))?)
+            }
             None => None,
         };
         let input = latent.as_ref().unwrap_or(x);
@@ -74,7 +77,7 @@ impl<B: Backend> Moe<B> {
             if chosen.is_empty() {
                 continue;
             }
-            let out = expert.forward(backend, &backend.gather(input, chosen)?)?;
+            let out = expert.forward(backend, &backend.gather(input, chosen)?, tap)?;
             let into = match sum.take() {
                 Some(sum) => sum,
                 None => {
@@ -87,10 +90,12 @@ impl<B: Backend> Moe<B> {
         // At least one expert is chosen for every token, so there is a sum whenever there are tokens.
         let mut out = sum.ok_or_else(|| crate::error::Error::run("a mixture of experts was given no tokens"))?;
         if let Some((_, back)) = &self.latent {
-            out = backend.linear(back, &backend.emit(out, backend.reads(back))?)?;
+            let x = backend.emit(out, backend.reads(back))?;
+            observe::<B>(tap, "fc2_latent_proj", &x)?;
+            out = backend.linear(back, &x)?;
         }
         match &self.shared {
-            Some(shared) => backend.add(out, &shared.forward(backend, x)?),
+            Some(shared) => backend.add(out, &shared.forward(backend, x, tap)?),
             None => Ok(out),
         }
     }

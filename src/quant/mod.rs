@@ -1,11 +1,16 @@
 //! Quantization: recipes, the sample text, weight methods, and the pipeline that makes a variant on disk.
 //! Start with [`quantize`].
 
+mod calibrate;
+mod gptq;
+pub mod hadamard;
 mod method;
 mod pipeline;
 mod publish;
 mod recipe;
 mod sample;
+mod transform;
+mod weights;
 
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::work_directory;

@@ -9,14 +9,18 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use half::bf16;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::method::{QuantizedLinear, quantize_linear};
+use super::calibrate;
+use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::publish::{self, TensorOut};
 use super::recipe::Method;
 use super::sample::Sample;
-use crate::backend::{Backend, Sequences};
+use super::transform::Transforms;
+use super::weights::FloatBlock;
+use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
     VARIANT_SCHEMA, VariantManifest, linear_tensors, quantization_config, sha256_hex,
@@ -24,8 +28,8 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Format, Plan};
-use crate::model::{Block, Stream};
+use crate::format::{Format, LinearWeights, Plan, Transform};
+use crate::model::{Block, BlockSource, Stream};
 use crate::monitor::Monitor;
 
 /// What to quantize, how, and to where.
@@ -34,6 +38,7 @@ pub struct QuantizeRequest<'a> {
     /// Name of the recipe, for provenance.
     pub recipe: String,
     pub method: Method,
+    pub transforms: Vec<Transform>,
     pub plan: Plan,
     pub sample: Sample,
     pub storage: StorageLayout,
@@ -71,6 +76,7 @@ pub fn request_key(source: &str, request: &QuantizeRequest<'_>) -> String {
         "source": source,
         "recipe": request.recipe,
         "method": request.method,
+        "transforms": request.transforms,
         "plan": request.plan,
         "sample": request.sample.sha256(),
         "seed": request.sample.seed,
@@ -107,6 +113,7 @@ struct Pipeline<'a, B: Backend> {
     work: &'a Path,
     source: String,
     state: State,
+    transforms: Transforms,
 }
 
 impl<'a, B: Backend> Pipeline<'a, B> {
@@ -132,7 +139,24 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
         }
-        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state })
+        let second_moment = if request.transforms.contains(&Transform::RotateResidual) {
+            Some(calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?)
+        } else {
+            None
+        };
+        let transforms = Transforms::new(&request.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?;
+        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
+    }
+
+    fn rounding(&self, format: Format) -> Rounding<'_> {
+        let float_bytes = self.request.checkpoint.layout.float_bytes;
+        Rounding { method: self.request.method, format, transforms: &self.request.transforms, float_bytes }
+    }
+
+    /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
+    fn embedding(&self) -> Result<QuantizedLinear> {
+        let table = self.transforms.embedding(self.request.checkpoint)?;
+        Ok(quantize_linear(&table, &self.request.checkpoint.layout.embedding, &self.rounding(self.request.plan.embedding), None))
     }
 
     fn run(mut self) -> Result<VariantManifest> {
@@ -174,8 +198,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let sequences = batches.iter().map(|(_, sequences)| sequences.clone()).collect();
         let mut streams = if self.state.boundaries.is_empty() {
             let reference = Stream::new(self.backend, self.request.checkpoint, &batches)?.boundary().to_vec();
-            let table = quantize_linear(self.request.checkpoint, &self.request.checkpoint.layout.embedding, self.request.plan.embedding)?;
-            let table = self.backend.prepare_embedding(table.weights(self.request.checkpoint.config.hidden_size))?;
+            let mut table = self.embedding()?.weights(self.request.checkpoint.config.hidden_size);
+            table.int8_activations = false;
+            let table = self.backend.prepare_embedding(table)?;
             let quantized = batches.iter().map(|(ids, _)| self.backend.embed(&table, ids)).collect::<Result<_>>()?;
             let streams = Streams { reference, quantized, sequences };
             self.state.boundaries.push(self.boundary_hash(&streams.quantized, "the embedding")?);
@@ -203,29 +228,42 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
         let (spec, checkpoint, format) = (&self.blocks[index], self.request.checkpoint, self.request.plan.blocks[index]);
-        let mut linears: BTreeMap<&str, (&LinearSpec, QuantizedLinear)> = BTreeMap::new();
+        let weights = self.transforms.block(checkpoint, spec)?;
+        let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.transforms };
+        let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
+        let hessians = if self.request.method == Method::Gptq && format.weight_bits() < 16 {
+            calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences)?
+        } else {
+            BTreeMap::new()
+        };
+        let mut linears: BTreeMap<&str, QuantizedLinear> = BTreeMap::new();
         for linear in &spec.linears {
-            linears.insert(&linear.name, (linear, quantize_linear(checkpoint, linear, format)?));
+            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
+            linears.insert(&linear.name, quantize_linear(weights.linear(&linear.name)?, linear, &self.rounding(format), hessian));
         }
         let mut tensors: Vec<TensorOut> = Vec::new();
         for other in &spec.others {
-            tensors.push(self.copy(&other.name)?);
+            match weights.tensors.get(&other.name) {
+                Some(values) => {
+                    let bytes = values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect();
+                    tensors.push((self.stored(&other.name), Dtype::F32, other.shape.clone(), Cow::Owned(bytes)));
+                }
+                None => tensors.push(self.copy(&other.name)?),
+            }
         }
-        for (linear, quantized) in linears.values() {
-            self.push_linear(linear, quantized, &mut tensors)?;
+        for linear in &spec.linears {
+            self.push_linear(linear, &linears[linear.name.as_str()], &mut tensors)?;
         }
         publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
         drop(tensors);
 
         let float_block = Block::load(self.backend, checkpoint, index)?;
-        let quantized_block = Block::assemble(self.backend, checkpoint, spec, &|name| match linears.get(name) {
-            Some((linear, quantized)) => Ok(quantized.weights(linear.cols)),
-            None => Err(Error::run(format!("block {index} has no linear `{name}`"))),
-        })?;
+        let quantized_block =
+            Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
-            let exact = float_block.mix(self.backend, quantized, sequences, None)?;
-            let rounded = quantized_block.mix(self.backend, quantized, sequences, None)?;
+            let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
+            let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
             for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
                 difference += f64::from(exact - rounded).powi(2);
                 norm += f64::from(*exact).powi(2);
@@ -239,14 +277,25 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             format,
             error: if norm > 0.0 { (difference / norm).sqrt() } else { 0.0 },
             bytes: spec.linear_bytes(format, checkpoint.layout.float_bytes),
-            notes: linears.into_values().flat_map(|(_, quantized)| quantized.notes).collect(),
+            notes: linears.into_values().flat_map(|quantized| quantized.notes).collect(),
         })
     }
 
     /// Appends what stores `linear`: its quantized tensors, or the source's own.
     fn push_linear<'t>(&'t self, linear: &LinearSpec, quantized: &QuantizedLinear, tensors: &mut Vec<TensorOut<'t>>) -> Result<()> {
-        if quantized.is_float() {
-            tensors.push(self.copy(&format!("{}.weight", linear.stem))?);
+        match quantized.float() {
+            Some(values) if quantized.changed => {
+                let half = self.request.checkpoint.layout.float_bytes == 2;
+                let (dtype, bytes) = if half {
+                    (Dtype::BF16, values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
+                } else {
+                    (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+                };
+                let name = self.stored(&format!("{}.weight", linear.stem));
+                tensors.push((name, dtype, vec![linear.rows, linear.cols], Cow::Owned(bytes)));
+            }
+            Some(_) => tensors.push(self.copy(&format!("{}.weight", linear.stem))?),
+            None => {}
         }
         let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts);
         tensors.extend(owned.into_iter().map(|(name, dtype, shape, bytes)| (name, dtype, shape, Cow::Owned(bytes))));
@@ -322,17 +371,23 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     /// returns the sample's float and quantized logits.
     fn write_ends(&self, streams: &Streams<B>) -> Result<Logits<B>> {
         let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
-        let mut tensors: Vec<TensorOut> = vec![self.copy(&layout.final_norm.name)?];
-        let table = quantize_linear(checkpoint, &layout.embedding, plan.embedding)?;
-        self.push_linear(&layout.embedding, &table, &mut tensors)?;
-        // A tied head is stored apart as soon as it or the embedding is quantized: their formats differ.
-        let head_source = LinearSpec { stem: if layout.tied { "embeddings" } else { "lm_head" }.into(), ..layout.head.clone() };
-        let head = quantize_linear(checkpoint, &head_source, plan.head)?;
+        let norm = self.transforms.final_norm(checkpoint)?;
+        let mut tensors: Vec<TensorOut> = Vec::new();
+        if self.request.transforms.contains(&Transform::FoldNorms) {
+            let bytes = norm.iter().flat_map(|value| value.to_le_bytes()).collect();
+            tensors.push((self.stored(&layout.final_norm.name), Dtype::F32, layout.final_norm.shape.clone(), Cow::Owned(bytes)));
+        } else {
+            tensors.push(self.copy(&layout.final_norm.name)?);
+        }
+        self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
+        let float_head = self.transforms.head(checkpoint)?;
+        let head = quantize_linear(&float_head, &layout.head, &self.rounding(plan.head), self.head_hessian(&norm, streams)?.as_deref());
+        // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
             self.push_linear(&layout.head, &head, &mut tensors)?;
-        } else if plan.head != Format::W16A16 || plan.embedding != Format::W16A16 {
-            self.monitor.warn("embedding and head were tied; each is stored in a format of its own");
-            if head.is_float() {
+        } else if self.unties() {
+            self.monitor.warn("embedding and head were tied; each is now stored for itself");
+            if head.float().is_some() && !head.changed {
                 let (_, dtype, shape, bytes) = self.copy("embeddings.weight")?;
                 tensors.push(("lm_head.weight".into(), dtype, shape, bytes));
             } else {
@@ -346,19 +401,40 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
 
-        let norm = checkpoint.read(&layout.final_norm.name)?;
-        let logits = |head, stream: &[B::Tensor]| {
+        let original_norm = checkpoint.read(&layout.final_norm.name)?;
+        let logits = |head, norm: &[f32], stream: &[B::Tensor]| {
             let head = self.backend.prepare(head)?;
             let logits = |h| {
-                let x = self.backend.rms_norm(h, &norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
+                let x = self.backend.rms_norm(h, norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
                 self.backend.linear(&head, &x)
             };
             stream.iter().map(logits).collect::<Result<Vec<_>>>()
         };
         Ok(Logits {
-            reference: logits(checkpoint.head()?, &streams.reference)?,
-            quantized: logits(head.weights(layout.head.cols), &streams.quantized)?,
+            reference: logits(checkpoint.head()?, &original_norm, &streams.reference)?,
+            quantized: logits(head.weights(layout.head.cols), &norm, &streams.quantized)?,
         })
+    }
+
+    /// Whether a tied model's embedding and head are no longer the same.
+    fn unties(&self) -> bool {
+        let plan = &self.request.plan;
+        plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.transforms.contains(&Transform::FoldNorms)
+    }
+
+    /// The Hessian of the head's input, where the method uses one.
+    fn head_hessian(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
+        if self.request.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
+            return Ok(None);
+        }
+        let mut sum = vec![0.0; norm.len() * norm.len()];
+        for h in &streams.quantized {
+            let x = self.backend.rms_norm(h, norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+            for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
+                *sum += value;
+            }
+        }
+        Ok(Some(sum))
     }
 
     fn sample_record(&self, logits: &Logits<B>) -> Result<SampleRecord> {
@@ -403,7 +479,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let mut layout = checkpoint.layout.clone();
         layout.blocks.clone_from(&self.blocks);
         config["quantization_config"] = quantization_config(request.storage, &layout, &request.plan, |name| self.stored(name));
-        if checkpoint.layout.tied && (request.plan.head != Format::W16A16 || request.plan.embedding != Format::W16A16) {
+        if checkpoint.layout.tied && self.unties() {
             config["tie_word_embeddings"] = json!(false);
         }
         self.write("config.json", &pretty(&config))?;
@@ -418,6 +494,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 source: self.source.clone(),
                 recipe: request.recipe.clone(),
                 method: request.method.name().into(),
+                transforms: request.transforms.clone(),
                 sample: request.sample.sha256(),
                 seed: request.sample.seed,
             },
@@ -459,6 +536,25 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Err(differs("the head"));
         }
         self.monitor.step(blocks + 1, "logits read back the same")
+    }
+}
+
+/// A block with quantized linears and the float tensors of a transformed one.
+struct QuantizedBlock<'a> {
+    float: FloatBlock<'a>,
+    linears: &'a BTreeMap<&'a str, QuantizedLinear>,
+}
+
+impl BlockSource for QuantizedBlock<'_> {
+    fn tensor(&self, name: &str) -> Result<Vec<f32>> {
+        self.float.tensor(name)
+    }
+
+    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
+        match self.linears.get(linear.name.as_str()) {
+            Some(quantized) => Ok(quantized.weights(linear.cols)),
+            None => Err(Error::run(format!("`{}` was not quantized", linear.stem))),
+        }
     }
 }
 

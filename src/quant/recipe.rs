@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, Selector};
+use crate::format::{BlockKind, Format, Plan, Selector, Transform};
 
 /// Schema of a recipe file.
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
@@ -18,8 +18,12 @@ const BUILT_IN: [&str; 3] = [include_str!("recipes/phase1.toml"), include_str!("
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
-    /// Round to nearest.
+    /// Round to nearest, scale = absmax / largest code.
     Rtn,
+    /// Round to nearest with the clipped scale that loses least.
+    Clip,
+    /// GPTQ with clipped scales weighted by the Hessian's diagonal.
+    Gptq,
 }
 
 impl Method {
@@ -27,6 +31,8 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Rtn => "rtn",
+            Self::Clip => "clip",
+            Self::Gptq => "gptq",
         }
     }
 }
@@ -52,6 +58,8 @@ pub struct Recipe {
     #[serde(default)]
     pub description: String,
     pub method: Method,
+    #[serde(default)]
+    pub transforms: Vec<Transform>,
     pub formats: Formats,
 }
 

@@ -92,6 +92,7 @@ impl Replay<'_> {
             name: variant.name.clone(),
             recipe: recipe.name,
             method: recipe.method,
+            transforms: recipe.transforms,
             plan,
             sample: self.session.calibration.clone(),
             storage: StorageLayout::Native,

@@ -125,7 +125,8 @@ impl Backend for Cpu {
                 WeightPart::Quantized(matrix) => Ok(Part::Packed(PackedMatrix::new(&matrix))),
             })
             .collect::<Result<_>>()?;
-        Ok(CpuLinear { rows, cols, parts, bias: weights.bias, int8_activations: weights.int8_activations })
+        let LinearWeights { bias, int8_activations, hadamard, .. } = weights;
+        Ok(CpuLinear { rows, cols, parts, bias, int8_activations, hadamard })
     }
 
     fn resident_bytes(&self, linear: &CpuLinear) -> u64 {

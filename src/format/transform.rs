@@ -1,0 +1,49 @@
+//! Transforms that leave a model's float function unchanged and make it easier to quantize.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// A function-preserving change of a model's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transform {
+    /// Norm weights into the linears that follow (QuaRot).
+    FoldNorms,
+    /// An orthogonal Q on the residual stream, fused offline into every reader and writer: eigenvectors of the
+    /// normalised stream's second moment times a full Hadamard matrix (MambaQuant's KLT-enhanced rotation).
+    RotateResidual,
+    /// Per-head Hadamard on values, undone in `o_proj` (QuaRot).
+    RotateVo,
+    /// Online block-Hadamard behind the gated norm, its inverse fused into `out_proj` (the rotation of MambaQuant's
+    /// smooth-fused rotation).
+    RotateOut,
+    /// Online block-Hadamard behind relu², its inverse fused into `down_proj` (QuaRot).
+    RotateRelu2,
+}
+
+impl Transform {
+    pub const ALL: [Self; 5] = [Self::FoldNorms, Self::RotateResidual, Self::RotateVo, Self::RotateOut, Self::RotateRelu2];
+
+    /// The word used in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FoldNorms => "fold-norms",
+            Self::RotateResidual => "rotate-residual",
+            Self::RotateVo => "rotate-vo",
+            Self::RotateOut => "rotate-out",
+            Self::RotateRelu2 => "rotate-relu2",
+        }
+    }
+
+    /// Whether the model has to compute something more when it runs.
+    pub fn is_online(self) -> bool {
+        matches!(self, Self::RotateOut | Self::RotateRelu2)
+    }
+}
+
+impl fmt::Display for Transform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}

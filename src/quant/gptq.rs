@@ -1,0 +1,234 @@
+//! GPTQ (Frantar et al., 2023): rounding column by column, each column's error made up for in those not yet rounded.
+//!
+//! Scales are found first, group by group, by the clipping that loses least under diag(H). Inside a group the columns
+//! are taken in descending order of diag(H), so no index is needed when the model runs.
+
+use faer::linalg::solvers::Llt;
+use faer::{Mat, Side};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::format::{QuantizedMatrix, Scheme};
+
+/// Damping as a share of the Hessian's mean diagonal: the first try, and how far it is raised.
+pub const DAMPING: f64 = 0.05;
+const DAMPING_LIMIT: f64 = 10.0;
+/// Rows that one task takes: a fixed tile, so that results do not depend on the number of threads.
+const ROWS: usize = 32;
+/// Clipping ratios that are tried, as shares of the absolute maximum.
+const CLIP_STEPS: usize = 26;
+
+/// What became of a Hessian.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Damping {
+    /// The damping that made it positive definite; `None`: none did, and the weights were rounded to nearest.
+    pub used: Option<f64>,
+}
+
+/// Quantizes `weights` `[rows, cols]` under `scheme` with the Hessian `hessian` `[cols, cols]` of its input.
+pub fn quantize(weights: &[f32], rows: usize, cols: usize, scheme: Scheme, hessian: &[f64]) -> (QuantizedMatrix, Damping) {
+    let diagonal: Vec<f64> = (0..cols).map(|c| hessian[c * cols + c]).collect();
+    let order = column_order(&diagonal, scheme.group(cols));
+    let (factor, damping) = match inverse_factor(hessian, &diagonal, &order) {
+        Some((factor, damping)) => (Some(factor), Some(damping)),
+        None => (None, None),
+    };
+    let tiles: Vec<(Vec<i8>, Vec<f32>)> =
+        weights.par_chunks(ROWS * cols).map(|tile| quantize_tile(tile, cols, scheme, &diagonal, &order, factor.as_deref())).collect();
+    let (codes, scales): (Vec<Vec<i8>>, Vec<Vec<f32>>) = tiles.into_iter().unzip();
+    (QuantizedMatrix { scheme, rows, cols, codes: codes.concat(), scales: scales.concat() }, Damping { used: damping })
+}
+
+/// Round-to-nearest with the scale that loses least, all inputs counting alike.
+pub fn round_clipped(weights: &[f32], rows: usize, cols: usize, scheme: Scheme) -> QuantizedMatrix {
+    let (diagonal, order): (Vec<f64>, Vec<usize>) = (vec![1.0; cols], (0..cols).collect());
+    let round = |tile| quantize_tile(tile, cols, scheme, &diagonal, &order, None);
+    let (codes, scales): (Vec<Vec<i8>>, Vec<Vec<f32>>) = weights.par_chunks(ROWS * cols).map(round).unzip();
+    QuantizedMatrix { scheme, rows, cols, codes: codes.concat(), scales: scales.concat() }
+}
+
+/// Columns in the order in which they are rounded: group after group, inside a group by descending diag(H).
+fn column_order(diagonal: &[f64], group: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..diagonal.len()).collect();
+    for group in order.chunks_mut(group) {
+        group.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]));
+    }
+    order
+}
+
+/// The upper Cholesky factor U of the damped Hessian's inverse, `H⁻¹ = Uᵀ U`, columns in `order`; row j divided by
+/// its diagonal element, which stays on the diagonal. Damping is raised until the Hessian is positive definite.
+fn inverse_factor(hessian: &[f64], diagonal: &[f64], order: &[usize]) -> Option<(Vec<f32>, f64)> {
+    let n = order.len();
+    let mean = diagonal.iter().sum::<f64>() / n as f64;
+    if !mean.is_finite() || mean <= 0.0 {
+        return None;
+    }
+    let mut damping = DAMPING;
+    while damping <= DAMPING_LIMIT {
+        let damped = Mat::from_fn(n, n, |i, j| hessian[order[i] * n + order[j]] + if i == j { damping * mean } else { 0.0 });
+        if let Some(factor) = factor_of_inverse(&damped) {
+            return Some((factor, damping));
+        }
+        damping *= 2.0;
+    }
+    None
+}
+
+fn factor_of_inverse(damped: &Mat<f64>) -> Option<Vec<f32>> {
+    let n = damped.nrows();
+    // H⁻¹ = Uᵀ U is the Cholesky factorization of the inverse; U is its transposed lower factor.
+    let inverse = Llt::new(damped.as_ref(), Side::Lower).ok()?;
+    let inverse = faer::linalg::solvers::DenseSolveCore::inverse(&inverse);
+    let lower = Llt::new(inverse.as_ref(), Side::Lower).ok()?;
+    let lower = lower.L();
+    let mut factor = vec![0.0; n * n];
+    for row in 0..n {
+        let pivot = lower[(row, row)];
+        for column in row..n {
+            let value = if column == row { pivot } else { lower[(column, row)] / pivot };
+            factor[row * n + column] = value as f32;
+        }
+    }
+    factor.iter().all(|value| value.is_finite()).then_some(factor)
+}
+
+/// Codes and scales of a few rows.
+fn quantize_tile(
+    tile: &[f32],
+    cols: usize,
+    scheme: Scheme,
+    diagonal: &[f64],
+    order: &[usize],
+    factor: Option<&[f32]>,
+) -> (Vec<i8>, Vec<f32>) {
+    let rows = tile.len() / cols;
+    let group = scheme.group(cols);
+    let groups = cols / group;
+    // Columns in rounding order.
+    let mut work: Vec<f32> = tile.chunks_exact(cols).flat_map(|row| order.iter().map(|c| row[*c])).collect();
+    let weights: Vec<f64> = order.iter().map(|c| diagonal[*c]).collect();
+    let mut codes = vec![0; rows * cols];
+    let mut scales = vec![0.0; rows * groups];
+    let (low, high) = code_range(scheme);
+    for j in 0..cols {
+        for row in 0..rows {
+            let values = &mut work[row * cols..(row + 1) * cols];
+            if j % group == 0 {
+                scales[row * groups + j / group] = search_scale(&values[j..j + group], &weights[j..j + group], scheme);
+            }
+            let scale = scales[row * groups + j / group];
+            let code = if scale > 0.0 { (values[j] / scale).round_ties_even().clamp(low, high) } else { 0.0 };
+            codes[row * cols + order[j]] = code as i8;
+            if let Some(factor) = factor {
+                let error = values[j] - code * scale;
+                let later = &factor[j * cols + j + 1..(j + 1) * cols];
+                for (value, share) in values[j + 1..].iter_mut().zip(later) {
+                    *value -= error * share;
+                }
+            }
+        }
+    }
+    (codes, scales)
+}
+
+fn code_range(scheme: Scheme) -> (f32, f32) {
+    let high = f32::from(scheme.max_code());
+    (if matches!(scheme, Scheme::Int8) { -high } else { -high - 1.0 }, high)
+}
+
+/// The scale (rounded to its stored type) that loses least under the weights `importance`, over clipping ratios from
+/// 0.5 to 1; for int4 also with the extreme mapped to −8.
+pub fn search_scale(values: &[f32], importance: &[f64], scheme: Scheme) -> f32 {
+    let absmax = values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
+    let (low, high) = code_range(scheme);
+    let stored = |scale: f32| if matches!(scheme, Scheme::Int8) { scale } else { bf16::from_f32(scale).to_f32() };
+    let loss = |scale: f32| -> f64 {
+        if scale <= 0.0 {
+            return f64::INFINITY;
+        }
+        let error = |value: f32| f64::from(value - (value / scale).round_ties_even().clamp(low, high) * scale);
+        values.iter().zip(importance).map(|(value, importance)| (importance + f64::MIN_POSITIVE) * error(*value).powi(2)).sum()
+    };
+    let mut best = (stored(absmax / high), f64::INFINITY);
+    let divisors: &[f32] = if high == -low { &[high] } else { &[high, -low] };
+    for divisor in divisors {
+        for step in 0..CLIP_STEPS {
+            let ratio = 1.0 - 0.5 * step as f32 / (CLIP_STEPS - 1) as f32;
+            let scale = stored(absmax * ratio / divisor);
+            let found = loss(scale);
+            if found < best.1 {
+                best = (scale, found);
+            }
+        }
+    }
+    best.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::round_to_nearest;
+
+    fn random(count: usize, mut seed: u64) -> Vec<f32> {
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 40) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..count).map(|_| next() + next() + next()).collect()
+    }
+
+    /// A Hessian of correlated inputs.
+    fn hessian(cols: usize) -> Vec<f64> {
+        let basis = random(cols * cols, 5);
+        let mut h = vec![0.0; cols * cols];
+        for t in 0..4 * cols {
+            let mix = random(cols, 77 + t as u64);
+            let x: Vec<f64> = (0..cols).map(|c| f64::from(mix[c] + 0.8 * mix[0] * basis[c] * 4.0)).collect();
+            for i in 0..cols {
+                for j in 0..cols {
+                    h[i * cols + j] += x[i] * x[j];
+                }
+            }
+        }
+        h
+    }
+
+    fn loss(weights: &[f32], quantized: &QuantizedMatrix, h: &[f64]) -> f64 {
+        let cols = quantized.cols;
+        let error: Vec<f64> = weights.iter().zip(quantized.dequantize()).map(|(w, q)| f64::from(w - q)).collect();
+        let row =
+            |e: &[f64]| (0..cols).flat_map(|i| (0..cols).map(move |j| (i, j))).map(|(i, j)| e[i] * h[i * cols + j] * e[j]).sum::<f64>();
+        error.chunks_exact(cols).map(row).sum()
+    }
+
+    #[test]
+    fn output_error_is_far_below_round_to_nearest() {
+        let (rows, cols) = (40, 64);
+        let (weights, h) = (random(rows * cols, 1), hessian(cols));
+        for scheme in [Scheme::Int4 { group: 32 }, Scheme::Int8] {
+            let (found, damping) = quantize(&weights, rows, cols, scheme, &h);
+            assert_eq!(damping.used, Some(DAMPING));
+            let ratio = loss(&weights, &found, &h) / loss(&weights, &round_to_nearest(&weights, rows, cols, scheme), &h);
+            assert!(ratio < 0.7, "{scheme:?} {ratio}");
+        }
+    }
+
+    #[test]
+    fn a_hessian_of_zeros_falls_back_to_rounding() {
+        let weights = random(4 * 32, 3);
+        let (found, damping) = quantize(&weights, 4, 32, Scheme::Int4 { group: 32 }, &[0.0; 32 * 32]);
+        assert_eq!(damping.used, None);
+        assert!(weights.iter().zip(found.dequantize()).all(|(w, q)| (w - q).abs() < 0.2));
+    }
+
+    #[test]
+    fn threads_do_not_matter() {
+        let (weights, h) = (random(100 * 64, 9), hessian(64));
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| quantize(&weights, 100, 64, Scheme::Int4 { group: 64 }, &h).0)
+        };
+        assert_eq!(run(1), run(2));
+    }
+}

@@ -1,0 +1,165 @@
+//! The transforms applied to weights: folded norms and fused rotations.
+
+use faer::{Mat, MatRef};
+
+use super::hadamard;
+use super::weights::{BlockWeights, FloatLinear};
+use crate::checkpoint::{BlockSpec, Checkpoint};
+use crate::error::{Error, Result};
+use crate::format::{BlockKind, Transform};
+
+/// The transforms of a run, with the rotation of the residual stream where there is one.
+pub struct Transforms {
+    pub list: Vec<Transform>,
+    /// Q `[hidden, hidden]`: the rotated stream is `h Q`.
+    rotation: Option<Mat<f64>>,
+}
+
+/// Linears of a block that read the residual stream (behind the norm), and those that write to it.
+fn readers_and_writers(spec: &BlockSpec) -> (Vec<&str>, Vec<&str>) {
+    let latent = spec.linear("fc1_latent_proj").is_some();
+    let reads = |name: &str| match spec.kind {
+        BlockKind::Ssm => name == "in_proj",
+        BlockKind::Mlp => name == "up_proj",
+        BlockKind::Attention => name != "o_proj",
+        BlockKind::Moe => name == "fc1_latent_proj" || (name.ends_with("up_proj") && (!latent || name.starts_with("shared"))),
+    };
+    let writes = |name: &str| match spec.kind {
+        BlockKind::Ssm => name == "out_proj",
+        BlockKind::Mlp => name == "down_proj",
+        BlockKind::Attention => name == "o_proj",
+        BlockKind::Moe => name == "fc2_latent_proj" || (name.ends_with("down_proj") && (!latent || name.starts_with("shared"))),
+    };
+    let names = || spec.linears.iter().map(|linear| linear.name.as_str());
+    (names().filter(|name| reads(name)).collect(), names().filter(|name| writes(name)).collect())
+}
+
+impl Transforms {
+    /// Checks the order that the transforms need: a rotated residual needs folded norms. `second_moment` `[hidden, hidden]`
+    /// is that of the normalised stream, needed for the rotation only.
+    pub fn new(list: &[Transform], second_moment: Option<&[f64]>, hidden: usize) -> Result<Self> {
+        let has = |transform| list.contains(&transform);
+        if has(Transform::RotateResidual) && !has(Transform::FoldNorms) {
+            return Err(Error::input("rotate-residual needs fold-norms: a norm's weight does not commute with a rotation")
+                .hint("add \"fold-norms\" to the recipe's transforms"));
+        }
+        let rotation = if has(Transform::RotateResidual) { Some(residual_rotation(second_moment, hidden)?) } else { None };
+        Ok(Self { list: list.to_vec(), rotation })
+    }
+
+    fn has(&self, transform: Transform) -> bool {
+        self.list.contains(&transform)
+    }
+
+    /// Reads a block and applies the transforms to it.
+    pub fn block(&self, checkpoint: &Checkpoint, spec: &BlockSpec) -> Result<BlockWeights> {
+        let mut weights = BlockWeights::read(checkpoint, spec)?;
+        let (readers, writers) = readers_and_writers(spec);
+        let gate = format!("{}mixer.gate.weight", spec.prefix);
+        if spec.kind == BlockKind::Moe && self.has(Transform::FoldNorms) {
+            let rows = checkpoint.config.moe.experts;
+            let router = FloatLinear::read(checkpoint, gate.trim_end_matches(".weight"), rows, checkpoint.config.hidden_size, false)?;
+            weights.linears.insert("gate".into(), router);
+        }
+        if self.has(Transform::FoldNorms) {
+            let name = format!("{}norm.weight", spec.prefix);
+            let norm: Vec<f64> = checkpoint.read(&name)?.into_iter().map(f64::from).collect();
+            for reader in readers.iter().copied().chain(weights.linears.contains_key("gate").then_some("gate")) {
+                weights.linear_mut(reader)?.scale_inputs(&norm);
+            }
+            weights.tensors.insert(name, vec![1.0; norm.len()]);
+            if spec.kind == BlockKind::Ssm {
+                let name = format!("{}mixer.norm.weight", spec.prefix);
+                let norm: Vec<f64> = checkpoint.read(&name)?.into_iter().map(f64::from).collect();
+                weights.linear_mut("out_proj")?.scale_inputs(&norm);
+                weights.tensors.insert(name, vec![1.0; norm.len()]);
+            }
+        }
+        if self.has(Transform::RotateVo) && spec.kind == BlockKind::Attention {
+            rotate_values(&mut weights, checkpoint)?;
+        }
+        if let Some(rotation) = &self.rotation {
+            for reader in readers.iter().copied().chain(weights.linears.contains_key("gate").then_some("gate")) {
+                weights.linear_mut(reader)?.rotate_inputs(rotation.as_ref());
+            }
+            for writer in writers {
+                weights.linear_mut(writer)?.rotate_outputs(rotation.as_ref());
+            }
+        }
+        for linear in &spec.linears {
+            if let Some(block) = linear.hadamard(&self.list) {
+                weights.linear_mut(&linear.name)?.transform_inputs(block);
+            }
+        }
+        if let Some(router) = weights.linears.remove("gate") {
+            weights.tensors.insert(gate, router.values().into_iter().map(f64::from).collect());
+        }
+        for linear in spec.linears.iter().filter(|linear| linear.bias) {
+            let float = weights.linear(&linear.name)?;
+            if let (true, Some(bias)) = (float.changed, float.bias.clone()) {
+                weights.tensors.insert(format!("{}.bias", linear.stem), bias);
+            }
+        }
+        Ok(weights)
+    }
+
+    /// The embedding table.
+    pub fn embedding(&self, checkpoint: &Checkpoint) -> Result<FloatLinear> {
+        let spec = &checkpoint.layout.embedding;
+        let mut table = FloatLinear::read(checkpoint, &spec.stem, spec.rows, spec.cols, false)?;
+        if let Some(rotation) = &self.rotation {
+            table.rotate_inputs(rotation.as_ref());
+        }
+        Ok(table)
+    }
+
+    /// The head (the embedding's weights where they are tied), with the final norm's weight folded in where norms are.
+    pub fn head(&self, checkpoint: &Checkpoint) -> Result<FloatLinear> {
+        let spec = &checkpoint.layout.head;
+        let stem = if checkpoint.layout.tied { &checkpoint.layout.embedding.stem } else { &spec.stem };
+        let mut head = FloatLinear::read(checkpoint, stem, spec.rows, spec.cols, false)?;
+        if self.has(Transform::FoldNorms) {
+            let norm: Vec<f64> = checkpoint.read(&checkpoint.layout.final_norm.name)?.into_iter().map(f64::from).collect();
+            head.scale_inputs(&norm);
+        }
+        if let Some(rotation) = &self.rotation {
+            head.rotate_inputs(rotation.as_ref());
+        }
+        Ok(head)
+    }
+
+    /// The final norm's weight.
+    pub fn final_norm(&self, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
+        let norm = checkpoint.read(&checkpoint.layout.final_norm.name)?;
+        Ok(if self.has(Transform::FoldNorms) { vec![1.0; norm.len()] } else { norm })
+    }
+}
+
+/// Per-head Hadamard R on values: `v' = Rᵀ v`, undone by every query head of the group in `o_proj`.
+fn rotate_values(weights: &mut BlockWeights, checkpoint: &Checkpoint) -> Result<()> {
+    let shape = &checkpoint.config.attention;
+    let (rotation, _) = hadamard::for_width(shape.head_dim);
+    let across = |heads: usize| {
+        let d = shape.head_dim;
+        Mat::from_fn(heads * d, heads * d, |i, j| if i / d == j / d { rotation[(i % d, j % d)] } else { 0.0 })
+    };
+    weights.linear_mut("v_proj")?.rotate_outputs(across(shape.kv_heads).as_ref());
+    weights.linear_mut("o_proj")?.rotate_inputs(across(shape.heads).as_ref());
+    Ok(())
+}
+
+/// Q = K·H: K the eigenvectors of the second moment of the normalised stream, H a Hadamard matrix, so that every
+/// channel of the rotated stream has the same variance.
+fn residual_rotation(second_moment: Option<&[f64]>, hidden: usize) -> Result<Mat<f64>> {
+    let moment = second_moment.ok_or_else(|| Error::run("rotate-residual was given no second moment"))?;
+    let symmetric = Mat::from_fn(hidden, hidden, |i, j| 0.5 * (moment[i * hidden + j] + moment[j * hidden + i]));
+    let decomposition = symmetric
+        .self_adjoint_eigen(faer::Side::Lower)
+        .map_err(|error| Error::run(format!("the eigenvectors of the residual stream's second moment cannot be found: {error:?}")))?;
+    let (rotation, _) = hadamard::for_width(hidden);
+    Ok(decomposition.U() * as_ref(&rotation))
+}
+
+fn as_ref(matrix: &Mat<f64>) -> MatRef<'_, f64> {
+    matrix.as_ref()
+}

@@ -1,0 +1,125 @@
+//! A block's float weights in memory, to be transformed and then quantized.
+
+use std::collections::BTreeMap;
+
+use faer::{Mat, MatRef};
+
+use crate::checkpoint::{BlockSpec, Checkpoint, LinearSpec};
+use crate::error::{Error, Result};
+use crate::format::{LinearWeights, Transform};
+use crate::model::BlockSource;
+
+/// The weights `[rows, cols]` of a linear, with its bias.
+#[derive(Debug, Clone)]
+pub struct FloatLinear {
+    pub weights: Mat<f64>,
+    pub bias: Option<Vec<f64>>,
+    /// Whether a transform changed the weights.
+    pub changed: bool,
+}
+
+impl FloatLinear {
+    /// Reads the linear whose tensors begin with `stem`.
+    pub fn read(checkpoint: &Checkpoint, stem: &str, rows: usize, cols: usize, bias: bool) -> Result<Self> {
+        let values = checkpoint.read(&format!("{stem}.weight"))?;
+        let bias = if bias { Some(checkpoint.read(&format!("{stem}.bias"))?.into_iter().map(f64::from).collect()) } else { None };
+        Ok(Self { weights: Mat::from_fn(rows, cols, |r, c| f64::from(values[r * cols + c])), bias, changed: false })
+    }
+
+    /// The weights in f32, row after row.
+    pub fn values(&self) -> Vec<f32> {
+        let (rows, cols) = (self.weights.nrows(), self.weights.ncols());
+        (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))).map(|at| self.weights[at] as f32).collect()
+    }
+
+    /// `W diag(scale)`: what a linear becomes when the weight of the norm in front of it is folded in.
+    pub fn scale_inputs(&mut self, scale: &[f64]) {
+        for (c, scale) in scale.iter().enumerate() {
+            for r in 0..self.weights.nrows() {
+                self.weights[(r, c)] *= scale;
+            }
+        }
+        self.changed = true;
+    }
+
+    /// `W Q`: reads a rotated input.
+    pub fn rotate_inputs(&mut self, rotation: MatRef<'_, f64>) {
+        self.weights = &self.weights * rotation;
+        self.changed = true;
+    }
+
+    /// `Qᵀ W`, `Qᵀ b`: writes a rotated output.
+    pub fn rotate_outputs(&mut self, rotation: MatRef<'_, f64>) {
+        self.weights = rotation.transpose() * &self.weights;
+        if let Some(bias) = &mut self.bias {
+            let rotated = rotation.transpose() * Mat::from_fn(bias.len(), 1, |r, _| bias[r]);
+            *bias = (0..bias.len()).map(|r| rotated[(r, 0)]).collect();
+        }
+        self.changed = true;
+    }
+
+    /// `W H` with H block-diagonal of the orthonormal Hadamard matrix of order `block`.
+    pub fn transform_inputs(&mut self, block: usize) {
+        let (sign, scale) =
+            (|i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }, (block as f64).sqrt().recip());
+        let matrix = Mat::from_fn(block, block, |i, j| scale * sign(i, j));
+        for start in (0..self.weights.ncols()).step_by(block) {
+            let product = self.weights.as_ref().subcols(start, block) * &matrix;
+            self.weights.as_mut().subcols_mut(start, block).copy_from(&product);
+        }
+        self.changed = true;
+    }
+}
+
+/// A block's weights.
+pub struct BlockWeights {
+    /// By name in the mixer. A router is here too, as `gate`.
+    pub linears: BTreeMap<String, FloatLinear>,
+    /// Float tensors that a transform changed, by canonical name.
+    pub tensors: BTreeMap<String, Vec<f64>>,
+}
+
+impl BlockWeights {
+    /// Reads every linear of a block.
+    pub fn read(checkpoint: &Checkpoint, spec: &BlockSpec) -> Result<Self> {
+        let mut linears = BTreeMap::new();
+        for linear in &spec.linears {
+            linears.insert(linear.name.clone(), FloatLinear::read(checkpoint, &linear.stem, linear.rows, linear.cols, linear.bias)?);
+        }
+        Ok(Self { linears, tensors: BTreeMap::new() })
+    }
+
+    /// The linear with this name.
+    pub fn linear(&self, name: &str) -> Result<&FloatLinear> {
+        self.linears.get(name).ok_or_else(|| Error::run(format!("a block has no linear `{name}`")))
+    }
+
+    /// The linear with this name, to be changed.
+    pub fn linear_mut(&mut self, name: &str) -> Result<&mut FloatLinear> {
+        self.linears.get_mut(name).ok_or_else(|| Error::run(format!("a block has no linear `{name}`")))
+    }
+}
+
+/// A block of transformed weights in float.
+pub struct FloatBlock<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub weights: &'a BlockWeights,
+    pub transforms: &'a [Transform],
+}
+
+impl BlockSource for FloatBlock<'_> {
+    fn tensor(&self, name: &str) -> Result<Vec<f32>> {
+        match self.weights.tensors.get(name) {
+            Some(values) => Ok(values.iter().map(|value| *value as f32).collect()),
+            None => self.checkpoint.read(name),
+        }
+    }
+
+    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
+        let float = self.weights.linear(&linear.name)?;
+        let mut weights = LinearWeights::float(float.values(), linear.cols);
+        weights.bias = float.bias.as_ref().map(|bias| bias.iter().map(|value| *value as f32).collect());
+        weights.hadamard = linear.hadamard(self.transforms);
+        Ok(weights)
+    }
+}
