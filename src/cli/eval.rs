@@ -38,6 +38,9 @@ pub struct Measure {
     /// Write one JSON line a row.
     #[arg(long, value_name = "FILE")]
     samples: Option<PathBuf>,
+    /// List the rows that a variant has right and the base wrong, or the other way round.
+    #[arg(long)]
+    flips: bool,
     /// Text for perplexity and divergence; the demo's held-out text unless given.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -107,7 +110,7 @@ impl Measure {
         if let Some(path) = &self.samples {
             write_samples(path, &results)?;
         }
-        output::results(results, common)
+        output::results(results, self.flips, common)
     }
 }
 

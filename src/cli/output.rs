@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 use strata::error::{Error, Result};
+use strata::eval::ResultSet;
 use strata::eval::run::Evaluated;
-use strata::eval::{ModelResult, ResultSet};
 use strata::session::report;
 
 use super::Common;
@@ -25,20 +25,34 @@ pub fn line(text: &str) -> Result<()> {
     }
 }
 
-/// Prints evaluated models in the form asked for.
-pub fn results(evaluated: Vec<Evaluated>, common: &Common) -> Result<()> {
-    let results: Vec<ModelResult> = evaluated.into_iter().map(|evaluated| evaluated.result).collect();
+/// Prints evaluated models in the form asked for; `flips` lists the rows that changed, too.
+pub fn results(evaluated: Vec<Evaluated>, flips: bool, common: &Common) -> Result<()> {
+    let set = ResultSet::new(evaluated);
     if common.json {
-        return json(&ResultSet::new(results));
+        return json(&set);
     }
-    for row in report::comparison(&results).lines() {
-        line(&row)?;
-    }
-    if let Some(result) = results.first() {
+    table(&report::comparison(&set.results))?;
+    if let Some(result) = set.results.first() {
         let evidence = &result.provenance;
         line("")?;
         line("accuracy in percent: acc_norm for arc_challenge and hellaswag, acc for the others; KLD in nats a token from the first row")?;
         line(&format!("{} on {} ({} threads); text: {}", evidence.backend, evidence.processor, evidence.threads, evidence.text))?;
     }
+    if !set.comparisons.is_empty() {
+        line("")?;
+        table(&report::paired(&set.comparisons))?;
+        line("")?;
+        line("lost: right to wrong; gained: wrong to right; difference in points with a bootstrap interval over paired rows")?;
+        line("p: McNemar's test, exact binomial below 25 changed rows, chi-squared with continuity correction from there on")?;
+    }
+    if flips {
+        line("")?;
+        table(&report::flips(&set.comparisons))?;
+    }
     Ok(())
+}
+
+/// Prints a table.
+pub fn table(table: &report::Table) -> Result<()> {
+    table.lines().iter().try_for_each(|row| line(row))
 }

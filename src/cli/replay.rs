@@ -44,5 +44,5 @@ pub fn headless(session: &Session, options: ReplayOptions, common: &Common) -> R
     let mut follow = Follow::new();
     let replay = session::Replay { session: &session, options };
     let results = replay.run(&engine, &mut events, &mut |event| follow.event(event))?;
-    if results.is_empty() { Ok(()) } else { output::results(results, common) }
+    if results.is_empty() { Ok(()) } else { output::results(results, false, common) }
 }

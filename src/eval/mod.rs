@@ -2,6 +2,7 @@
 //! Start with [`run::evaluate`].
 
 pub mod memory;
+pub mod paired;
 mod prefix;
 pub mod result;
 pub mod run;
@@ -11,6 +12,7 @@ pub mod statistics;
 pub mod tasks;
 pub mod text;
 
+pub use paired::Comparison;
 pub use result::{ModelResult, RESULTS_SCHEMA, ResultSet};
 pub use run::{EvaluateRequest, ModelToEvaluate, evaluate};
 pub use tasks::Task;

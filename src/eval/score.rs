@@ -46,6 +46,23 @@ pub struct Sample {
     pub acc_norm: Option<f64>,
 }
 
+impl Sample {
+    /// The choice that the model prefers, by log-likelihood or by log-likelihood over characters.
+    pub fn choice(&self, normalized: bool) -> usize {
+        if normalized { argmax(&normalize(&self.loglikelihoods, &self.lengths)) } else { argmax(&self.loglikelihoods) }
+    }
+
+    /// Whether the row counts as right by that measure.
+    pub fn is_right(&self, normalized: bool) -> bool {
+        self.acc_norm.filter(|_| normalized).unwrap_or(self.acc) > 0.5
+    }
+}
+
+/// Log-likelihoods divided by the characters of the choices.
+fn normalize(loglikelihoods: &[f64], lengths: &[usize]) -> Vec<f64> {
+    loglikelihoods.iter().zip(lengths).map(|(score, length)| score / *length as f64).collect()
+}
+
 /// Accuracy over the rows of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct TaskScore {
@@ -61,10 +78,7 @@ pub struct TaskScore {
 impl TaskScore {
     /// The accuracy that is usually quoted: acc_norm for ARC challenge and HellaSwag, acc for the others.
     pub fn headline(&self, task: Task) -> f64 {
-        match task {
-            Task::ArcChallenge | Task::Hellaswag => self.acc_norm.unwrap_or(self.acc),
-            _ => self.acc,
-        }
+        self.acc_norm.filter(|_| task.quotes_acc_norm()).unwrap_or(self.acc)
     }
 }
 
@@ -108,7 +122,7 @@ pub fn score_task<B: Backend>(
 
 fn sample(task: Task, index: usize, question: &Question, loglikelihoods: Vec<f64>) -> Sample {
     let right = |scores: &[f64]| f64::from(u8::from(argmax(scores) == question.gold));
-    let normalized: Vec<f64> = loglikelihoods.iter().zip(&question.lengths).map(|(score, length)| score / *length as f64).collect();
+    let normalized = normalize(&loglikelihoods, &question.lengths);
     Sample {
         task: task.name().into(),
         index,

@@ -51,6 +51,11 @@ impl Task {
         self != Self::Winogrande
     }
 
+    /// Whether acc_norm is the figure that is usually quoted.
+    pub fn quotes_acc_norm(self) -> bool {
+        matches!(self, Self::ArcChallenge | Self::Hellaswag)
+    }
+
     /// The questions of the rows compiled in with the demo model.
     pub fn embedded(self) -> Result<Vec<Question>> {
         let rows = DEMO_TASKS.iter().find(|(name, _)| *name == self.name()).map_or("", |(_, rows)| rows);

@@ -1,5 +1,6 @@
 //! Results as a table of text.
 
+use crate::eval::paired::{Comparison, McNemarTest};
 use crate::eval::{ModelResult, Task};
 
 /// Rows of columns, the first row being the heads; numbers are right-aligned. Reads the same on screen and in a file.
@@ -67,6 +68,51 @@ pub fn comparison(results: &[ModelResult]) -> Table {
         row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
         row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.decode_tokens_per_s)));
         table.push(row);
+    }
+    table
+}
+
+/// The paired statistics of each comparison: a row a task, and one over all rows.
+pub fn paired(comparisons: &[Comparison]) -> Table {
+    let mut table = Table::new(&["variant", "task", "rows", "metric", "lost", "gained", "difference", "95 % interval", "p", "McNemar"]);
+    for comparison in comparisons {
+        let all = comparison.all.as_ref().map(|all| ("all", all));
+        for (task, paired) in comparison.tasks.iter().map(|(task, paired)| (task.as_str(), paired)).chain(all) {
+            table.push(vec![
+                format!("{} - {}", comparison.variant, comparison.base),
+                task.to_owned(),
+                paired.rows.to_string(),
+                paired.metric.clone(),
+                paired.right_to_wrong.to_string(),
+                paired.wrong_to_right.to_string(),
+                format!("{:+.2}", 100.0 * paired.difference),
+                format!("{:+.2} {:+.2}", 100.0 * paired.interval[0], 100.0 * paired.interval[1]),
+                format!("{:.3}", paired.p_value),
+                match paired.test {
+                    McNemarTest::Exact => "exact".to_owned(),
+                    McNemarTest::ChiSquaredContinuity => "chi2 cc".to_owned(),
+                },
+            ]);
+        }
+    }
+    table
+}
+
+/// The rows that changed, one a line.
+pub fn flips(comparisons: &[Comparison]) -> Table {
+    let mut table = Table::new(&["variant", "task", "row", "change", "right choice", "base chose", "variant chose"]);
+    for comparison in comparisons {
+        for flip in &comparison.flips {
+            table.push(vec![
+                comparison.variant.clone(),
+                flip.task.clone(),
+                flip.index.to_string(),
+                if flip.base == flip.gold { "lost" } else { "gained" }.to_owned(),
+                flip.gold.to_string(),
+                flip.base.to_string(),
+                flip.variant.to_string(),
+            ]);
+        }
     }
     table
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod embedding;
+mod float_matmul;
 pub mod int_matmul;
 mod mamba;
 mod math;
@@ -150,7 +151,11 @@ impl Backend for Cpu {
     fn linear(&self, linear: &CpuLinear, x: &CpuActivation) -> Result<Tensor> {
         let float_product = |weights: &Tensor| -> Result<Tensor> {
             let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
-            Ok(x.matmul(&weights.t()?)?)
+            if x.dims()[0] > float_matmul::FEW {
+                return Ok(x.matmul(&weights.t()?)?);
+            }
+            let product = with_values(x, |x| with_values(weights, |weights| float_matmul::few_tokens(weights, x, linear.cols)))??;
+            tensor(product, weights.dims()[0])
         };
         if let ([Part::Float(weights)], None) = (linear.parts.as_slice(), &linear.bias) {
             return float_product(weights);
@@ -215,7 +220,8 @@ impl Backend for Cpu {
     }
 
     fn add(&self, a: Tensor, b: &Tensor) -> Result<Tensor> {
-        Ok((a + b)?)
+        let sum = with_values(&a, |a| with_values(b, |b| norm::add(a, b)))??;
+        tensor(sum, width(b))
     }
 
     fn prepare_mamba(&self, parameters: MambaParameters) -> Result<mamba::Parameters> {
