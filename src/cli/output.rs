@@ -38,6 +38,13 @@ pub fn results(evaluated: Vec<Evaluated>, flips: bool, common: &Common) -> Resul
         line("accuracy in percent: acc_norm for arc_challenge and hellaswag, acc for the others; KLD in nats a token from the first row")?;
         line(&format!("{} on {} ({} threads); text: {}", evidence.backend, evidence.processor, evidence.threads, evidence.text))?;
     }
+    if set.results.iter().any(|result| result.perplexities.is_some()) {
+        line("")?;
+        table(&report::divergence(&set.results))?;
+        line("")?;
+        line("ppl (gptq): every token of a window but its first; ppl (llama.cpp): the second half of each window")?;
+        line("RMS dp: root mean square difference of the probability of the token that follows")?;
+    }
     if !set.comparisons.is_empty() {
         line("")?;
         table(&report::paired(&set.comparisons))?;

@@ -8,7 +8,7 @@ use super::paired::{self, Comparison};
 use super::run::Evaluated;
 use super::score::TaskScore;
 use super::speed::Speed;
-use super::statistics::DivergenceSummary;
+use super::statistics::{DivergenceSummary, Perplexity};
 
 /// Schema of [`ResultSet`].
 pub const RESULTS_SCHEMA: &str = "strata.results/1";
@@ -55,8 +55,11 @@ pub struct ModelResult {
     pub tasks: BTreeMap<String, TaskScore>,
     /// Divergence from the unquantized model; `null` for itself.
     pub kld: Option<DivergenceSummary>,
-    /// Of the same windows as the divergence: exp of the mean loss of each window's tokens after its first.
+    /// Of the same windows as the divergence, every token of a window but its first: `perplexities.gptq`.
     pub perplexity: Option<f64>,
+    /// The same in both usual conventions.
+    #[serde(default)]
+    pub perplexities: Option<Perplexity>,
     pub speed: Option<Speed>,
     pub memory: Memory,
     pub provenance: Evidence,

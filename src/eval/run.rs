@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::result::{Evidence, Memory, ModelResult};
 use super::score::{self, Sample};
 use super::speed::{self, SpeedRequest};
+use super::statistics::{DivergenceSummary, Perplexity};
 use super::tasks::{Question, Task};
 use super::{memory, statistics, text};
 use crate::backend::{Backend, Sequences};
@@ -94,10 +95,8 @@ pub fn evaluate<B: Backend>(
             questions: &questions,
             text: heldout.as_deref(),
         };
-        let (evaluated, logits) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, monitor)?;
-        if let Some(logits) = logits {
-            reference = Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits });
-        }
+        let (evaluated, kept) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, monitor)?;
+        reference = reference.or(kept);
         each(evaluated);
     }
     Ok(())
@@ -107,6 +106,7 @@ pub fn evaluate<B: Backend>(
 struct Reference<B: Backend> {
     tokenizer: Option<Vec<u8>>,
     logits: Vec<B::Tensor>,
+    scores: Vec<Vec<f64>>,
 }
 
 struct Evaluation<'a, B: Backend> {
@@ -119,7 +119,7 @@ struct Evaluation<'a, B: Backend> {
 }
 
 impl<B: Backend> Evaluation<'_, B> {
-    fn run(&self, reference: Option<&Reference<B>>, keep_logits: bool, monitor: &Monitor) -> Result<(Evaluated, Option<Vec<B::Tensor>>)> {
+    fn run(&self, reference: Option<&Reference<B>>, keep_logits: bool, monitor: &Monitor) -> Result<(Evaluated, Option<Reference<B>>)> {
         let (checkpoint, request) = (self.checkpoint, self.request);
         let tokenizer = checkpoint.tokenizer()?;
         let mut tasks = BTreeMap::new();
@@ -134,30 +134,11 @@ impl<B: Backend> Evaluation<'_, B> {
             samples.extend(rows);
         }
 
-        let mut windows = Vec::new();
-        let (mut divergence, mut losses, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-        if let Some(text) = self.text {
-            windows = text::windows(&text::tokenize(&tokenizer, text)?, request.windows, request.window_tokens)?;
-            if let Some(reference) = reference
-                && reference.tokenizer != checkpoint.companion("tokenizer.json")?
-            {
-                return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
-                    .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
-            }
-            monitor.stage("text", windows.len());
-            for (index, window) in windows.iter().enumerate() {
-                let logits = self.model.logits(window, &Sequences::new(vec![window.len()]), None)?;
-                let targets: Vec<(usize, u32)> = window[1..].iter().copied().enumerate().collect();
-                losses.extend(self.model.backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| -score));
-                if let Some(reference) = reference {
-                    divergence.extend(self.model.backend.divergence(&reference.logits[index], &logits)?);
-                }
-                if keep_logits {
-                    kept.push(logits);
-                }
-                monitor.step(index + 1, format!("window {}", index + 1))?;
-            }
-        }
+        let windows = match self.text {
+            Some(text) => text::windows(&text::tokenize(&tokenizer, text)?, request.windows, request.window_tokens)?,
+            None => Vec::new(),
+        };
+        let read = self.read_text(&windows, reference, keep_logits, monitor)?;
         let speed = match request.speed {
             Some(speed) => {
                 let text = windows.first().map_or(&[1][..], Vec::as_slice);
@@ -166,6 +147,7 @@ impl<B: Backend> Evaluation<'_, B> {
             None => None,
         };
 
+        let perplexities = Perplexity::of(&read.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
         let result = ModelResult {
             model: checkpoint.name.clone(),
@@ -175,8 +157,9 @@ impl<B: Backend> Evaluation<'_, B> {
             bits_per_weight: 8.0 * weight_bytes as f64 / checkpoint.layout.linear_weights() as f64,
             file_bytes: checkpoint.file_bytes(),
             tasks,
-            kld: (!divergence.is_empty()).then(|| statistics::summarize_divergence(&divergence)),
-            perplexity: (!losses.is_empty()).then(|| statistics::mean(&losses).exp()),
+            kld: read.divergence,
+            perplexity: perplexities.map(|perplexity| perplexity.gptq),
+            perplexities,
             speed,
             memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.model.resident_bytes() },
             provenance: Evidence {
@@ -189,8 +172,63 @@ impl<B: Backend> Evaluation<'_, B> {
                 limit: request.limit,
             },
         };
-        Ok((Evaluated { result, samples }, keep_logits.then_some(kept)))
+        let kept = if keep_logits {
+            Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits: read.logits, scores: read.scores })
+        } else {
+            None
+        };
+        Ok((Evaluated { result, samples }, kept))
     }
+
+    /// Runs the model over the text's windows, beside what the reference said about them.
+    fn read_text(
+        &self,
+        windows: &[Vec<u32>],
+        reference: Option<&Reference<B>>,
+        keep_logits: bool,
+        monitor: &Monitor,
+    ) -> Result<TextReading<B>> {
+        let mut read = TextReading { scores: Vec::new(), divergence: None, logits: Vec::new() };
+        if windows.is_empty() {
+            return Ok(read);
+        }
+        if let Some(reference) = reference
+            && reference.tokenizer != self.checkpoint.companion("tokenizer.json")?
+        {
+            return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
+                .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
+        }
+        let backend = &self.model.backend;
+        let mut divergence = Vec::new();
+        monitor.stage("text", windows.len());
+        for (index, window) in windows.iter().enumerate() {
+            let logits = self.model.logits(window, &Sequences::new(vec![window.len()]), None)?;
+            let targets: Vec<(usize, u32)> = window[1..].iter().copied().enumerate().collect();
+            read.scores.push(backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score).collect());
+            if let Some(reference) = reference {
+                divergence.extend(backend.divergence(&reference.logits[index], &logits)?);
+            }
+            if keep_logits {
+                read.logits.push(logits);
+            }
+            monitor.step(index + 1, format!("window {}", index + 1))?;
+        }
+        if let Some(reference) = reference {
+            let rms_probability = Some(statistics::rms_probability(&reference.scores.concat(), &read.scores.concat()));
+            read.divergence = Some(DivergenceSummary { rms_probability, ..statistics::summarize_divergence(&divergence) });
+        }
+        Ok(read)
+    }
+}
+
+/// What a model says about the text's windows.
+struct TextReading<B: Backend> {
+    /// Log-probability of every token but the first, by window.
+    scores: Vec<Vec<f64>>,
+    /// From the reference.
+    divergence: Option<DivergenceSummary>,
+    /// By window, where later models are compared with this one.
+    logits: Vec<B::Tensor>,
 }
 
 fn load_questions(request: &EvaluateRequest) -> Result<Vec<(Task, Vec<Question>)>> {

@@ -1,6 +1,7 @@
 //! Results as a table of text.
 
 use crate::eval::paired::{Comparison, McNemarTest};
+use crate::eval::statistics::{DivergenceSummary, Perplexity};
 use crate::eval::{ModelResult, Task};
 
 /// Rows of columns, the first row being the heads; numbers are right-aligned. Reads the same on screen and in a file.
@@ -68,6 +69,32 @@ pub fn comparison(results: &[ModelResult]) -> Table {
         row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
         row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.decode_tokens_per_s)));
         table.push(row);
+    }
+    table
+}
+
+/// How far each variant's next-token distributions are from the base's, in full.
+pub fn divergence(results: &[ModelResult]) -> Table {
+    let heads = ["variant", "KLD mean", "median", "p90", "p95", "p99", "p99.9", "max", "top1", "RMS dp", "ppl (gptq)", "ppl (llama.cpp)"];
+    let mut table = Table::new(&heads);
+    for result in results {
+        let kld = |of: fn(&DivergenceSummary) -> f64| result.kld.as_ref().map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", of(kld)));
+        let perplexity =
+            |of: fn(&Perplexity) -> f64| result.perplexities.as_ref().map_or_else(|| "-".to_owned(), |p| format!("{:.4}", of(p)));
+        table.push(vec![
+            result.variant.clone(),
+            kld(|kld| kld.mean),
+            kld(|kld| kld.median),
+            kld(|kld| kld.p90),
+            kld(|kld| kld.p95),
+            kld(|kld| kld.p99),
+            kld(|kld| kld.p999),
+            kld(|kld| kld.max),
+            result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2}%", 100.0 * kld.top1)),
+            result.kld.and_then(|kld| kld.rms_probability).map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms)),
+            perplexity(|perplexity| perplexity.gptq),
+            perplexity(|perplexity| perplexity.llama_cpp),
+        ]);
     }
     table
 }
