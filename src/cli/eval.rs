@@ -9,6 +9,7 @@ use strata::error::{Error, Result};
 use strata::eval::run::{EvaluateRequest, Evaluated, ModelToEvaluate};
 use strata::eval::speed::SpeedRequest;
 use strata::eval::tasks::Task;
+use strata::session::paths;
 use strata::session::replay::finish;
 
 use super::progress::Follow;
@@ -50,6 +51,12 @@ pub struct Measure {
     /// Tokens of each window.
     #[arg(long, default_value_t = 256)]
     window_tokens: usize,
+    /// Leave out rows that cannot be used, and count them.
+    #[arg(long)]
+    skip_bad_rows: bool,
+    /// Score all rows again, though an evaluation that did not end has scored some.
+    #[arg(long)]
+    fresh: bool,
     /// Do not measure speed.
     #[arg(long)]
     no_speed: bool,
@@ -92,6 +99,9 @@ impl Measure {
             windows: self.windows,
             window_tokens: self.window_tokens,
             speed: (!self.no_speed).then_some(SpeedRequest { prompt_tokens: 512, decode_tokens: 64, repetitions: 3 }),
+            skip_bad_rows: self.skip_bad_rows,
+            journal: Some(paths::evaluations_directory()),
+            fresh: self.fresh,
         })
     }
 

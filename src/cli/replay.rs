@@ -16,7 +16,7 @@ pub struct Replay {
     /// Only this variant.
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// Make variants again that are there already.
+    /// Make variants again that are there already, and score all rows again.
     #[arg(long)]
     fresh: bool,
     /// Folder for the variants, each under its name; without it, the user's data folder.

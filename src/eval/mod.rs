@@ -1,6 +1,7 @@
 //! Measurement: the five tasks, perplexity, divergence from the unquantized model, speed and memory.
 //! Start with [`run::evaluate`].
 
+mod journal;
 pub mod memory;
 pub mod paired;
 mod prefix;
@@ -14,5 +15,5 @@ pub mod text;
 
 pub use paired::Comparison;
 pub use result::{ModelResult, RESULTS_SCHEMA, ResultSet};
-pub use run::{EvaluateRequest, ModelToEvaluate, evaluate};
-pub use tasks::Task;
+pub use run::{EvaluateRequest, Evaluated, ModelToEvaluate, evaluate};
+pub use tasks::{Rows, Task};
