@@ -6,6 +6,7 @@ use clap::Args;
 use strata::checkpoint;
 use strata::engine::{Event, Job};
 use strata::error::{Error, Result};
+use strata::eval::ResultSet;
 use strata::eval::run::{EvaluateRequest, Evaluated, ModelToEvaluate};
 use strata::eval::speed::SpeedRequest;
 use strata::eval::tasks::Task;
@@ -13,6 +14,7 @@ use strata::session::paths;
 use strata::session::replay::finish;
 
 use super::progress::Follow;
+use super::results::Recorder;
 use super::{Common, output};
 
 #[derive(Args)]
@@ -39,6 +41,9 @@ pub struct Measure {
     /// Write one JSON line a row.
     #[arg(long, value_name = "FILE")]
     samples: Option<PathBuf>,
+    /// Write a page with tables and plots that needs no network.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// List the rows that a variant has right and the base wrong, or the other way round.
     #[arg(long)]
     flips: bool,
@@ -110,9 +115,11 @@ impl Measure {
         let (engine, mut events) = common.engine()?;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut follow = Follow::new();
+        let recorder = Recorder::new(None);
         let mut results: Vec<Evaluated> = Vec::new();
         finish(&mut events, &mut |event| {
             follow.event(event);
+            recorder.event(event);
             if let Event::Evaluated { evaluated, .. } = event {
                 results.push((**evaluated).clone());
             }
@@ -120,7 +127,11 @@ impl Measure {
         if let Some(path) = &self.samples {
             write_samples(path, &results)?;
         }
-        output::results(results, self.flips, common)
+        let set = ResultSet::new(results);
+        if let Some(path) = &self.html {
+            strata::files::write_atomically(path, output::page(&set).as_bytes())?;
+        }
+        output::results(&set, self.flips, common)
     }
 }
 

@@ -3,8 +3,7 @@
 use serde::Serialize;
 use strata::error::{Error, Result};
 use strata::eval::ResultSet;
-use strata::eval::run::Evaluated;
-use strata::session::report;
+use strata::session::{html, report};
 
 use super::Common;
 
@@ -13,6 +12,11 @@ pub fn json(document: &impl Serialize) -> Result<()> {
     let text =
         serde_json::to_string_pretty(document).map_err(|error| Error::run(format!("the result cannot be written as JSON: {error}")))?;
     line(&text)
+}
+
+/// Prints text that ends with its own line break.
+pub fn text(text: &str) -> Result<()> {
+    line(text.trim_end_matches('\n'))
 }
 
 /// Prints lines; a reader that closed the pipe early is not an error.
@@ -26,10 +30,9 @@ pub fn line(text: &str) -> Result<()> {
 }
 
 /// Prints evaluated models in the form asked for; `flips` lists the rows that changed, too.
-pub fn results(evaluated: Vec<Evaluated>, flips: bool, common: &Common) -> Result<()> {
-    let set = ResultSet::new(evaluated);
+pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
     if common.json {
-        return json(&set);
+        return json(set);
     }
     table(&report::comparison(&set.results))?;
     if let Some(result) = set.results.first() {
@@ -57,6 +60,18 @@ pub fn results(evaluated: Vec<Evaluated>, flips: bool, common: &Common) -> Resul
         table(&report::flips(&set.comparisons))?;
     }
     Ok(())
+}
+
+/// The page of evaluated models: what [`results`] prints, with plots.
+pub fn page(set: &ResultSet) -> String {
+    let tables = [
+        ("Models", report::comparison(&set.results)),
+        ("Text: divergence and perplexity", report::divergence(&set.results)),
+        ("Row by row against the base", report::paired(&set.comparisons)),
+        ("Rows that changed", report::flips(&set.comparisons)),
+    ];
+    let model = set.results.first().map_or("", |result| result.model.as_str());
+    html::page(&format!("strata: {model}"), &tables, &set.results)
 }
 
 /// Prints a table.
