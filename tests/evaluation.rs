@@ -1,7 +1,11 @@
-//! Evaluations that are stopped go on where they stopped, and several models are compared in one.
+//! Evaluations that are stopped go on where they stopped, several models are compared in one, and what was measured is
+//! kept, listed, imported and exported.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use strata::backend::cpu::Cpu;
 use strata::error::ErrorKind;
@@ -73,4 +77,57 @@ fn a_model_against_itself_has_no_flips_and_no_divergence() {
     let json = serde_json::to_value(&set).unwrap();
     assert_eq!(json["schema"], "strata.results/1");
     assert_eq!(json["comparisons"][0]["tasks"]["piqa"]["test"], "exact");
+}
+
+/// The program with a data folder of its own.
+fn strata(data: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
+    command.env("XDG_DATA_HOME", data).args(arguments);
+    command
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[test]
+fn a_killed_evaluation_goes_on() {
+    let data = tempfile::tempdir().unwrap();
+    let arguments = ["eval", "demo", "--tasks", "arc_easy,hellaswag", "--windows", "0", "--no-speed"];
+    let mut killed = strata(data.path(), &arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let scored = || {
+        let files = std::fs::read_dir(data.path().join("strata/evals")).into_iter().flatten().flatten();
+        files.map(|file| std::fs::read_to_string(file.path()).unwrap().lines().count()).sum::<usize>()
+    };
+    while scored() == 0 {
+        assert!(killed.try_wait().unwrap().is_none(), "the evaluation ended before it could be killed");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let resumed = strata(data.path(), &arguments).output().unwrap();
+    assert!(String::from_utf8_lossy(&resumed.stderr).contains("were scored by an evaluation that did not end"));
+    assert!(stdout(&resumed).contains("53.2"), "arc_easy of the whole task, as the harness has it");
+    assert_eq!(scored(), 0);
+}
+
+#[test]
+fn results_are_kept_listed_imported_and_exported() {
+    let data = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| stdout(&strata(data.path(), arguments).output().unwrap());
+    assert!(run(&["results"]).starts_with("no results in "));
+    let page = data.path().join("page.html");
+    let page = page.to_str().unwrap();
+    run(&["eval", "demo", "--tasks", "piqa", "--limit", "8", "--windows", "0", "--no-speed", "--html", page]);
+    assert!(std::fs::read_to_string(page).unwrap().contains("<svg"));
+    let harness = data.path().join("results_2026.json");
+    std::fs::write(&harness, r#"{"model_name": "org/other", "date": 0, "results": {"piqa": {"acc,none": 0.625}}}"#).unwrap();
+    let table = run(&["results", "--import", harness.to_str().unwrap(), "--import", harness.to_str().unwrap()]);
+    assert_eq!(table.lines().count(), 3, "{table}");
+    let found = run(&["results", "--variant", "other", "--format", "csv"]);
+    assert!(found.ends_with("\n") && found.contains("lm-evaluation-harness,-,org/other,other,-,-,62.5,62.50,"), "{found}");
+    let records: serde_json::Value = serde_json::from_str(&run(&["results", "--json", "--model", "demo"])).unwrap();
+    assert_eq!((records["schema"].as_str(), records["records"][0]["schema"].as_str()), (Some("strata.records/1"), Some("strata.record/1")));
+    assert_eq!(records["records"][0]["result"]["tasks"]["piqa"]["rows"], 8);
 }

@@ -167,7 +167,7 @@ pub fn paired(comparisons: &[Comparison]) -> Table {
                 paired.wrong_to_right.to_string(),
                 format!("{:+.2}", 100.0 * paired.difference),
                 format!("{:+.2} {:+.2}", 100.0 * paired.interval[0], 100.0 * paired.interval[1]),
-                format!("{:.3}", paired.p_value),
+                if paired.p_value < 0.001 { format!("{:.1e}", paired.p_value) } else { format!("{:.3}", paired.p_value) },
                 match paired.test {
                     McNemarTest::Exact => "exact".to_owned(),
                     McNemarTest::ChiSquaredContinuity => "chi2 cc".to_owned(),

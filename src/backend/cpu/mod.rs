@@ -3,7 +3,6 @@
 
 mod attention;
 mod embedding;
-mod float_matmul;
 pub mod int_matmul;
 mod mamba;
 mod math;
@@ -151,11 +150,7 @@ impl Backend for Cpu {
     fn linear(&self, linear: &CpuLinear, x: &CpuActivation) -> Result<Tensor> {
         let float_product = |weights: &Tensor| -> Result<Tensor> {
             let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
-            if x.dims()[0] > float_matmul::FEW {
-                return Ok(x.matmul(&weights.t()?)?);
-            }
-            let product = with_values(x, |x| with_values(weights, |weights| float_matmul::few_tokens(weights, x, linear.cols)))??;
-            tensor(product, weights.dims()[0])
+            Ok(x.matmul(&weights.t()?)?)
         };
         if let ([Part::Float(weights)], None) = (linear.parts.as_slice(), &linear.bias) {
             return float_product(weights);
