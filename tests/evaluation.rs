@@ -126,7 +126,7 @@ fn results_are_kept_listed_imported_and_exported() {
     let table = run(&["results", "--import", harness.to_str().unwrap(), "--import", harness.to_str().unwrap()]);
     assert_eq!(table.lines().count(), 3, "{table}");
     let found = run(&["results", "--variant", "other", "--format", "csv"]);
-    assert!(found.ends_with("\n") && found.contains("lm-evaluation-harness,-,org/other,other,-,-,62.5,62.50,"), "{found}");
+    assert!(found.ends_with('\n') && found.contains("lm-evaluation-harness,-,org/other,other,-,-,62.5,62.50,"), "{found}");
     let records: serde_json::Value = serde_json::from_str(&run(&["results", "--json", "--model", "demo"])).unwrap();
     assert_eq!((records["schema"].as_str(), records["records"][0]["schema"].as_str()), (Some("strata.records/1"), Some("strata.record/1")));
     assert_eq!(records["records"][0]["result"]["tasks"]["piqa"]["rows"], 8);

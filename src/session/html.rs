@@ -35,14 +35,23 @@ fn section(body: &mut String, title: &str, content: &str) {
 }
 
 fn table(table: &Table) -> String {
-    let row = |cells: &[String], tag: &str, attributes: &str| {
-        let cells: String = cells.iter().map(|cell| format!("<{tag}{attributes}>{}</{tag}>", escape(cell))).collect();
-        format!("<tr>{cells}</tr>\n")
-    };
     let (heads, rows) = table.rows().split_first().map_or((&[][..], &[][..]), |(heads, rows)| (heads.as_slice(), rows));
-    let rows: String = rows.iter().map(|cells| row(cells, "td", "")).collect();
-    let heads = row(heads, "th", " scope=\"col\" tabindex=\"0\"");
-    format!("<div class=\"scroll\"><table>\n<thead>\n{heads}</thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n")
+    let mut html = String::from("<div class=\"scroll\"><table>\n<thead>\n");
+    row(&mut html, heads, "th", " scope=\"col\" tabindex=\"0\"");
+    html.push_str("</thead>\n<tbody>\n");
+    for cells in rows {
+        row(&mut html, cells, "td", "");
+    }
+    html.push_str("</tbody>\n</table></div>\n");
+    html
+}
+
+fn row(html: &mut String, cells: &[String], tag: &str, attributes: &str) {
+    html.push_str("<tr>");
+    for cell in cells {
+        let _ = write!(html, "<{tag}{attributes}>{}</{tag}>", escape(cell));
+    }
+    html.push_str("</tr>\n");
 }
 
 /// `text` where HTML and SVG expect text or a quoted attribute.

@@ -63,7 +63,7 @@ impl Table {
 
 /// The comparison table: a row a model, the first one in full and the others with their differences in points.
 pub fn comparison(results: &[ModelResult]) -> Table {
-    let tasks = tasks_of(results);
+    let tasks = tasks_of(&results.iter().collect::<Vec<_>>());
     let mut heads = vec!["variant", "linears", "ratio", "bits"];
     heads.extend(tasks.iter().map(|task| task.name()));
     heads.extend(["mean", "KLD", "KLD p99", "top1", "ppl", "prefill t/s", "decode t/s"]);
@@ -87,8 +87,8 @@ pub fn comparison(results: &[ModelResult]) -> Table {
 }
 
 /// The five tasks as far as a result has them.
-fn tasks_of<'a>(results: impl IntoIterator<Item = &'a ModelResult> + Clone) -> Vec<Task> {
-    let measured = |task: &Task| results.clone().into_iter().any(|result| result.tasks.contains_key(task.name()));
+fn tasks_of(results: &[&ModelResult]) -> Vec<Task> {
+    let measured = |task: &Task| results.iter().any(|result| result.tasks.contains_key(task.name()));
     Task::ALL.into_iter().filter(measured).collect()
 }
 
@@ -104,7 +104,7 @@ fn scores(tasks: &[Task], result: &ModelResult) -> Vec<String> {
 
 /// What the result store holds: a row a record. Figures that were not measured, or not imported, are dashes.
 pub fn records(records: &[Record]) -> Table {
-    let tasks = tasks_of(records.iter().map(|record| &record.result));
+    let tasks = tasks_of(&records.iter().map(|record| &record.result).collect::<Vec<_>>());
     let mut heads = vec!["time", "source", "session", "model", "variant", "linears", "bits"];
     heads.extend(tasks.iter().map(|task| task.name()));
     heads.extend(["mean", "KLD", "ppl", "prefill t/s", "decode t/s", "backend"]);
