@@ -6,12 +6,15 @@ use clap::Args;
 use strata::checkpoint;
 use strata::engine::{Event, Job};
 use strata::error::{Error, Result};
+use strata::eval::ResultSet;
 use strata::eval::run::{EvaluateRequest, Evaluated, ModelToEvaluate};
 use strata::eval::speed::SpeedRequest;
 use strata::eval::tasks::Task;
+use strata::session::paths;
 use strata::session::replay::finish;
 
 use super::progress::Follow;
+use super::results::Recorder;
 use super::{Common, output};
 
 #[derive(Args)]
@@ -38,6 +41,12 @@ pub struct Measure {
     /// Write one JSON line a row.
     #[arg(long, value_name = "FILE")]
     samples: Option<PathBuf>,
+    /// Write a page with tables and plots that needs no network.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// List the rows that a variant has right and the base wrong, or the other way round.
+    #[arg(long)]
+    flips: bool,
     /// Text for perplexity and divergence; the demo's held-out text unless given.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -47,6 +56,12 @@ pub struct Measure {
     /// Tokens of each window.
     #[arg(long, default_value_t = 256)]
     window_tokens: usize,
+    /// Leave out rows that cannot be used, and count them.
+    #[arg(long)]
+    skip_bad_rows: bool,
+    /// Score all rows again, though an evaluation that did not end has scored some.
+    #[arg(long)]
+    fresh: bool,
     /// Do not measure speed.
     #[arg(long)]
     no_speed: bool,
@@ -89,6 +104,9 @@ impl Measure {
             windows: self.windows,
             window_tokens: self.window_tokens,
             speed: (!self.no_speed).then_some(SpeedRequest { prompt_tokens: 512, decode_tokens: 64, repetitions: 3 }),
+            skip_bad_rows: self.skip_bad_rows,
+            journal: Some(paths::evaluations_directory()),
+            fresh: self.fresh,
         })
     }
 
@@ -97,9 +115,11 @@ impl Measure {
         let (engine, mut events) = common.engine()?;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut follow = Follow::new();
+        let recorder = Recorder::new(None);
         let mut results: Vec<Evaluated> = Vec::new();
         finish(&mut events, &mut |event| {
             follow.event(event);
+            recorder.event(event);
             if let Event::Evaluated { evaluated, .. } = event {
                 results.push((**evaluated).clone());
             }
@@ -107,7 +127,11 @@ impl Measure {
         if let Some(path) = &self.samples {
             write_samples(path, &results)?;
         }
-        output::results(results, common)
+        let set = ResultSet::new(results);
+        if let Some(path) = &self.html {
+            strata::files::write_atomically(path, output::page(&set).as_bytes())?;
+        }
+        output::results(&set, self.flips, common)
     }
 }
 

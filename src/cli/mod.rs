@@ -11,6 +11,7 @@ mod output;
 mod progress;
 mod quantize;
 mod replay;
+mod results;
 mod trace;
 
 use std::io::IsTerminal;
@@ -81,6 +82,8 @@ enum Command {
     Compare(compare::Compare),
     /// Run a session file headless.
     Replay(replay::Replay),
+    /// List, filter, import and export what was measured.
+    Results(results::Results),
     /// Continue a prompt.
     Generate(generate::Generate),
     /// Logits and residual streams for given token ids, as safetensors.
@@ -103,6 +106,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Eval(command)) => command.run(&common),
         Some(Command::Compare(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
+        Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),
         Some(Command::Trace(command)) => command.run(&common),
         Some(Command::Doctor(command)) => command.run(&common),
@@ -154,7 +158,7 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
         return Err(Error::input("the workbench needs a terminal, and there is none")
             .hint("`strata analyze`, `strata quantize` and `strata replay` work without one"));
     }
-    replay::headless(&session, strata::session::ReplayOptions::default(), common)
+    replay::headless(&session, file.as_deref(), strata::session::ReplayOptions::default(), common)
 }
 
 impl Common {

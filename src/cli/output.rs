@@ -2,9 +2,8 @@
 
 use serde::Serialize;
 use strata::error::{Error, Result};
-use strata::eval::run::Evaluated;
-use strata::eval::{ModelResult, ResultSet};
-use strata::session::report;
+use strata::eval::ResultSet;
+use strata::session::{html, report};
 
 use super::Common;
 
@@ -13,6 +12,11 @@ pub fn json(document: &impl Serialize) -> Result<()> {
     let text =
         serde_json::to_string_pretty(document).map_err(|error| Error::run(format!("the result cannot be written as JSON: {error}")))?;
     line(&text)
+}
+
+/// Prints text that ends with its own line break.
+pub fn text(text: &str) -> Result<()> {
+    line(text.trim_end_matches('\n'))
 }
 
 /// Prints lines; a reader that closed the pipe early is not an error.
@@ -25,20 +29,52 @@ pub fn line(text: &str) -> Result<()> {
     }
 }
 
-/// Prints evaluated models in the form asked for.
-pub fn results(evaluated: Vec<Evaluated>, common: &Common) -> Result<()> {
-    let results: Vec<ModelResult> = evaluated.into_iter().map(|evaluated| evaluated.result).collect();
+/// Prints evaluated models in the form asked for; `flips` lists the rows that changed, too.
+pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
     if common.json {
-        return json(&ResultSet::new(results));
+        return json(set);
     }
-    for row in report::comparison(&results).lines() {
-        line(&row)?;
-    }
-    if let Some(result) = results.first() {
+    table(&report::comparison(&set.results))?;
+    if let Some(result) = set.results.first() {
         let evidence = &result.provenance;
         line("")?;
         line("accuracy in percent: acc_norm for arc_challenge and hellaswag, acc for the others; KLD in nats a token from the first row")?;
         line(&format!("{} on {} ({} threads); text: {}", evidence.backend, evidence.processor, evidence.threads, evidence.text))?;
     }
+    if set.results.iter().any(|result| result.perplexities.is_some()) {
+        line("")?;
+        table(&report::divergence(&set.results))?;
+        line("")?;
+        line("ppl (gptq): every token of a window but its first; ppl (llama.cpp): the second half of each window")?;
+        line("RMS dp: root mean square difference of the probability of the token that follows")?;
+    }
+    if !set.comparisons.is_empty() {
+        line("")?;
+        table(&report::paired(&set.comparisons))?;
+        line("")?;
+        line("lost: right to wrong; gained: wrong to right; difference in points with a bootstrap interval over paired rows")?;
+        line("p: McNemar's test, exact binomial below 25 changed rows, chi-squared with continuity correction from there on")?;
+    }
+    if flips {
+        line("")?;
+        table(&report::flips(&set.comparisons))?;
+    }
     Ok(())
+}
+
+/// The page of evaluated models: what [`results`] prints, with plots.
+pub fn page(set: &ResultSet) -> String {
+    let tables = [
+        ("Models", report::comparison(&set.results)),
+        ("Text: divergence and perplexity", report::divergence(&set.results)),
+        ("Row by row against the base", report::paired(&set.comparisons)),
+        ("Rows that changed", report::flips(&set.comparisons)),
+    ];
+    let model = set.results.first().map_or("", |result| result.model.as_str());
+    html::page(&format!("strata: {model}"), &tables, &set.results)
+}
+
+/// Prints a table.
+pub fn table(table: &report::Table) -> Result<()> {
+    table.lines().iter().try_for_each(|row| line(row))
 }

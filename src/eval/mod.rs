@@ -1,7 +1,9 @@
 //! Measurement: the five tasks, perplexity, divergence from the unquantized model, speed and memory.
 //! Start with [`run::evaluate`].
 
+mod journal;
 pub mod memory;
+pub mod paired;
 mod prefix;
 pub mod result;
 pub mod run;
@@ -11,6 +13,7 @@ pub mod statistics;
 pub mod tasks;
 pub mod text;
 
+pub use paired::Comparison;
 pub use result::{ModelResult, RESULTS_SCHEMA, ResultSet};
-pub use run::{EvaluateRequest, ModelToEvaluate, evaluate};
-pub use tasks::Task;
+pub use run::{EvaluateRequest, Evaluated, ModelToEvaluate, evaluate};
+pub use tasks::{Rows, Task};

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::paired::{self, Comparison};
+use super::run::Evaluated;
 use super::score::TaskScore;
 use super::speed::Speed;
-use super::statistics::DivergenceSummary;
+use super::statistics::{DivergenceSummary, Perplexity};
 
 /// Schema of [`ResultSet`].
 pub const RESULTS_SCHEMA: &str = "strata.results/1";
@@ -16,12 +18,24 @@ pub const RESULTS_SCHEMA: &str = "strata.results/1";
 pub struct ResultSet {
     pub schema: String,
     pub results: Vec<ModelResult>,
+    /// Every later model against the first, row by row.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub comparisons: Vec<Comparison>,
 }
 
 impl ResultSet {
-    /// Results under the current schema.
-    pub fn new(results: Vec<ModelResult>) -> Self {
-        Self { schema: RESULTS_SCHEMA.into(), results }
+    /// Results of `evaluated` models, each later one compared with the first.
+    pub fn new(evaluated: Vec<Evaluated>) -> Self {
+        let named = |evaluated: &'_ Evaluated| evaluated.result.variant.clone();
+        let comparisons = evaluated.split_first().map(|(base, others)| {
+            let against = |other: &Evaluated| paired::compare((&named(base), &base.samples), (&named(other), &other.samples));
+            others.iter().map(against).filter(|comparison| !comparison.tasks.is_empty()).collect()
+        });
+        Self {
+            schema: RESULTS_SCHEMA.into(),
+            results: evaluated.into_iter().map(|evaluated| evaluated.result).collect(),
+            comparisons: comparisons.unwrap_or_default(),
+        }
     }
 }
 
@@ -41,8 +55,11 @@ pub struct ModelResult {
     pub tasks: BTreeMap<String, TaskScore>,
     /// Divergence from the unquantized model; `null` for itself.
     pub kld: Option<DivergenceSummary>,
-    /// Of the same windows as the divergence: exp of the mean loss of each window's tokens after its first.
+    /// Of the same windows as the divergence, every token of a window but its first: `perplexities.gptq`.
     pub perplexity: Option<f64>,
+    /// The same in both usual conventions.
+    #[serde(default)]
+    pub perplexities: Option<Perplexity>,
     pub speed: Option<Speed>,
     pub memory: Memory,
     pub provenance: Evidence,

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::journal::Journal;
 use super::result::{Evidence, Memory, ModelResult};
 use super::score::{self, Sample};
 use super::speed::{self, SpeedRequest};
-use super::tasks::{Question, Task};
+use super::statistics::{DivergenceSummary, Perplexity};
+use super::tasks::{Rows, Task};
 use super::{memory, statistics, text};
 use crate::backend::{Backend, Sequences};
 use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, TOOL};
@@ -40,6 +42,12 @@ pub struct EvaluateRequest {
     pub windows: usize,
     pub window_tokens: usize,
     pub speed: Option<SpeedRequest>,
+    /// Leave out rows that cannot be used, and count them, instead of stopping at the first.
+    pub skip_bad_rows: bool,
+    /// Folder where finished batches are noted until the whole evaluation has ended; `None` notes nothing.
+    pub journal: Option<PathBuf>,
+    /// Forget what the journal has.
+    pub fresh: bool,
 }
 
 impl Default for EvaluateRequest {
@@ -54,6 +62,9 @@ impl Default for EvaluateRequest {
             windows: 24,
             window_tokens: 256,
             speed: None,
+            skip_bad_rows: false,
+            journal: None,
+            fresh: false,
         }
     }
 }
@@ -72,33 +83,47 @@ pub fn evaluate<B: Backend>(
     monitor: &Monitor,
     mut each: impl FnMut(Evaluated),
 ) -> Result<()> {
-    let questions = load_questions(request)?;
+    let questions = load_questions(request, monitor)?;
     let heldout = match &request.text {
         _ if request.windows == 0 => None,
         Some(path) => Some(text::read(path)?),
         None => Some(DEMO_HELDOUT.to_owned()),
     };
     let mut reference: Option<Reference<B>> = None;
+    let mut journals = Vec::new();
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
         monitor.stage("load", 1);
         let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
         let loaded = Hybrid::load(backend(), &checkpoint)?;
         monitor.step(1, format!("{} loaded", model.name))?;
+        let sha256 = checkpoint.sha256()?;
+        let mut journal = None;
+        if let Some(directory) = &request.journal {
+            // Without a journal an evaluation cannot be resumed, which is no reason not to evaluate.
+            match Journal::open(directory, &sha256, &loaded.backend.name(), request.fresh) {
+                Ok(opened) => journal = Some(opened),
+                Err(error) => monitor.warn(format!("{error}: this evaluation could not be resumed")),
+            }
+        }
+        journals.extend(journal.as_ref().map(|journal| journal.path().to_owned()));
         let is_reference = index == 0 && request.reference.is_some();
         let evaluated = Evaluation {
             request,
             checkpoint: &checkpoint,
             model: &loaded,
             name: &model.name,
+            sha256,
             questions: &questions,
             text: heldout.as_deref(),
         };
-        let (evaluated, logits) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, monitor)?;
-        if let Some(logits) = logits {
-            reference = Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits });
-        }
+        let (evaluated, kept) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, journal, monitor)?;
+        reference = reference.or(kept);
         each(evaluated);
+    }
+    for path in journals {
+        // A journal that stays behind costs disk space only.
+        drop(std::fs::remove_file(path));
     }
     Ok(())
 }
@@ -107,6 +132,7 @@ pub fn evaluate<B: Backend>(
 struct Reference<B: Backend> {
     tokenizer: Option<Vec<u8>>,
     logits: Vec<B::Tensor>,
+    scores: Vec<Vec<f64>>,
 }
 
 struct Evaluation<'a, B: Backend> {
@@ -114,50 +140,40 @@ struct Evaluation<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     model: &'a Hybrid<B>,
     name: &'a str,
-    questions: &'a [(Task, Vec<Question>)],
+    sha256: String,
+    questions: &'a [(Task, Rows)],
     text: Option<&'a str>,
 }
 
 impl<B: Backend> Evaluation<'_, B> {
-    fn run(&self, reference: Option<&Reference<B>>, keep_logits: bool, monitor: &Monitor) -> Result<(Evaluated, Option<Vec<B::Tensor>>)> {
+    fn run(
+        &self,
+        reference: Option<&Reference<B>>,
+        keep_logits: bool,
+        mut journal: Option<Journal>,
+        monitor: &Monitor,
+    ) -> Result<(Evaluated, Option<Reference<B>>)> {
         let (checkpoint, request) = (self.checkpoint, self.request);
         let tokenizer = checkpoint.tokenizer()?;
         let mut tasks = BTreeMap::new();
         let mut samples = Vec::new();
-        for (task, questions) in self.questions {
+        for (task, rows) in self.questions {
             let max_tokens = checkpoint.config.max_positions;
-            let (score, rows) = score::score_task(self.model, &tokenizer, *task, questions, max_tokens, monitor)?;
+            let (mut score, scored) =
+                score::score_task(self.model, &tokenizer, *task, &rows.questions, max_tokens, journal.as_mut(), monitor)?;
+            score.skipped = rows.skipped;
             if score.truncated > 0 {
                 monitor.warn(format!("{task}: {} contexts were cut from the left to {max_tokens} tokens", score.truncated));
             }
             tasks.insert(task.name().to_owned(), score);
-            samples.extend(rows);
+            samples.extend(scored);
         }
 
-        let mut windows = Vec::new();
-        let (mut divergence, mut losses, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-        if let Some(text) = self.text {
-            windows = text::windows(&text::tokenize(&tokenizer, text)?, request.windows, request.window_tokens)?;
-            if let Some(reference) = reference
-                && reference.tokenizer != checkpoint.companion("tokenizer.json")?
-            {
-                return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
-                    .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
-            }
-            monitor.stage("text", windows.len());
-            for (index, window) in windows.iter().enumerate() {
-                let logits = self.model.logits(window, &Sequences::new(vec![window.len()]), None)?;
-                let targets: Vec<(usize, u32)> = window[1..].iter().copied().enumerate().collect();
-                losses.extend(self.model.backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| -score));
-                if let Some(reference) = reference {
-                    divergence.extend(self.model.backend.divergence(&reference.logits[index], &logits)?);
-                }
-                if keep_logits {
-                    kept.push(logits);
-                }
-                monitor.step(index + 1, format!("window {}", index + 1))?;
-            }
-        }
+        let windows = match self.text {
+            Some(text) => text::windows(&text::tokenize(&tokenizer, text)?, request.windows, request.window_tokens)?,
+            None => Vec::new(),
+        };
+        let read = self.read_text(&windows, reference, keep_logits, monitor)?;
         let speed = match request.speed {
             Some(speed) => {
                 let text = windows.first().map_or(&[1][..], Vec::as_slice);
@@ -166,6 +182,7 @@ impl<B: Backend> Evaluation<'_, B> {
             None => None,
         };
 
+        let perplexities = Perplexity::of(&read.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
         let result = ModelResult {
             model: checkpoint.name.clone(),
@@ -175,13 +192,14 @@ impl<B: Backend> Evaluation<'_, B> {
             bits_per_weight: 8.0 * weight_bytes as f64 / checkpoint.layout.linear_weights() as f64,
             file_bytes: checkpoint.file_bytes(),
             tasks,
-            kld: (!divergence.is_empty()).then(|| statistics::summarize_divergence(&divergence)),
-            perplexity: (!losses.is_empty()).then(|| statistics::mean(&losses).exp()),
+            kld: read.divergence,
+            perplexity: perplexities.map(|perplexity| perplexity.gptq),
+            perplexities,
             speed,
             memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.model.resident_bytes() },
             provenance: Evidence {
                 tool: TOOL.into(),
-                sha256: checkpoint.sha256()?,
+                sha256: self.sha256.clone(),
                 backend: self.model.backend.name(),
                 threads: rayon::current_num_threads(),
                 processor: processor(),
@@ -189,18 +207,76 @@ impl<B: Backend> Evaluation<'_, B> {
                 limit: request.limit,
             },
         };
-        Ok((Evaluated { result, samples }, keep_logits.then_some(kept)))
+        let kept = if keep_logits {
+            Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits: read.logits, scores: read.scores })
+        } else {
+            None
+        };
+        Ok((Evaluated { result, samples }, kept))
+    }
+
+    /// Runs the model over the text's windows, beside what the reference said about them.
+    fn read_text(
+        &self,
+        windows: &[Vec<u32>],
+        reference: Option<&Reference<B>>,
+        keep_logits: bool,
+        monitor: &Monitor,
+    ) -> Result<TextReading<B>> {
+        let mut read = TextReading { scores: Vec::new(), divergence: None, logits: Vec::new() };
+        if windows.is_empty() {
+            return Ok(read);
+        }
+        if let Some(reference) = reference
+            && reference.tokenizer != self.checkpoint.companion("tokenizer.json")?
+        {
+            return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
+                .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
+        }
+        let backend = &self.model.backend;
+        let mut divergence = Vec::new();
+        monitor.stage("text", windows.len());
+        for (index, window) in windows.iter().enumerate() {
+            let logits = self.model.logits(window, &Sequences::new(vec![window.len()]), None)?;
+            let targets: Vec<(usize, u32)> = window[1..].iter().copied().enumerate().collect();
+            read.scores.push(backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score).collect());
+            if let Some(reference) = reference {
+                divergence.extend(backend.divergence(&reference.logits[index], &logits)?);
+            }
+            if keep_logits {
+                read.logits.push(logits);
+            }
+            monitor.step(index + 1, format!("window {}", index + 1))?;
+        }
+        if let Some(reference) = reference {
+            let rms_probability = Some(statistics::rms_probability(&reference.scores.concat(), &read.scores.concat()));
+            read.divergence = Some(DivergenceSummary { rms_probability, ..statistics::summarize_divergence(&divergence) });
+        }
+        Ok(read)
     }
 }
 
-fn load_questions(request: &EvaluateRequest) -> Result<Vec<(Task, Vec<Question>)>> {
+/// What a model says about the text's windows.
+struct TextReading<B: Backend> {
+    /// Log-probability of every token but the first, by window.
+    scores: Vec<Vec<f64>>,
+    /// From the reference.
+    divergence: Option<DivergenceSummary>,
+    /// By window, where later models are compared with this one.
+    logits: Vec<B::Tensor>,
+}
+
+fn load_questions(request: &EvaluateRequest, monitor: &Monitor) -> Result<Vec<(Task, Rows)>> {
     let load = |task: &Task| {
-        let mut questions = match &request.data {
-            Some(directory) => task.from_directory(directory)?,
+        let mut rows = match &request.data {
+            Some(directory) => task.from_directory(directory, request.skip_bad_rows)?,
             None => task.embedded()?,
         };
-        questions.truncate(request.limit.unwrap_or(usize::MAX));
-        Ok((*task, questions))
+        if rows.skipped > 0 {
+            monitor.warn(format!("{task}: {} bad rows were left out", rows.skipped));
+        }
+        rows.questions.truncate(request.limit.unwrap_or(usize::MAX));
+        Ok((*task, rows))
     };
     request.tasks.iter().map(load).collect()
 }

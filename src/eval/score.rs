@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
+use super::journal::Journal;
 use super::prefix::{self, PrefixTree};
 use super::statistics;
 use super::tasks::{Question, Task};
@@ -46,6 +47,23 @@ pub struct Sample {
     pub acc_norm: Option<f64>,
 }
 
+impl Sample {
+    /// The choice that the model prefers, by log-likelihood or by log-likelihood over characters.
+    pub fn choice(&self, normalized: bool) -> usize {
+        if normalized { argmax(&normalize(&self.loglikelihoods, &self.lengths)) } else { argmax(&self.loglikelihoods) }
+    }
+
+    /// Whether the row counts as right by that measure.
+    pub fn is_right(&self, normalized: bool) -> bool {
+        self.acc_norm.filter(|_| normalized).unwrap_or(self.acc) > 0.5
+    }
+}
+
+/// Log-likelihoods divided by the characters of the choices.
+fn normalize(loglikelihoods: &[f64], lengths: &[usize]) -> Vec<f64> {
+    loglikelihoods.iter().zip(lengths).map(|(score, length)| score / *length as f64).collect()
+}
+
 /// Accuracy over the rows of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct TaskScore {
@@ -56,25 +74,27 @@ pub struct TaskScore {
     pub rows: usize,
     /// Continuations whose context was cut from the left to fit the model.
     pub truncated: usize,
+    /// Rows that could not be used and were left out.
+    #[serde(default)]
+    pub skipped: usize,
 }
 
 impl TaskScore {
     /// The accuracy that is usually quoted: acc_norm for ARC challenge and HellaSwag, acc for the others.
     pub fn headline(&self, task: Task) -> f64 {
-        match task {
-            Task::ArcChallenge | Task::Hellaswag => self.acc_norm.unwrap_or(self.acc),
-            _ => self.acc,
-        }
+        self.acc_norm.filter(|_| task.quotes_acc_norm()).unwrap_or(self.acc)
     }
 }
 
-/// Scores `questions` of `task` with `model`; `max_tokens` is the longest sequence that the model takes.
+/// Scores `questions` of `task` with `model`; `max_tokens` is the longest sequence that the model takes. Batches that
+/// `journal` has are not computed again, and those computed are added to it.
 pub fn score_task<B: Backend>(
     model: &Hybrid<B>,
     tokenizer: &Tokenizer,
     task: Task,
     questions: &[Question],
     max_tokens: usize,
+    journal: Option<&mut Journal>,
     monitor: &Monitor,
 ) -> Result<(TaskScore, Vec<Sample>)> {
     let mut truncated = 0;
@@ -84,7 +104,7 @@ pub fn score_task<B: Backend>(
         truncated += usize::from(cut);
         requests.push(request);
     }
-    let scores = loglikelihoods(model, &requests, task, monitor)?;
+    let scores = loglikelihoods(model, &requests, task, journal, monitor)?;
     let mut scores = scores.iter();
     let samples: Vec<Sample> = questions
         .iter()
@@ -102,13 +122,14 @@ pub fn score_task<B: Backend>(
         stderr: statistics::standard_error(acc_norm.as_deref().unwrap_or(&acc)),
         rows: samples.len(),
         truncated,
+        skipped: 0,
     };
     Ok((score, samples))
 }
 
 fn sample(task: Task, index: usize, question: &Question, loglikelihoods: Vec<f64>) -> Sample {
     let right = |scores: &[f64]| f64::from(u8::from(argmax(scores) == question.gold));
-    let normalized: Vec<f64> = loglikelihoods.iter().zip(&question.lengths).map(|(score, length)| score / *length as f64).collect();
+    let normalized = normalize(&loglikelihoods, &question.lengths);
     Sample {
         task: task.name().into(),
         index,
@@ -155,15 +176,35 @@ fn encode_pair(tokenizer: &Tokenizer, context: &str, continuation: &str, max_tok
 
 /// Sum of the log-probabilities of each request's continuation. Equal requests are computed once, and what their inputs
 /// begin with is computed once a batch. Batches are fixed from all requests, in the order of their tokens.
-fn loglikelihoods<B: Backend>(model: &Hybrid<B>, requests: &[Request], task: Task, monitor: &Monitor) -> Result<Vec<f64>> {
+fn loglikelihoods<B: Backend>(
+    model: &Hybrid<B>,
+    requests: &[Request],
+    task: Task,
+    mut journal: Option<&mut Journal>,
+    monitor: &Monitor,
+) -> Result<Vec<f64>> {
     let mut unique: Vec<&Request> = requests.iter().collect();
     unique.sort_unstable();
     unique.dedup();
     let mut scores = Vec::with_capacity(unique.len());
+    let mut kept = 0;
     monitor.stage(task.name(), unique.len());
     for batch in batches(&unique) {
-        scores.extend(score_batch(model, batch)?);
+        let key = Journal::key(batch.iter().map(|request| (request.input.as_slice(), request.continuation.as_slice())));
+        if let Some(known) = journal.as_ref().and_then(|journal| journal.get(&key, batch.len())) {
+            kept += known.len();
+            scores.extend_from_slice(known);
+        } else {
+            let new = score_batch(model, batch)?;
+            if let Some(journal) = &mut journal {
+                journal.put(key, &new)?;
+            }
+            scores.extend(new);
+        }
         monitor.step(scores.len(), format!("{} continuations", scores.len()))?;
+    }
+    if kept > 0 {
+        monitor.log(format!("{task}: {kept} of {} continuations were scored by an evaluation that did not end", unique.len()));
     }
     Ok(requests.iter().map(|request| unique.binary_search(&request).map_or(f64::NAN, |at| scores[at])).collect())
 }

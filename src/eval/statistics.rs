@@ -40,10 +40,19 @@ pub fn median(values: &[f64]) -> f64 {
 pub struct DivergenceSummary {
     pub mean: f64,
     pub median: f64,
+    #[serde(default)]
+    pub p90: f64,
+    #[serde(default)]
+    pub p95: f64,
     pub p99: f64,
+    #[serde(default)]
+    pub p999: f64,
     pub max: f64,
     /// Share of tokens where both models' most probable next token is the same.
     pub top1: f64,
+    /// Root of the mean square of the difference in probability that the models give to the token that follows.
+    #[serde(default)]
+    pub rms_probability: Option<f64>,
     pub tokens: usize,
 }
 
@@ -54,10 +63,43 @@ pub fn summarize_divergence(rows: &[Divergence]) -> DivergenceSummary {
     DivergenceSummary {
         mean: mean(&sorted),
         median: quantile(&sorted, 0.5),
+        p90: quantile(&sorted, 0.9),
+        p95: quantile(&sorted, 0.95),
         p99: quantile(&sorted, 0.99),
+        p999: quantile(&sorted, 0.999),
         max: sorted.last().copied().unwrap_or(0.0),
         top1: mean(&rows.iter().map(|row| f64::from(u8::from(row.same_top))).collect::<Vec<_>>()),
+        rms_probability: None,
         tokens: rows.len(),
+    }
+}
+
+/// Root of the mean squared difference between the probabilities whose logarithms are given.
+pub fn rms_probability(reference: &[f64], other: &[f64]) -> f64 {
+    mean(&reference.iter().zip(other).map(|(a, b)| (a.exp() - b.exp()).powi(2)).collect::<Vec<_>>()).sqrt()
+}
+
+/// Perplexity of one text in both usual conventions, over the same windows, which follow each other without overlap.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    /// As in the GPTQ papers: every token of a window but the first is scored.
+    pub gptq: f64,
+    /// As in llama.cpp: the tokens of the second half of a window are scored, so that each has half a window in front.
+    pub llama_cpp: f64,
+    /// Windows, and the tokens of each.
+    pub windows: usize,
+    pub window_tokens: usize,
+}
+
+impl Perplexity {
+    /// From the log-probability of every token but the first of each window.
+    pub fn of(windows: &[Vec<f64>]) -> Option<Self> {
+        let window_tokens = windows.first()?.len() + 1;
+        let perplexity = |skipped: usize| {
+            let scored: Vec<f64> = windows.iter().flat_map(|window| &window[skipped.min(window.len())..]).map(|score| -score).collect();
+            mean(&scored).exp()
+        };
+        Some(Self { gptq: perplexity(0), llama_cpp: perplexity(window_tokens / 2), windows: windows.len(), window_tokens })
     }
 }
 
@@ -73,5 +115,29 @@ mod tests {
         let sorted = [0.1, 0.4, 0.5, 2.0, 9.0];
         assert!((quantile(&sorted, 0.99) - 8.72).abs() < 1e-12);
         assert!((median(&[9.0, 0.1, 0.5, 0.4]) - 0.45).abs() < 1e-12);
+    }
+
+    /// By hand: a window of 5 tokens has 4 scores; the second half is what logits 2 and 3 predict, tokens 3 and 4.
+    #[test]
+    fn perplexity_conventions_score_what_they_say() {
+        let windows = [vec![-1.0, -2.0, -3.0, -4.0], vec![-5.0, -6.0, -7.0, -8.0]];
+        let found = Perplexity::of(&windows).unwrap();
+        assert!((found.gptq.ln() - 4.5).abs() < 1e-12 && (found.llama_cpp.ln() - 5.5).abs() < 1e-12, "{found:?}");
+        assert_eq!((found.windows, found.window_tokens), (2, 5));
+        // ((0.5 − 0.25)² + (0.5 − 0.5)²) / 2, its root.
+        let rms = rms_probability(&[0.5_f64.ln(), 0.5_f64.ln()], &[0.25_f64.ln(), 0.5_f64.ln()]);
+        assert!((rms - 0.03125_f64.sqrt()).abs() < 1e-12);
+    }
+
+    /// numpy.percentile(numpy.arange(1001), [50, 90, 95, 99, 99.9]).
+    #[test]
+    fn divergence_percentiles_are_those_of_numpy() {
+        let rows: Vec<Divergence> = (0..=1000).rev().map(|i| Divergence { kl: f64::from(i), same_top: i % 4 != 0 }).collect();
+        let found = summarize_divergence(&rows);
+        let percentiles = [found.median, found.p90, found.p95, found.p99, found.p999, found.max];
+        for (found, expected) in percentiles.iter().zip([500.0, 900.0, 950.0, 990.0, 999.0, 1000.0]) {
+            assert!((found - expected).abs() < 1e-9, "{found} {expected}");
+        }
+        assert!((found.top1 - 750.0 / 1001.0).abs() < 1e-12);
     }
 }

@@ -7,7 +7,6 @@ use std::str::FromStr;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::text;
 use crate::checkpoint::DEMO_TASKS;
 use crate::error::{Error, Result};
 
@@ -32,6 +31,14 @@ pub struct Question {
     pub gold: usize,
 }
 
+/// The questions of a task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rows {
+    pub questions: Vec<Question>,
+    /// Bad rows that were left out.
+    pub skipped: usize,
+}
+
 impl Task {
     pub const ALL: [Self; 5] = [Self::ArcEasy, Self::ArcChallenge, Self::Piqa, Self::Winogrande, Self::Hellaswag];
 
@@ -51,33 +58,46 @@ impl Task {
         self != Self::Winogrande
     }
 
-    /// The questions of the rows compiled in with the demo model.
-    pub fn embedded(self) -> Result<Vec<Question>> {
-        let rows = DEMO_TASKS.iter().find(|(name, _)| *name == self.name()).map_or("", |(_, rows)| rows);
-        self.questions(rows, &format!("embedded {self}"))
+    /// Whether acc_norm is the figure that is usually quoted.
+    pub fn quotes_acc_norm(self) -> bool {
+        matches!(self, Self::ArcChallenge | Self::Hellaswag)
     }
 
-    /// The questions of `{task}.jsonl` in `directory`.
-    pub fn from_directory(self, directory: &Path) -> Result<Vec<Question>> {
+    /// The rows compiled in with the demo model.
+    pub fn embedded(self) -> Result<Rows> {
+        let rows = DEMO_TASKS.iter().find(|(name, _)| *name == self.name()).map_or("", |(_, rows)| rows);
+        self.rows(rows.as_bytes(), &format!("embedded {self}"), false)
+    }
+
+    /// The rows of `{task}.jsonl` in `directory`.
+    pub fn from_directory(self, directory: &Path, skip_bad_rows: bool) -> Result<Rows> {
         let path = directory.join(format!("{}.jsonl", self.name()));
         if !path.exists() {
             return Err(Error::input(format!("{} has no {}.jsonl", directory.display(), self.name()))
                 .hint("--data names a directory with one JSON-lines file a task, with the hub's field names"));
         }
-        self.questions(&text::read(&path)?, &path.display().to_string())
+        let bytes = std::fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
+        self.rows(&bytes, &path.display().to_string(), skip_bad_rows)
     }
 
-    /// The questions of JSON lines; errors name `origin` and the line.
-    pub fn questions(self, lines: &str, origin: &str) -> Result<Vec<Question>> {
-        let mut questions = Vec::new();
-        for (number, line) in lines.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let question = self.question(line).and_then(Question::checked);
-            questions.push(question.map_err(|what| Error::input(format!("{origin}, line {}: {what}", number + 1)))?);
+    /// The rows of JSON lines. A bad one is an error that names `origin` and the line, or is left out and counted.
+    pub fn rows(self, lines: &[u8], origin: &str, skip_bad_rows: bool) -> Result<Rows> {
+        let mut rows = Rows { questions: Vec::new(), skipped: 0 };
+        for (number, line) in lines.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty()) {
+            let line = std::str::from_utf8(line).map_err(|error| format!("byte {} is not UTF-8", error.valid_up_to() + 1));
+            match line.and_then(|line| self.question(line)).and_then(Question::checked) {
+                Ok(question) => rows.questions.push(question),
+                Err(_) if skip_bad_rows => rows.skipped += 1,
+                Err(what) => {
+                    return Err(Error::input(format!("{origin}, line {}: {what}", number + 1))
+                        .hint("mend the row, or leave such rows out with --skip-bad-rows"));
+                }
+            }
         }
-        if questions.is_empty() {
-            return Err(Error::input(format!("{origin} has no rows")));
+        if rows.questions.is_empty() {
+            return Err(Error::input(format!("{origin} has no rows{}", if rows.skipped > 0 { " that can be used" } else { "" })));
         }
-        Ok(questions)
+        Ok(rows)
     }
 
     fn question(self, line: &str) -> Result<Question, String> {
@@ -131,6 +151,9 @@ impl Question {
     }
 
     fn checked(self) -> Result<Self, String> {
+        if let Some(empty) = self.lengths.iter().position(|length| *length == 0) {
+            return Err(format!("choice {empty} is empty"));
+        }
         if self.gold < self.requests.len() {
             return Ok(self);
         }
@@ -241,17 +264,25 @@ mod tests {
         for (line, expected) in [
             (r#"{"goal": "g", "sol1": "a", "label": 0}"#, "missing field `sol2`"),
             (r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}"#, "there are 2"),
+            (r#"{"goal": "g", "sol1": "", "sol2": "b", "label": 0}"#, "choice 0 is empty"),
             ("{", "EOF"),
+            ("\u{fffd}", "is not UTF-8"),
         ] {
-            let error = Task::Piqa.questions(&format!("{good}\n{line}\n"), "rows.jsonl").unwrap_err().message;
+            let mut lines = format!("{good}\n{line}\n{good}").into_bytes();
+            // A replacement character stands for its own first byte alone.
+            lines = if line == "\u{fffd}" { [good.as_bytes(), b"\n\xef\n", good.as_bytes()].concat() } else { lines };
+            let error = Task::Piqa.rows(&lines, "rows.jsonl", false).unwrap_err().message;
             assert!(error.starts_with("rows.jsonl, line 2: ") && error.contains(expected), "{error}");
+            let rows = Task::Piqa.rows(&lines, "rows.jsonl", true).unwrap();
+            assert_eq!((rows.questions.len(), rows.skipped), (2, 1));
         }
-        assert!(Task::Piqa.questions("\n", "rows.jsonl").unwrap_err().message.contains("no rows"));
+        assert!(Task::Piqa.rows(b"\n", "rows.jsonl", false).unwrap_err().message.contains("no rows"));
+        assert!(Task::Piqa.rows(b"{", "rows.jsonl", true).unwrap_err().message.contains("no rows that can be used"));
     }
 
     #[test]
     fn every_embedded_task_has_rows() {
-        let rows = Task::ALL.map(|task| task.embedded().unwrap().len());
+        let rows = Task::ALL.map(|task| task.embedded().unwrap().questions.len());
         assert_eq!(rows, [436, 288, 300, 400, 400]);
     }
 }

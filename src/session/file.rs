@@ -118,6 +118,7 @@ impl EvaluateSpec {
             windows: self.windows,
             window_tokens: self.window_tokens,
             speed: self.speed.then_some(SpeedRequest { prompt_tokens: 512, decode_tokens: 64, repetitions: 3 }),
+            ..EvaluateRequest::default()
         })
     }
 }

@@ -1,9 +1,14 @@
-//! Sessions: one TOML file that names model, calibration, variants and evaluation; its headless replay; the table.
+//! Sessions: one TOML file that names model, calibration, variants and evaluation; its headless replay; the store of
+//! results, and their table and page.
 
 mod file;
+pub mod html;
+pub mod import;
 pub mod paths;
+mod plot;
 pub mod replay;
 pub mod report;
+pub mod store;
 
 pub use file::{EvaluateSpec, ModelSpec, SESSION_SCHEMA, Session, UiSpec, VariantSpec};
 pub use replay::{Replay, ReplayOptions};

@@ -12,6 +12,11 @@ pub fn variants_directory() -> PathBuf {
     data_directory().join("variants")
 }
 
+/// The folder of evaluations that have not ended.
+pub fn evaluations_directory() -> PathBuf {
+    data_directory().join("evals")
+}
+
 fn directory(variable: &str, fallback: &str) -> PathBuf {
     let base = std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(fallback)));

@@ -16,7 +16,7 @@ use crate::eval::run::{Evaluated, ModelToEvaluate};
 pub struct ReplayOptions {
     /// Only this variant.
     pub variant: Option<String>,
-    /// Make variants again that are there already.
+    /// Make variants again that are there already, and forget what an evaluation that did not end has scored.
     pub fresh: bool,
     /// Folder for the variants, each under its name; without it they go to the user's data folder.
     pub output: Option<PathBuf>,
@@ -54,6 +54,8 @@ impl Replay<'_> {
         let mut request = self.session.evaluate.request()?;
         request.reference = Some(ModelToEvaluate { name: "base".into(), path: self.session.model.name() });
         request.models = models;
+        request.journal = Some(paths::evaluations_directory());
+        request.fresh = self.options.fresh;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut results = Vec::new();
         finish(events, &mut |event| {

@@ -1,5 +1,8 @@
 //! Results as a table of text.
 
+use super::store::Record;
+use crate::eval::paired::{Comparison, McNemarTest};
+use crate::eval::statistics::{DivergenceSummary, Perplexity};
 use crate::eval::{ModelResult, Task};
 
 /// Rows of columns, the first row being the heads; numbers are right-aligned. Reads the same on screen and in a file.
@@ -32,6 +35,23 @@ impl Table {
         self.rows.iter().map(line).collect()
     }
 
+    /// Rows of cells, the column heads first.
+    pub fn rows(&self) -> &[Vec<String>] {
+        &self.rows
+    }
+
+    /// A table in Markdown.
+    pub fn markdown(&self) -> String {
+        let line = |row: &Vec<String>| {
+            let cells: Vec<String> = row.iter().map(|cell| cell.replace('|', "\\|")).collect();
+            format!("| {} |\n", cells.join(" | "))
+        };
+        let mut lines: Vec<String> = self.rows.iter().map(line).collect();
+        let columns = self.rows.first().map_or(0, Vec::len);
+        lines.insert(1.min(lines.len()), format!("|---|{}\n", "--:|".repeat(columns.saturating_sub(1))));
+        lines.concat()
+    }
+
     /// Comma-separated values.
     pub fn csv(&self) -> String {
         let cell = |cell: &String| {
@@ -43,8 +63,7 @@ impl Table {
 
 /// The comparison table: a row a model, the first one in full and the others with their differences in points.
 pub fn comparison(results: &[ModelResult]) -> Table {
-    let tasks: Vec<Task> =
-        Task::ALL.into_iter().filter(|task| results.iter().any(|result| result.tasks.contains_key(task.name()))).collect();
+    let tasks = tasks_of(&results.iter().collect::<Vec<_>>());
     let mut heads = vec!["variant", "linears", "ratio", "bits"];
     heads.extend(tasks.iter().map(|task| task.name()));
     heads.extend(["mean", "KLD", "KLD p99", "top1", "ppl", "prefill t/s", "decode t/s"]);
@@ -54,12 +73,8 @@ pub fn comparison(results: &[ModelResult]) -> Table {
         let mut row = vec![result.variant.clone(), bytes(result.weight_bytes)];
         row.push(base.map_or_else(String::new, |base| format!("{:.3}", result.weight_bytes as f64 / base.weight_bytes as f64)));
         row.push(format!("{:.2}", result.bits_per_weight));
-        let scores: Vec<Option<f64>> =
-            tasks.iter().map(|task| result.tasks.get(task.name()).map(|score| 100.0 * score.headline(*task))).collect();
-        row.extend(scores.iter().map(|score| score.map_or_else(|| "-".into(), |score| format!("{score:.1}"))));
-        let present: Vec<f64> = scores.into_iter().flatten().collect();
+        row.extend(scores(&tasks, result));
         let none = || "-".to_owned();
-        row.push(if present.is_empty() { none() } else { format!("{:.2}", crate::eval::statistics::mean(&present)) });
         row.push(result.kld.map_or_else(none, |kld| format!("{:.2e}", kld.mean)));
         row.push(result.kld.map_or_else(none, |kld| format!("{:.2e}", kld.p99)));
         row.push(result.kld.map_or_else(none, |kld| format!("{:.1}%", 100.0 * kld.top1)));
@@ -67,6 +82,117 @@ pub fn comparison(results: &[ModelResult]) -> Table {
         row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
         row.push(result.speed.map_or_else(none, |speed| format!("{:.0}", speed.decode_tokens_per_s)));
         table.push(row);
+    }
+    table
+}
+
+/// The five tasks as far as a result has them.
+fn tasks_of(results: &[&ModelResult]) -> Vec<Task> {
+    let measured = |task: &Task| results.iter().any(|result| result.tasks.contains_key(task.name()));
+    Task::ALL.into_iter().filter(measured).collect()
+}
+
+/// The headline accuracy of each task in percent, and their mean.
+fn scores(tasks: &[Task], result: &ModelResult) -> Vec<String> {
+    let scores = tasks.iter().map(|task| result.tasks.get(task.name()).map(|score| 100.0 * score.headline(*task)));
+    let scores: Vec<Option<f64>> = scores.collect();
+    let mut cells: Vec<String> = scores.iter().map(|score| score.map_or_else(|| "-".into(), |score| format!("{score:.1}"))).collect();
+    let present: Vec<f64> = scores.into_iter().flatten().collect();
+    cells.push(if present.is_empty() { "-".into() } else { format!("{:.2}", crate::eval::statistics::mean(&present)) });
+    cells
+}
+
+/// What the result store holds: a row a record. Figures that were not measured, or not imported, are dashes.
+pub fn records(records: &[Record]) -> Table {
+    let tasks = tasks_of(&records.iter().map(|record| &record.result).collect::<Vec<_>>());
+    let mut heads = vec!["time", "source", "session", "model", "variant", "linears", "bits"];
+    heads.extend(tasks.iter().map(|task| task.name()));
+    heads.extend(["mean", "KLD", "ppl", "prefill t/s", "decode t/s", "backend"]);
+    let mut table = Table::new(&heads);
+    for Record { time, source, session, result, .. } in records {
+        let measured = |known: bool, text: String| if known { text } else { "-".to_owned() };
+        let mut row = vec![time.clone(), source.clone(), session.clone().unwrap_or_else(|| "-".into())];
+        row.extend([result.model.clone(), result.variant.clone()]);
+        row.push(measured(result.weight_bytes > 0, bytes(result.weight_bytes)));
+        row.push(measured(result.weight_bytes > 0, format!("{:.2}", result.bits_per_weight)));
+        row.extend(scores(&tasks, result));
+        row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.2e}", kld.mean)));
+        row.push(result.perplexity.map_or_else(|| "-".into(), |perplexity| format!("{perplexity:.4}")));
+        row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
+        row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.decode_tokens_per_s)));
+        row.push(result.provenance.backend.clone());
+        table.push(row);
+    }
+    table
+}
+
+/// How far each variant's next-token distributions are from the base's, in full.
+pub fn divergence(results: &[ModelResult]) -> Table {
+    let heads = ["variant", "KLD mean", "median", "p90", "p95", "p99", "p99.9", "max", "top1", "RMS dp", "ppl (gptq)", "ppl (llama.cpp)"];
+    let mut table = Table::new(&heads);
+    for result in results {
+        let kld = |of: fn(&DivergenceSummary) -> f64| result.kld.as_ref().map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", of(kld)));
+        let perplexity =
+            |of: fn(&Perplexity) -> f64| result.perplexities.as_ref().map_or_else(|| "-".to_owned(), |p| format!("{:.4}", of(p)));
+        table.push(vec![
+            result.variant.clone(),
+            kld(|kld| kld.mean),
+            kld(|kld| kld.median),
+            kld(|kld| kld.p90),
+            kld(|kld| kld.p95),
+            kld(|kld| kld.p99),
+            kld(|kld| kld.p999),
+            kld(|kld| kld.max),
+            result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2}%", 100.0 * kld.top1)),
+            result.kld.and_then(|kld| kld.rms_probability).map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms)),
+            perplexity(|perplexity| perplexity.gptq),
+            perplexity(|perplexity| perplexity.llama_cpp),
+        ]);
+    }
+    table
+}
+
+/// The paired statistics of each comparison: a row a task, and one over all rows.
+pub fn paired(comparisons: &[Comparison]) -> Table {
+    let mut table = Table::new(&["variant", "task", "rows", "metric", "lost", "gained", "difference", "95 % interval", "p", "McNemar"]);
+    for comparison in comparisons {
+        let all = comparison.all.as_ref().map(|all| ("all", all));
+        for (task, paired) in comparison.tasks.iter().map(|(task, paired)| (task.as_str(), paired)).chain(all) {
+            table.push(vec![
+                format!("{} - {}", comparison.variant, comparison.base),
+                task.to_owned(),
+                paired.rows.to_string(),
+                paired.metric.clone(),
+                paired.right_to_wrong.to_string(),
+                paired.wrong_to_right.to_string(),
+                format!("{:+.2}", 100.0 * paired.difference),
+                format!("{:+.2} {:+.2}", 100.0 * paired.interval[0], 100.0 * paired.interval[1]),
+                if paired.p_value < 0.001 { format!("{:.1e}", paired.p_value) } else { format!("{:.3}", paired.p_value) },
+                match paired.test {
+                    McNemarTest::Exact => "exact".to_owned(),
+                    McNemarTest::ChiSquaredContinuity => "chi2 cc".to_owned(),
+                },
+            ]);
+        }
+    }
+    table
+}
+
+/// The rows that changed, one a line.
+pub fn flips(comparisons: &[Comparison]) -> Table {
+    let mut table = Table::new(&["variant", "task", "row", "change", "right choice", "base chose", "variant chose"]);
+    for comparison in comparisons {
+        for flip in &comparison.flips {
+            table.push(vec![
+                comparison.variant.clone(),
+                flip.task.clone(),
+                flip.index.to_string(),
+                if flip.base == flip.gold { "lost" } else { "gained" }.to_owned(),
+                flip.gold.to_string(),
+                flip.base.to_string(),
+                flip.variant.to_string(),
+            ]);
+        }
     }
     table
 }
@@ -110,5 +236,7 @@ mod tests {
         table.push(vec!["x,y".into(), "1".into()]);
         assert_eq!(table.csv(), "a,b\n\"x,y\",1\n");
         assert_eq!(table.lines(), ["a    b", "x,y  1"]);
+        table.push(vec!["p|q".into(), "2".into()]);
+        assert_eq!(table.markdown(), "| a | b |\n|---|--:|\n| x,y | 1 |\n| p\\|q | 2 |\n");
     }
 }

@@ -9,6 +9,9 @@ use crate::backend::Divergence;
 /// Rows that one task takes, so that small tensors stay on one thread.
 const ROWS_PER_TASK: usize = 16;
 
+/// Values that one task of an elementwise operation takes.
+const CHUNK: usize = 1 << 15;
+
 /// `x / rms(x) · weight` by row of `weight.len()`.
 pub fn rms(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
@@ -51,14 +54,29 @@ fn gated_row(y: &[f32], z: &[f32], weight: &[f32], group: usize, eps: f32, out: 
 }
 
 /// `relu(x)²`.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
 pub fn relu2(x: &[f32]) -> Vec<f32> {
-    x.iter()
-        .map(|x| {
-            let positive = x.max(0.0);
-            positive * positive
-        })
-        .collect()
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| relu2_chunk(x, out));
+    out
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn relu2_chunk(x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        let positive = x.max(0.0);
+        *out = positive * positive;
+    }
+}
+
+/// `a + b`.
+pub fn add(a: &[f32], b: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; a.len()];
+    out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK))).for_each(|(out, (a, b))| {
+        for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(b)) {
+            *out = a + b;
+        }
+    });
+    out
 }
 
 /// Index of the first largest value.

@@ -1,0 +1,169 @@
+//! Plots of results in SVG. Colours come from the page's style (`series-0` … `series-5`).
+
+use std::fmt::Write;
+
+use super::html::escape;
+use super::report;
+use crate::eval::{ModelResult, Task};
+
+/// Classes of colours in the page's style.
+const SERIES: usize = 6;
+
+/// Half of a 95 % interval in standard errors.
+const HALF_WIDTH: f64 = 1.96;
+
+/// A plot under construction, with a linear horizontal axis.
+struct Plot {
+    height: f64,
+    body: String,
+}
+
+impl Plot {
+    const WIDTH: f64 = 760.0;
+    const LEFT: f64 = 130.0;
+    const RIGHT: f64 = 20.0;
+
+    fn new(height: f64) -> Self {
+        Self { height, body: String::new() }
+    }
+
+    /// Where a share (0…1) of the horizontal axis lies.
+    fn x(share: f64) -> f64 {
+        Self::LEFT + share * (Self::WIDTH - Self::LEFT - Self::RIGHT)
+    }
+
+    fn text(&mut self, x: f64, y: f64, anchor: &str, text: &str) {
+        let _ = writeln!(self.body, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{}</text>", escape(text));
+    }
+
+    fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
+        let ((x1, y1), (x2, y2)) = (from, to);
+        let _ = writeln!(self.body, "<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>");
+    }
+
+    /// A dot that tells its figure when pointed at.
+    fn dot(&mut self, series: usize, x: f64, y: f64, title: &str) {
+        let (class, title) = (series % SERIES, escape(title));
+        let _ = writeln!(self.body, "<circle class=\"series-{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\"><title>{title}</title></circle>");
+    }
+
+    fn finish(self, label: &str) -> String {
+        let (width, height, body, label) = (Self::WIDTH, self.height, self.body, escape(label));
+        format!("<svg viewBox=\"0 0 {width} {height:.0}\" role=\"img\" aria-label=\"{label}\">\n{body}</svg>\n")
+    }
+}
+
+/// The headline accuracy of every task and model with its 95 % interval; `None` without tasks.
+pub fn accuracy(results: &[ModelResult]) -> Option<String> {
+    const STEP: f64 = 14.0;
+    const GAP: f64 = 16.0;
+    let measured = |task: &Task| results.iter().any(|result| result.tasks.contains_key(task.name()));
+    let tasks: Vec<Task> = Task::ALL.into_iter().filter(measured).collect();
+    if tasks.is_empty() {
+        return None;
+    }
+    let group = results.len() as f64 * STEP + GAP;
+    let bottom = 20.0 + tasks.len() as f64 * group;
+    let mut plot = Plot::new(bottom + 26.0 + 18.0 * results.len().div_ceil(4) as f64);
+    for percent in (0..=100).step_by(20) {
+        let x = Plot::x(f64::from(percent) / 100.0);
+        plot.line("grid", (x, 14.0), (x, bottom));
+        plot.text(x, bottom + 14.0, "middle", &format!("{percent} %"));
+    }
+    for (index, task) in tasks.iter().enumerate() {
+        let top = 20.0 + index as f64 * group;
+        plot.text(Plot::LEFT - 10.0, top + (group - GAP) / 2.0 + 4.0, "end", task.name());
+        for (series, result) in results.iter().enumerate() {
+            let Some(score) = result.tasks.get(task.name()) else { continue };
+            let (value, y) = (score.headline(*task), top + series as f64 * STEP + STEP / 2.0);
+            let (low, high) = ((value - HALF_WIDTH * score.stderr).max(0.0), (value + HALF_WIDTH * score.stderr).min(1.0));
+            plot.line(&format!("series-{}", series % SERIES), (Plot::x(low), y), (Plot::x(high), y));
+            let title = format!("{}: {:.1} % ({:.1} to {:.1})", result.variant, 100.0 * value, 100.0 * low, 100.0 * high);
+            plot.dot(series, Plot::x(value), y, &title);
+        }
+    }
+    for (series, result) in results.iter().enumerate() {
+        let (x, y) = (Plot::LEFT + (series % 4) as f64 * 155.0, bottom + 34.0 + (series / 4) as f64 * 18.0);
+        plot.dot(series, x, y - 4.0, &result.variant);
+        plot.text(x + 9.0, y, "start", &result.variant);
+    }
+    Some(plot.finish("accuracy of each model on each task with 95 % intervals"))
+}
+
+/// Bytes of the linears against the mean divergence on a logarithmic axis, with the Pareto front; `None` when fewer than
+/// one variant has both.
+pub fn size(results: &[ModelResult]) -> Option<String> {
+    const TOP: f64 = 20.0;
+    const BOTTOM: f64 = 260.0;
+    let known = |(series, result): (usize, &'_ ModelResult)| {
+        let kld = result.kld.map(|kld| kld.mean).filter(|kld| *kld > 0.0)?;
+        (result.weight_bytes > 0).then(|| (series, result.variant.clone(), result.weight_bytes as f64, kld.log10()))
+    };
+    let mut points: Vec<(usize, String, f64, f64)> = results.iter().enumerate().filter_map(known).collect();
+    points.sort_by(|a, b| a.2.total_cmp(&b.2).then(a.3.total_cmp(&b.3)));
+    let largest = 1.1 * points.last()?.2;
+    let (low, high) = points.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), point| (low.min(point.3), high.max(point.3)));
+    let (low, high) = (low.floor(), (high.floor() + 1.0).max(low.floor() + 1.0));
+    let place = |bytes: f64, log: f64| (Plot::x(bytes / largest), BOTTOM - (log - low) / (high - low) * (BOTTOM - TOP));
+    let mut plot = Plot::new(BOTTOM + 44.0);
+    for decade in low as i32..=high as i32 {
+        let (x, y) = place(0.0, f64::from(decade));
+        plot.line("grid", (x, y), (Plot::x(1.0), y));
+        plot.text(x - 8.0, y + 4.0, "end", &format!("1e{decade}"));
+    }
+    for share in 0..=4 {
+        let bytes = largest * f64::from(share) / 4.0;
+        plot.text(Plot::x(f64::from(share) / 4.0), BOTTOM + 16.0, "middle", &report::bytes(bytes as u64));
+    }
+    plot.text(
+        Plot::x(0.5),
+        BOTTOM + 36.0,
+        "middle",
+        "bytes of the linears; upwards: mean KLD in nats a token; line: nothing is both smaller and closer",
+    );
+    // From the smallest on, a point is on the front when it is closer than everything smaller.
+    let mut front: Option<(f64, f64)> = None;
+    let mut closest = f64::INFINITY;
+    for (_, _, bytes, log) in &points {
+        if *log < closest {
+            let here = place(*bytes, *log);
+            if let Some(before) = front {
+                plot.line("front", before, here);
+            }
+            (front, closest) = (Some(here), *log);
+        }
+    }
+    for (series, name, bytes, log) in &points {
+        let (x, y) = place(*bytes, *log);
+        plot.dot(*series, x, y, &format!("{name}: {}, KLD {:.2e}", report::bytes(*bytes as u64), 10.0_f64.powf(*log)));
+        let (x, anchor) = if x > Plot::x(0.8) { (x - 8.0, "end") } else { (x + 8.0, "start") };
+        plot.text(x, y - 6.0, anchor, name);
+    }
+    Some(plot.finish("bytes of the linears against mean divergence"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Divergence;
+    use crate::eval::statistics;
+    use crate::session::import;
+
+    #[test]
+    fn plots_show_every_model_and_the_front() {
+        assert_eq!((accuracy(&[]), size(&[])), (None, None));
+        let text = r#"{"model_name": "m", "results": {"piqa": {"acc,none": 0.75, "acc_stderr,none": 0.05}}}"#;
+        let base = import::harness(text.as_bytes(), "r.json").unwrap().result;
+        let variant = |name: &str, bytes, kl| {
+            let kld = Some(statistics::summarize_divergence(&[Divergence { kl, same_top: true }]));
+            ModelResult { variant: name.into(), weight_bytes: bytes, kld, ..base.clone() }
+        };
+        // `c` is larger and farther than `b`.
+        let results = [base.clone(), variant("a", 500, 1e-2), variant("b", 1000, 1e-4), variant("c", 1500, 1e-3)];
+        let accuracy = accuracy(&results).unwrap();
+        assert_eq!(accuracy.matches("75.0 % (65.2 to 84.8)").count(), 4);
+        let size = size(&results).unwrap();
+        assert_eq!((size.matches("<circle").count(), size.matches("class=\"front\"").count()), (3, 1));
+        assert!(size.contains("a: 500 B, KLD 1.00e-2"));
+    }
+}
