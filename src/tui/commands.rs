@@ -11,8 +11,8 @@ pub struct Command {
     pub title: &'static str,
     /// One sentence for the help.
     pub help: &'static str,
-    /// One or two words for the hint line; without them the command is not hinted at.
-    pub hint: Option<&'static str>,
+    /// Rank (low first) and one or two words for the hint line; without them the command is not hinted at.
+    pub hint: Option<(u8, &'static str)>,
     /// Keys, the first being the one to show.
     pub keys: &'static [&'static str],
     /// Where the keys work; empty for everywhere.
@@ -50,11 +50,15 @@ pub fn of_key(key: &str, pane: Pane) -> Option<&'static Command> {
     of_pane.or_else(|| TABLE.iter().filter(has_key).find(|command| command.panes.is_empty()))
 }
 
-/// Commands to hint at, those of the pane first.
-pub fn hinted(pane: Pane) -> impl Iterator<Item = (&'static str, &'static str)> {
-    let of_pane = TABLE.iter().filter(move |command| command.panes.contains(&pane));
+/// Keys to hint at with what they do, by rank: the commands that are possible now, those of the pane first.
+pub fn hinted(state: &State) -> Vec<(&'static str, &'static str)> {
+    let of_pane = TABLE.iter().filter(|command| command.panes.contains(&state.focus));
     let everywhere = TABLE.iter().filter(|command| command.panes.is_empty());
-    of_pane.chain(everywhere).filter_map(|command| Some((*command.keys.first()?, command.hint?)))
+    let possible = of_pane.chain(everywhere).filter(|command| (command.enabled)(state).is_ok());
+    let mut hints: Vec<(u8, &str, &str)> =
+        possible.filter_map(|command| command.hint.and_then(|(rank, hint)| Some((rank, *command.keys.first()?, hint)))).collect();
+    hints.sort_by_key(|(rank, _, _)| *rank);
+    hints.into_iter().map(|(_, key, hint)| (key, hint)).collect()
 }
 
 /// Commands that match what was typed in the palette, best first: letters in order, earlier and closer is better.
@@ -84,6 +88,7 @@ fn score(query: &str, text: &str) -> Option<usize> {
 }
 
 /// The key table of docs/workbench.md.
+#[cfg(test)]
 pub fn key_table() -> String {
     let mut table = String::from("| keys | command | what it does | where |\n|---|---|---|---|\n");
     for command in &TABLE {
@@ -106,7 +111,8 @@ mod tests {
         for pane in Pane::ALL {
             for (places, what) in [(true, "pane"), (false, "everywhere")] {
                 let mut keys = BTreeSet::new();
-                for command in TABLE.iter().filter(|command| if places { command.panes.contains(&pane) } else { command.panes.is_empty() }) {
+                for command in TABLE.iter().filter(|command| if places { command.panes.contains(&pane) } else { command.panes.is_empty() })
+                {
                     for key in command.keys {
                         assert!(keys.insert(*key), "{key} has two meanings in {pane:?} ({what})");
                     }

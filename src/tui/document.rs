@@ -130,11 +130,8 @@ impl Document {
 
     /// The whole session as it stands.
     pub fn session(&self) -> Session {
-        let spec = |draft: &Draft| VariantSpec {
-            name: draft.name.clone(),
-            recipe: draft.recipe_name.clone(),
-            overrides: draft.overrides.clone(),
-        };
+        let spec =
+            |draft: &Draft| VariantSpec { name: draft.name.clone(), recipe: draft.recipe_name.clone(), overrides: draft.overrides.clone() };
         Session { variants: self.drafts.iter().map(spec).collect(), ..self.session.clone() }
     }
 
@@ -322,12 +319,11 @@ impl Document {
 
     /// What undo and redo would do next, and how many edits each holds.
     pub fn history(&self) -> (Option<&str>, usize, Option<&str>, usize) {
-        let last = |stack: &'_ [Snapshot]| stack.len();
         (
             self.undo.last().map(|snapshot| snapshot.label.as_str()),
-            last(&self.undo),
+            self.undo.len(),
             self.redo.last().map(|snapshot| snapshot.label.as_str()),
-            last(&self.redo),
+            self.redo.len(),
         )
     }
 }

@@ -2,11 +2,13 @@
 //!
 //! Its input stream and its screen are parameters, so that tests type keys through it.
 
+use std::future::poll_fn;
 use std::io;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crossterm::event::{Event as Input, KeyEventKind};
-use futures_util::{FutureExt, Stream, StreamExt};
+use futures_util::{Stream, StreamExt};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::sleep_until;
 
@@ -87,7 +89,7 @@ impl<S: Screen> EventLoop<'_, S> {
                     let Some(event) = event else { return Ok((self.state, self.screen)) };
                     messages.extend(translate(event)?);
                     // A held key or a paste is taken in whole before a frame is drawn.
-                    while let Some(Some(event)) = input.next().now_or_never() {
+                    while let Some(event) = ready(&mut input).await {
                         messages.extend(translate(event)?);
                     }
                     urgent = true;
@@ -177,6 +179,16 @@ impl<S: Screen> EventLoop<'_, S> {
         }
         Ok(false)
     }
+}
+
+/// The next input if it is there already. It is asked for with the loop's own waker: the terminal's stream keeps the
+/// waker that it was last asked with, and would never wake the loop again if that were another.
+async fn ready<I>(input: &mut (impl Stream<Item = I> + Unpin)) -> Option<I> {
+    poll_fn(|context| match input.poll_next_unpin(context) {
+        Poll::Ready(event) => Poll::Ready(event),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
 }
 
 /// What the weights say, and whether they are those that the session was made for.

@@ -56,6 +56,7 @@ pub fn event(name: &str) -> KeyEvent {
         (_, _, "tab") if modifiers.contains(KeyModifiers::SHIFT) => KeyCode::BackTab,
         (_, _, "tab") => KeyCode::Tab,
         (_, _, "backspace") => KeyCode::Backspace,
+        (_, _, "delete") => KeyCode::Delete,
         (_, _, "up") => KeyCode::Up,
         (_, _, "down") => KeyCode::Down,
         (_, _, "left") => KeyCode::Left,

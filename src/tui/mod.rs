@@ -35,7 +35,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
-use crate::session::Session;
+use crate::session::{Session, paths};
 use document::Document;
 use event_loop::{EventLoop, Signal};
 use state::State;
@@ -68,16 +68,24 @@ pub fn run(options: WorkbenchOptions) -> Result<()> {
         .build()
         .map_err(|error| Error::run(format!("the event loop cannot be started: {error}")))?;
     terminal::restore_on_panic();
-    let outcome = runtime.block_on(async {
+    let outcome: Result<bool> = runtime.block_on(async {
         let signals = signals()?;
         let screen = TerminalScreen::take()?;
-        let state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
-        EventLoop { state, screen, engine: &engine, events, signals }.run(EventStream::new()).await.map(drop)
+        let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
+        state.queue.store = paths::variants_directory();
+        state.say("4, 8 or 6 changes the format of a block; R runs the variant; ? lists the keys");
+        let (state, _) = EventLoop { state, screen, engine: &engine, events, signals }.run(EventStream::new()).await?;
+        Ok(state.queue.running().is_some())
     });
     terminal::restore();
     // Reading the weights for the inventory may go on: nobody waits for it.
     runtime.shutdown_background();
-    outcome
+    if outcome? {
+        // Joining the engine's thread would wait for the block or batch at hand. What a job writes survives being
+        // killed at any moment, so the process may end under it.
+        std::mem::forget(engine);
+    }
+    Ok(())
 }
 
 /// Signals as a channel of what they ask for.

@@ -117,6 +117,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn overrides_give_the_edited_plan_and_are_no_more_than_its_runs(
             letters in prop::collection::vec(prop::sample::select(vec!['M', '-', '*', 'E']), 1..14),

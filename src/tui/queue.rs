@@ -4,6 +4,7 @@
 //! the jobs before it made. [`Queue::next`] says what to submit; [`Queue::take_in`] follows the engine's events.
 
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::measurements::Measurements;
@@ -14,7 +15,7 @@ use crate::eval::ModelToEvaluate;
 use crate::format::Plan;
 use crate::monitor::Report;
 use crate::quant::Method;
-use crate::session::{Session, paths};
+use crate::session::Session;
 
 /// Log lines kept.
 const LOG_LINES: usize = 500;
@@ -84,10 +85,15 @@ pub struct Stage {
 /// The queue, the running stage and the log.
 #[derive(Debug, Default)]
 pub struct Queue {
+    /// The folder that variants are made in.
+    pub store: PathBuf,
     pub items: Vec<Item>,
     pub stage: Stage,
     /// Errors of the blocks of the variant that is, or was last, quantized.
     pub errors: Vec<f64>,
+    /// The models of the evaluation that runs, and how many of them are evaluated.
+    pub models: Vec<String>,
+    pub evaluated: usize,
     pub log: VecDeque<(Level, String)>,
     /// Log lines scrolled back.
     pub scroll: usize,
@@ -122,13 +128,18 @@ impl Queue {
     pub fn next(&mut self, session: &Session, measurements: &Measurements, clock: Duration) -> Option<Job> {
         while self.running().is_none() {
             let item = self.items.iter_mut().find(|item| item.status == Status::Waiting)?;
-            match job(&item.work, session, measurements) {
+            match job(&item.work, session, measurements, &self.store) {
                 Ok(Some(job)) => {
                     item.status = Status::Running(None);
                     item.began = clock;
                     if matches!(item.work, Work::Quantize(_)) {
                         self.errors.clear();
                     }
+                    self.models = match &job {
+                        Job::Quantize(_) => Vec::new(),
+                        Job::Evaluate(request) => request.reference.iter().chain(&request.models).map(|model| model.name.clone()).collect(),
+                    };
+                    self.evaluated = 0;
                     self.stage = Stage { name: "starting".into(), began: clock, ..Stage::default() };
                     return Some(job);
                 }
@@ -188,6 +199,7 @@ impl Queue {
             Event::Evaluated { evaluated, .. } => {
                 let Some(Work::Evaluate(targets)) = self.running().map(|item| item.work.clone()) else { return };
                 let result = evaluated.result;
+                self.evaluated += 1;
                 match targets.iter().find(|target| target.name == result.variant) {
                     Some(target) => measurements.evaluated(target.method, &target.plan, result),
                     None => measurements.base = Some(result),
@@ -256,7 +268,7 @@ impl Queue {
 }
 
 /// The engine's job; nothing when there is nothing to evaluate.
-fn job(work: &Work, session: &Session, measurements: &Measurements) -> Result<Option<Job>> {
+fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
     match work {
         Work::Quantize(target) => Ok(Some(Job::Quantize(Box::new(QuantizeJob {
             model: session.model.id.clone(),
@@ -267,7 +279,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements) -> Result<Op
             sample: session.calibration.clone(),
             storage: StorageLayout::Native,
             output: None,
-            store: paths::variants_directory(),
+            store: store.to_owned(),
             force: false,
         })))),
         Work::Evaluate(targets) => {

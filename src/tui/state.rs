@@ -46,12 +46,12 @@ impl Pane {
     }
 }
 
-/// What is found out in the background.
-#[derive(Debug)]
-pub enum Background<T> {
-    Waiting,
-    Ready(T),
-    Failed(String),
+/// Whether the weights were read for what the inventory says of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inspection {
+    Reading,
+    Done,
+    Failed,
 }
 
 /// A sentence for the status line.
@@ -95,8 +95,9 @@ pub struct State {
     pub queue: Queue,
     pub measurements: Measurements,
     pub results: ResultsView,
-    /// What the weights say; the layout's part is known at once.
-    pub inventory: Background<Box<Inventory>>,
+    /// The layout's part is known at once, what the weights say when they were read.
+    pub inventory: Box<Inventory>,
+    pub inspection: Inspection,
     pub focus: Pane,
     /// The focused pane fills the screen.
     pub zoom: bool,
@@ -114,6 +115,7 @@ pub struct State {
 impl State {
     /// The state at the start, on an opened session.
     pub fn new(document: Document, path: Option<PathBuf>, theme: Theme, ascii: bool, size: (u16, u16)) -> Self {
+        let inventory = Box::new(Inventory::of_layout(&document.settings().model.id, &document.layout));
         let mut state = Self {
             document,
             path,
@@ -121,7 +123,8 @@ impl State {
             queue: Queue::default(),
             measurements: Measurements::default(),
             results: ResultsView::default(),
-            inventory: Background::Waiting,
+            inventory,
+            inspection: Inspection::Reading,
             focus: Pane::Layers,
             zoom: false,
             popups: Vec::new(),

@@ -33,7 +33,8 @@ pub fn restore() {
 
 fn take() -> Result<()> {
     let failed = |error: std::io::Error| {
-        Error::input(format!("the terminal cannot be used: {error}")).hint("run a command such as `strata replay` instead: see strata --help")
+        Error::input(format!("the terminal cannot be used: {error}"))
+            .hint("run a command such as `strata replay` instead: see strata --help")
     };
     TAKEN.store(true, Ordering::SeqCst);
     enable_raw_mode().map_err(failed)?;
@@ -117,7 +118,13 @@ impl Screen for TerminalScreen {
     }
 
     fn resume(&mut self) -> Result<()> {
-        take()?;
+        if TAKEN.load(Ordering::SeqCst) {
+            // Stopped from outside: the screen is ours still, but the shell may have changed the input modes.
+            disable_raw_mode().and_then(|()| enable_raw_mode()).map_err(failed)?;
+            execute!(stdout(), EnableBracketedPaste, Hide).map_err(failed)?;
+        } else {
+            take()?;
+        }
         self.clear()
     }
 

@@ -147,7 +147,8 @@ impl Theme {
             let names = Role::NAMES.map(|(_, role)| role).join(", ");
             return Err(Error::input(format!("theme {name} styles `{unknown}`, which is no role")).hint(format!("the roles are {names}")));
         }
-        let style = |(_, role): (Role, &str)| own.get(role).or_else(|| default.get(role)).map_or(Ok(Style::new()), |role| style(name, role));
+        let style =
+            |(_, role): (Role, &str)| own.get(role).or_else(|| default.get(role)).map_or(Ok(Style::new()), |role| style(name, role));
         Ok(Self { name: name.to_owned(), styles: Role::NAMES.into_iter().map(style).collect::<Result<_>>()? })
     }
 

@@ -2,8 +2,9 @@
 
 use super::message::{Effect, Msg, SaveOutcome};
 use super::queue::{Level, Status};
-use super::state::{Background, State};
+use super::state::{Inspection, State};
 use super::{actions, commands, keys, measurements, popups};
+use crate::analysis::Inventory;
 use crate::engine::Event;
 use crate::error::Error;
 
@@ -35,10 +36,11 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
                 if (&old.model, &old.calibration, &old.evaluate) != (&new.model, &new.calibration, &new.evaluate) {
                     state.measurements = measurements::Measurements::default();
                 }
-                state.inventory = Background::Waiting;
                 state.layers = Default::default();
                 state.results = Default::default();
                 state.document = *document;
+                state.inventory = Box::new(Inventory::of_layout(&state.document.settings().model.id, &state.document.layout));
+                state.inspection = Inspection::Reading;
                 state.say(format!("opened {}", path.display()));
                 state.path = Some(path);
                 state.apply_ui();
@@ -48,13 +50,16 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
         },
         Msg::Inspected { model, inventory } => {
             if model == state.document.settings().model.id {
-                state.inventory = match inventory {
-                    Ok(inventory) => Background::Ready(inventory),
+                match inventory {
+                    Ok(inventory) => {
+                        state.inventory = inventory;
+                        state.inspection = Inspection::Done;
+                    }
                     Err(error) => {
                         state.complain(&error);
-                        Background::Failed(error.message)
+                        state.inspection = Inspection::Failed;
                     }
-                };
+                }
             }
         }
     }

@@ -99,8 +99,7 @@ fn frame_pane(frame: &mut Frame, area: Rect, state: &State, pane: Pane) -> Rect 
         Span::styled(format!("{} ", pane.title()), state.theme.style(title)),
         Span::styled(panes::caption(state, pane), state.theme.style(Role::Dim)),
     ]);
-    let block =
-        Block::bordered().border_type(BorderType::Rounded).border_style(state.theme.style(border)).title(name);
+    let block = Block::bordered().border_type(BorderType::Rounded).border_style(state.theme.style(border)).title(name);
     let inner = block.inner(area);
     frame.render_widget(block, area);
     inner
@@ -121,7 +120,7 @@ fn draw_header(frame: &mut Frame, area: Rect, state: &State, side_by_side: bool)
         };
         for (label, value) in [
             ("model ", state.document.settings().model.id.clone()),
-            ("variant ", format!("{} ({}{edits})", draft.name, draft.recipe_name)),
+            ("variant ", format!("{} (recipe {}{edits})", draft.name, draft.recipe_name)),
             ("session ", format!("{path}{unsaved}")),
         ] {
             spans.extend([Span::styled(format!("  {label}"), style(Role::Dim)), Span::raw(value)]);
@@ -177,16 +176,16 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
 /// The keys of the focused pane; those that do not fit are left out from the end, except the ways to help.
 fn draw_hints(frame: &mut Frame, area: Rect, state: &State) {
     let span = |(key, hint): (&str, &str)| {
-        [Span::styled(format!(" {key} "), state.theme.style(Role::Key)), Span::styled(format!("{hint} "), state.theme.style(Role::Dim))]
+        [Span::styled(format!(" {key} "), state.theme.style(Role::Key)), Span::styled(hint.to_owned(), state.theme.style(Role::Dim))]
     };
     let always = [(":", "command"), ("?", "help"), ("q", "quit")];
-    let width = |(key, hint): &(&str, &str)| key.chars().count() + hint.chars().count() + 3;
+    let width = |(key, hint): &(&str, &str)| key.chars().count() + hint.chars().count() + 2;
     let mut room = area.width as usize - always.iter().map(width).sum::<usize>();
     let mut spans = Vec::new();
-    for hint in commands::hinted(state.focus).filter(|hint| !always.contains(hint)) {
+    for hint in commands::hinted(state).into_iter().filter(|hint| !always.contains(hint)) {
         let needed = width(&hint);
         if needed > room {
-            break;
+            continue;
         }
         room -= needed;
         spans.extend(span(hint));

@@ -2,8 +2,7 @@
 
 use super::super::message::Effect;
 use super::super::popups::Choose;
-use super::super::state::{Background, State};
-use crate::analysis::Inventory;
+use super::super::state::State;
 use crate::format::{Format, Selector};
 use crate::session::report;
 
@@ -78,10 +77,7 @@ pub fn head(state: &mut State) -> Vec<Effect> {
 }
 
 pub fn suggested(state: &mut State) -> Vec<Effect> {
-    let plan = match &state.inventory {
-        Background::Ready(inventory) => inventory.suggested_plan.clone(),
-        _ => Inventory::of_layout(&state.document.settings().model.id, &state.document.layout).suggested_plan,
-    };
+    let plan = state.inventory.suggested_plan.clone();
     set_plan(state, plan, "suggested formats");
     Vec::new()
 }

@@ -11,9 +11,7 @@ fn target(draft: &Draft) -> Target {
 }
 
 fn queue(state: &mut State, targets: Vec<Target>) -> Vec<Effect> {
-    let names = targets.iter().map(|target| target.name.as_str()).collect::<Vec<_>>().join(", ");
     state.queue.push(targets);
-    state.say(format!("queued: {names}"));
     state.focus = Pane::Run;
     Vec::new()
 }

@@ -5,11 +5,10 @@ use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
 use super::{dim, percent, short};
-use crate::analysis::Inventory;
 use crate::checkpoint::LinearSpec;
 use crate::format::Scheme;
 use crate::session::report;
-use crate::tui::state::{Background, State};
+use crate::tui::state::{Inspection, State};
 use crate::tui::theme::Role;
 
 pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
@@ -23,19 +22,11 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
         Span::styled(format.to_string(), style(Role::of_format(format))),
         dim(state, "  4, 8, 6 change it"),
     ])];
-    let layout_inventory;
-    let inventory = match &state.inventory {
-        Background::Ready(inventory) => inventory.as_ref(),
-        _ => {
-            layout_inventory = Inventory::of_layout("", &state.document.layout);
-            &layout_inventory
-        }
-    };
-    let row = &inventory.blocks[block.index];
+    let row = &state.inventory.blocks[block.index];
     let mut facts = vec![dim(state, " risk "), Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted))];
-    match (row.outlier_ratio, &state.inventory) {
+    match (row.outlier_ratio, state.inspection) {
         (Some(ratio), _) => facts.extend([dim(state, "   largest weight / rms "), Span::raw(format!("{ratio:.1}"))]),
-        (None, Background::Waiting) => facts.push(dim(state, "   reading the weights …")),
+        (None, Inspection::Reading) => facts.push(dim(state, "   reading the weights …")),
         _ => {}
     }
     facts.extend([dim(state, "   suggested "), Span::styled(row.suggested.to_string(), style(Role::of_format(row.suggested)))]);
@@ -59,12 +50,10 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
         }
         lines.push(Line::from(spans));
     }
-    for linear in &block.linears {
-        lines.push(linear_line(state, linear, format, float_bytes));
-        if linear.slices.len() > 1 {
-            let slices = linear.slices.iter().zip(linear.schemes(format));
-            let text = slices.map(|(slice, scheme)| format!("{} {} {}", slice.name, slice.rows, scheme_name(scheme)));
-            lines.push(Line::from(dim(state, format!("   {}", text.collect::<Vec<_>>().join(" · ")))));
+    for group in alike(&block.linears) {
+        lines.push(linear_line(state, &group, format, float_bytes));
+        if group[0].slices.len() > 1 {
+            lines.push(Line::from(dim(state, format!("   {}", slices(group[0], format)))));
         }
     }
     let room = area.height as usize;
@@ -78,15 +67,46 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     }
 }
 
-fn linear_line(state: &State, linear: &LinearSpec, format: crate::format::Format, float_bytes: usize) -> Line<'static> {
-    let scheme = linear.schemes(format)[0];
+/// Linears by name, those of the experts together.
+fn alike(linears: &[LinearSpec]) -> Vec<Vec<&LinearSpec>> {
+    let mut groups: Vec<(String, Vec<&LinearSpec>)> = Vec::new();
+    for linear in linears {
+        let name = pattern(&linear.name);
+        match groups.iter_mut().find(|(other, _)| *other == name) {
+            Some((_, group)) => group.push(linear),
+            None => groups.push((name, vec![linear])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
+}
+
+/// `experts.*.up_proj` for `experts.3.up_proj`.
+fn pattern(name: &str) -> String {
+    let part = |part: &str| if part.parse::<usize>().is_ok() { "*".to_owned() } else { part.to_owned() };
+    name.split('.').map(part).collect::<Vec<_>>().join(".")
+}
+
+fn linear_line(state: &State, group: &[&LinearSpec], format: crate::format::Format, float_bytes: usize) -> Line<'static> {
+    let linear = group[0];
+    let count = if group.len() > 1 { format!("  {} of them", group.len()) } else { String::new() };
+    let sum = |of: &dyn Fn(&LinearSpec) -> u64| group.iter().map(|linear| of(linear)).sum::<u64>();
     Line::from(vec![
-        Span::raw(format!(" {:<20}", linear.name)),
+        Span::raw(format!(" {:<24}", pattern(&linear.name))),
         dim(state, format!("{:>6}×{:<6}", linear.rows, linear.cols)),
-        Span::raw(format!("{:>8}", report::count(linear.weights()))),
-        Span::raw(format!("{:>10}  ", report::bytes(linear.stored_bytes(format, float_bytes)))),
-        dim(state, scheme_name(scheme)),
+        Span::raw(format!("{:>8}", report::count(sum(&LinearSpec::weights)))),
+        Span::raw(format!("{:>10}  ", report::bytes(sum(&|linear| linear.stored_bytes(format, float_bytes))))),
+        dim(state, format!("{}{count}", scheme_name(linear.schemes(format)[0]))),
     ])
+}
+
+/// The slices with their rows, those of one scheme together: `z 512, x 512: int4/128; dt 8: int8`.
+fn slices(linear: &LinearSpec, format: crate::format::Format) -> String {
+    let slices: Vec<_> = linear.slices.iter().zip(linear.schemes(format)).collect();
+    let part = |slices: &[(&crate::checkpoint::SliceSpec, Scheme)]| {
+        let names: Vec<String> = slices.iter().map(|(slice, _)| format!("{} {}", slice.name, slice.rows)).collect();
+        format!("{}: {}", names.join(", "), scheme_name(slices[0].1))
+    };
+    slices.chunk_by(|(_, a), (_, b)| a == b).map(part).collect::<Vec<_>>().join("; ")
 }
 
 fn scheme_name(scheme: Scheme) -> String {

@@ -7,11 +7,10 @@ use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
 use super::{dim, percent, short};
-use crate::analysis::Inventory;
 use crate::format::{BlockKind, Format};
 use crate::session::report;
 use crate::tui::popups::window;
-use crate::tui::state::{Background, State};
+use crate::tui::state::{Inspection, State};
 use crate::tui::theme::Role;
 use crate::tui::view::bar_letter;
 
@@ -28,13 +27,9 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let visible = state.visible_blocks();
     let at = visible.iter().position(|index| *index == state.layers.cursor).unwrap_or(0);
     let worst = worst_error(state);
-    let suggested = match &state.inventory {
-        Background::Ready(inventory) => Some(inventory.as_ref()),
-        _ => None,
-    };
     let rows = window(at, visible.len(), room);
     let blank = room - rows.len();
-    lines.extend(rows.map(|row| columns.row(state, visible[row], worst, suggested)));
+    lines.extend(rows.map(|row| columns.row(state, visible[row], worst)));
     if visible.is_empty() {
         lines.push(Line::styled("  no block meets the filter; esc clears it", state.theme.style(Role::Dim)));
     }
@@ -120,12 +115,12 @@ impl Columns {
         }
         text.push_str(&format!(" {:>8}   {:<6} {:>9}", "bytes", "format", "error"));
         if self.weights {
-            text.push_str(&format!("  {:>8}  {:<6}", "max/rms", "risk"));
+            text.push_str(&format!("  {:>8}  {:<6}", "max/rms", " risk"));
         }
         Line::styled(text, state.theme.style(Role::Dim))
     }
 
-    fn row(&self, state: &State, index: usize, worst: f64, inventory: Option<&Inventory>) -> Line<'static> {
+    fn row(&self, state: &State, index: usize, worst: f64) -> Line<'static> {
         let block = &state.document.layout.blocks[index];
         let format = state.document.draft().plan.blocks[index];
         let style = |role| state.theme.style(role);
@@ -155,14 +150,14 @@ impl Columns {
             None => [Span::raw("  "), dim(state, format!("{:>7}", "–"))],
         });
         if self.weights {
-            let row = inventory.and_then(|inventory| inventory.blocks.get(index));
-            let ratio = match (row, &state.inventory) {
-                (Some(row), _) => row.outlier_ratio.map_or_else(|| "–".into(), |ratio| format!("{ratio:.1}")),
-                (None, Background::Failed(_)) => "–".into(),
-                (None, _) => "…".into(),
+            let row = &state.inventory.blocks[index];
+            let ratio = match (row.outlier_ratio, state.inspection) {
+                (Some(ratio), _) => format!("{ratio:.1}"),
+                (None, Inspection::Reading) => "…".into(),
+                (None, _) => "–".into(),
             };
             spans.push(Span::raw(format!("  {ratio:>8}  ")));
-            spans.push(Span::styled(row.map_or("…", |row| row.sensitivity.name()), style(Role::Predicted)));
+            spans.push(Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted)));
         }
         let line = Line::from(spans);
         if under_cursor { line.style(style(Role::Cursor)) } else { line }
@@ -179,21 +174,26 @@ fn totals(state: &State, width: usize) -> Vec<Line<'static>> {
         *parameters += block.parameters();
         *bytes += block.linear_bytes(*format, layout.float_bytes) + block.float_parameters() * layout.float_bytes as u64;
     }
-    let mut lines = vec![Line::styled("─".repeat(width), state.theme.style(Role::Border))];
+    let mut cells: Vec<Vec<Span>> = Vec::new();
     for (kind, (count, parameters, bytes)) in kinds {
-        lines.push(Line::from(vec![
+        cells.push(vec![
             Span::styled(format!("  {} {}", kind.letter(), short(kind)), state.theme.style(Role::of_kind(kind))),
-            Span::raw(format!(" × {count:<3}")),
-            Span::raw(format!("{:>8}{:>10}", report::count(parameters), report::bytes(bytes))),
-        ]));
+            Span::raw(format!(" × {count:<3} {:>9}{:>10}   ", report::count(parameters), report::bytes(bytes))),
+        ]);
     }
-    let head = if layout.tied { 0 } else { layout.head.weights() };
+    let table = |name: &str, weights: u64, bytes: u64| {
+        let figures = if weights == 0 {
+            format!("{:>19}   ", "tied")
+        } else {
+            format!("{:>9}{:>10}   ", report::count(weights), report::bytes(bytes))
+        };
+        vec![dim(state, format!("  {name:<12}")), Span::raw(figures)]
+    };
     let embedding = layout.embedding.stored_bytes(plan.embedding, layout.float_bytes);
-    lines.push(Line::from(vec![
-        dim(state, "  embedding"),
-        Span::raw(format!("{:>8}{:>10}", report::count(layout.embedding.weights()), report::bytes(embedding))),
-        dim(state, "   head "),
-        Span::raw(format!("{} {}", report::count(head), report::bytes(layout.head.stored_bytes(plan.head, layout.float_bytes)))),
-    ]));
+    cells.push(table("embedding", layout.embedding.weights(), embedding));
+    let head = if layout.tied { 0 } else { layout.head.weights() };
+    cells.push(table("head", head, layout.head.stored_bytes(plan.head, layout.float_bytes)));
+    let mut lines = vec![Line::styled("─".repeat(width), state.theme.style(Role::Border))];
+    lines.extend(cells.chunks(if width >= 72 { 2 } else { 1 }).map(|cells| Line::from(cells.concat())));
     lines
 }

@@ -88,11 +88,11 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
     let (undo, undo_count, redo, redo_count) = state.document.history();
     let mut history = vec![label("history")];
     match undo {
-        Some(undo) => history.push(Span::raw(cut(&format!("{undo} (u, {undo_count})"), width.saturating_sub(14)))),
+        Some(undo) => history.push(Span::raw(cut(&format!("{undo}  (u undoes; {undo_count} in all)"), width.saturating_sub(14)))),
         None => history.push(dim(state, "nothing to undo")),
     }
     if let Some(redo) = redo {
-        history.push(dim(state, format!("  undone: {redo} (U, {redo_count})")));
+        history.push(dim(state, format!("  undone: {redo}  (U; {redo_count})")));
     }
     lines.push(Line::from(history));
     lines.push(Line::default());

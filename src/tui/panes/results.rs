@@ -183,7 +183,10 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let mut lines = vec![Line::from(head)];
     lines.extend(rows.into_iter().skip(first).flatten());
     if state.measurements.base.is_none() && lines.len() + 2 <= area.height as usize {
-        lines.extend([Line::default(), Line::from(dim(state, "   nothing is measured yet: A runs all variants, ~ marks what is predicted"))]);
+        lines.extend([
+            Line::default(),
+            Line::from(dim(state, "   nothing is measured yet: A runs all variants, ~ marks what is predicted")),
+        ]);
     }
     for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {
         frame.render_widget(line, Rect { y, height: 1, ..area });

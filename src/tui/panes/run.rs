@@ -73,7 +73,12 @@ fn stage_lines(state: &State, width: usize) -> Vec<Line<'static>> {
     spans.extend(bar(share, room, state.theme.style(Role::Progress), state.theme.style(Role::Border)));
     spans.push(Span::raw(count));
     let memory = format!("   memory {}", report::bytes(state.resident_bytes));
-    let note: String = stage.note.chars().take(width.saturating_sub(memory.len() + 3)).collect();
+    let queue = &state.queue;
+    let model = queue
+        .models
+        .get(queue.evaluated)
+        .map_or_else(String::new, |model| format!("model {} of {}, {model}: ", queue.evaluated + 1, queue.models.len()));
+    let note: String = format!("{model}{}", stage.note).chars().take(width.saturating_sub(memory.len() + 3)).collect();
     vec![Line::from(spans), Line::from(vec![dim(state, format!("   {note}")), dim(state, memory)])]
 }
 
@@ -84,7 +89,11 @@ fn error_lines(state: &State, width: usize) -> Vec<Line<'static>> {
     let label = " error a block ";
     let shown = window(errors.len(), errors.len(), width.saturating_sub(label.len() + 14));
     let bars: String = errors[shown].iter().map(|error| bar_letter(if worst > 0.0 { error / worst } else { 0.0 })).collect();
-    vec![Line::from(vec![dim(state, label), Span::styled(bars, state.theme.style(Role::Progress)), dim(state, format!("  worst {}", percent(worst)))])]
+    vec![Line::from(vec![
+        dim(state, label),
+        Span::styled(bars, state.theme.style(Role::Progress)),
+        dim(state, format!("  worst {}", percent(worst))),
+    ])]
 }
 
 fn log_lines(state: &State, room: usize, width: usize) -> Vec<Line<'static>> {

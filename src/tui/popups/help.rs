@@ -47,7 +47,7 @@ impl Help {
     }
 
     pub(super) fn draw(&self, frame: &mut Frame, area: Rect, state: &State) {
-        let width = area.width.saturating_sub(4).min(110);
+        let width = area.width.min(116);
         let height = area.height.saturating_sub(3) as usize;
         let mut head = vec![Span::styled(" search: ", state.theme.style(Role::Key))];
         head.extend(self.query.spans(width as usize / 3));
@@ -56,7 +56,7 @@ impl Help {
         let matches = self.matches();
         for command in matches.iter().skip(self.scroll.min(matches.len().saturating_sub(1))) {
             let keys = if command.keys.is_empty() { ":".to_owned() } else { command.keys.join(" ") };
-            let place = if command.panes.is_empty() { String::new() } else { format!(" [{}]", command.place()) };
+            let place = if command.panes.is_empty() || width < 100 { String::new() } else { format!(" [{}]", command.place()) };
             let text = format!("{}{place}", command.help);
             for (index, part) in wrap(&text, (width as usize).saturating_sub(40).max(30)).into_iter().enumerate() {
                 let (keys, title) = if index == 0 { (keys.as_str(), command.title) } else { ("", "") };

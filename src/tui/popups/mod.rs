@@ -88,14 +88,9 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
 
 /// A box in the middle of `area` with `lines` in it; cut to what fits.
 fn show(frame: &mut Frame, area: Rect, state: &State, title: &str, width: u16, lines: Vec<Line>) {
-    let width = width.clamp(20, area.width.saturating_sub(2).max(20)).min(area.width);
+    let width = width.max(20).min(area.width);
     let height = (lines.len() as u16 + 2).min(area.height);
-    let place = Rect {
-        x: area.x + (area.width - width) / 2,
-        y: area.y + (area.height - height) / 3,
-        width,
-        height,
-    };
+    let place = Rect { x: area.x + (area.width - width) / 2, y: area.y + (area.height - height) / 3, width, height };
     frame.render_widget(Clear, place);
     let block = Block::bordered()
         .border_type(BorderType::Rounded)
