@@ -90,12 +90,12 @@ fn score(query: &str, text: &str) -> Option<usize> {
 /// The key table of docs/workbench.md.
 #[cfg(test)]
 pub fn key_table() -> String {
-    let mut table = String::from("| keys | command | what it does | where |\n|---|---|---|---|\n");
-    for command in &TABLE {
+    let row = |command: &Command| {
         let keys = command.keys.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(" ");
-        table.push_str(&format!("| {keys} | `{}` | {} | {} |\n", command.id, command.help, command.place()));
-    }
-    table
+        format!("| {keys} | `{}` | {} | {} |\n", command.id, command.help, command.place())
+    };
+    let rows: String = TABLE.iter().map(row).collect();
+    format!("| keys | command | what it does | where |\n|---|---|---|---|\n{rows}")
 }
 
 #[cfg(test)]

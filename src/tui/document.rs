@@ -161,18 +161,16 @@ impl Document {
     /// compared with its recipe.
     pub fn saved_format(&self, block: usize) -> Option<Format> {
         let draft = self.draft();
-        match self.written.get(&draft.id) {
-            Some(written) => written.plan.blocks.get(block).copied(),
-            None => {
-                let formats = &draft.recipe.formats;
-                Some(match self.kinds.get(block)? {
-                    BlockKind::Ssm => formats.ssm,
-                    BlockKind::Mlp => formats.mlp,
-                    BlockKind::Attention => formats.attention,
-                    BlockKind::Moe => formats.moe,
-                })
-            }
+        if let Some(written) = self.written.get(&draft.id) {
+            return written.plan.blocks.get(block).copied();
         }
+        let formats = &draft.recipe.formats;
+        Some(match self.kinds.get(block)? {
+            BlockKind::Ssm => formats.ssm,
+            BlockKind::Mlp => formats.mlp,
+            BlockKind::Attention => formats.attention,
+            BlockKind::Moe => formats.moe,
+        })
     }
 
     /// Whether a variant differs from the file.
@@ -249,7 +247,7 @@ impl Document {
             Some((stem, number)) if number.parse::<u32>().is_ok() => stem,
             _ => name,
         };
-        (2..).map(|number| format!("{stem}-{number}")).find(|name| !taken(name)).unwrap_or_default()
+        (2..self.drafts.len() + 3).map(|number| format!("{stem}-{number}")).find(|name| !taken(name)).unwrap_or_default()
     }
 
     /// Renames the current variant.

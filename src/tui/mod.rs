@@ -23,6 +23,7 @@ mod state;
 pub mod terminal;
 #[cfg(test)]
 mod tests;
+mod text;
 mod theme;
 mod update;
 mod view;

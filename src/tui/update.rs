@@ -2,7 +2,7 @@
 
 use super::message::{Effect, Msg, SaveOutcome};
 use super::queue::{Level, Status};
-use super::state::{Inspection, State};
+use super::state::{Inspection, Layers, ResultsView, State};
 use super::{actions, commands, keys, measurements, popups};
 use crate::analysis::Inventory;
 use crate::engine::Event;
@@ -36,10 +36,10 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
                 if (&old.model, &old.calibration, &old.evaluate) != (&new.model, &new.calibration, &new.evaluate) {
                     state.measurements = measurements::Measurements::default();
                 }
-                state.layers = Default::default();
-                state.results = Default::default();
+                state.layers = Layers::default();
+                state.results = ResultsView::default();
                 state.document = *document;
-                state.inventory = Box::new(Inventory::of_layout(&state.document.settings().model.id, &state.document.layout));
+                *state.inventory = Inventory::of_layout(&state.document.settings().model.id, &state.document.layout);
                 state.inspection = Inspection::Reading;
                 state.say(format!("opened {}", path.display()));
                 state.path = Some(path);
@@ -75,13 +75,11 @@ fn key(state: &mut State, event: crossterm::event::KeyEvent) -> Vec<Effect> {
     }
     let Some(name) = keys::name(event) else { return Vec::new() };
     state.message = None;
-    match commands::of_key(&name, state.focus) {
-        Some(command) => command.invoke(state),
-        None => {
-            state.say(format!("{name} does nothing here; ? lists the keys"));
-            Vec::new()
-        }
+    if let Some(command) = commands::of_key(&name, state.focus) {
+        return command.invoke(state);
     }
+    state.say(format!("{name} does nothing here; ? lists the keys"));
+    Vec::new()
 }
 
 fn engine(state: &mut State, event: Event) {
@@ -94,6 +92,7 @@ fn engine(state: &mut State, event: Event) {
                 let error = Error { kind: crate::error::ErrorKind::Run, message: format!("{title}: {message}"), hint: hint.clone() };
                 state.complain(&error);
             }
+            Status::Done if state.queue.waiting() > 0 => {}
             Status::Cancelled => state.say(format!("{title}: cancelled")),
             _ => state.message = Some(super::state::Message { level: Level::Info, text: format!("{title}: done") }),
         }

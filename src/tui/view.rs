@@ -10,6 +10,7 @@ use ratatui::widgets::{Block, BorderType};
 
 use super::queue::Level;
 use super::state::{Pane, State};
+use super::text::cut;
 use super::theme::Role;
 use super::{ascii, commands, panes, popups};
 
@@ -63,27 +64,24 @@ pub fn page(state: &State) -> isize {
 pub fn draw(frame: &mut Frame, state: &State) {
     let area = frame.area();
     frame.buffer_mut().set_style(area, state.theme.style(Role::Text));
-    match regions((area.width, area.height), state.focus, state.zoom) {
-        Some(regions) => {
-            draw_header(frame, regions.header, state, regions.panes.len() > 1);
-            for (pane, area) in regions.panes {
-                let inner = frame_pane(frame, area, state, pane);
-                match pane {
-                    Pane::Layers => panes::layers::draw(frame, inner, state),
-                    Pane::Plan => panes::plan::draw(frame, inner, state),
-                    Pane::Run => panes::run::draw(frame, inner, state),
-                    Pane::Block => panes::block::draw(frame, inner, state),
-                    Pane::Results => panes::results::draw(frame, inner, state),
-                }
+    if let Some(regions) = regions((area.width, area.height), state.focus, state.zoom) {
+        draw_header(frame, regions.header, state, regions.panes.len() > 1);
+        for (pane, area) in regions.panes {
+            let inner = frame_pane(frame, area, state, pane);
+            match pane {
+                Pane::Layers => panes::layers::draw(frame, inner, state),
+                Pane::Plan => panes::plan::draw(frame, inner, state),
+                Pane::Run => panes::run::draw(frame, inner, state),
+                Pane::Block => panes::block::draw(frame, inner, state),
+                Pane::Results => panes::results::draw(frame, inner, state),
             }
-            draw_status(frame, regions.status, state);
-            draw_hints(frame, regions.hints, state);
-            popups::draw(frame, area, state);
         }
-        None => {
-            let text = format!("strata needs {}x{}; this is {}x{}", SMALLEST.0, SMALLEST.1, area.width, area.height);
-            frame.render_widget(Line::styled(text, state.theme.style(Role::Strong)), area);
-        }
+        draw_status(frame, regions.status, state);
+        draw_hints(frame, regions.hints, state);
+        popups::draw(frame, area, state);
+    } else {
+        let text = format!("strata needs {}x{}; this is {}x{}", SMALLEST.0, SMALLEST.1, area.width, area.height);
+        frame.render_widget(Line::styled(text, state.theme.style(Role::Strong)), area);
     }
     if state.ascii {
         ascii::flatten(frame.buffer_mut());
@@ -157,7 +155,7 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
             let stage = &state.queue.stage;
             let mut text = format!(" ▶ {} · {} {} of {}", running.title, stage.name, stage.done, stage.total);
             if let Some(left) = state.queue.remaining(state.clock) {
-                text.push_str(&format!(" · {} left", duration(left)));
+                text = format!("{text} · {} left", duration(left));
             }
             Line::styled(text, state.theme.style(Role::Progress))
         }
@@ -167,8 +165,7 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
         (None, None) => Line::default(),
     };
     if line.width() > area.width as usize {
-        let kept: String = line.to_string().chars().take(area.width as usize - 1).collect();
-        line = Line::styled(format!("{kept}…"), line.style);
+        line = Line::styled(cut(&line.to_string(), area.width as usize), line.style);
     }
     frame.render_widget(line, area);
 }

@@ -49,7 +49,7 @@ fn strip(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
     let mut lines = Vec::new();
     for pair in around {
         let (mut above, mut below) = (vec![Span::raw(" ")], vec![Span::raw(" ")]);
-        for index in pair * width..kinds.len().min((pair + 1) * width) {
+        for (index, kind) in kinds.iter().enumerate().skip(pair * width).take(width) {
             let marked = |role: Role| {
                 let style = state.theme.style(role);
                 if index == state.layers.cursor {
@@ -60,7 +60,7 @@ fn strip(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
                     style
                 }
             };
-            above.push(Span::styled(kinds[index].letter().to_string(), marked(Role::of_kind(kinds[index]))));
+            above.push(Span::styled(kind.letter().to_string(), marked(Role::of_kind(*kind))));
             let format = plan.blocks[index];
             below.push(Span::styled(bits(format), marked(Role::of_format(format))));
         }
@@ -109,14 +109,9 @@ impl Columns {
     }
 
     fn head(&self, state: &State) -> Line<'static> {
-        let mut text = format!("    {:>3}  {:<5}", "#", "kind");
-        if self.parameters {
-            text.push_str(&format!("{:>9}", "params"));
-        }
-        text.push_str(&format!(" {:>8}   {:<6} {:>9}", "bytes", "format", "error"));
-        if self.weights {
-            text.push_str(&format!("  {:>8}  {:<6}", "max/rms", " risk"));
-        }
+        let parameters = if self.parameters { format!("{:>9}", "params") } else { String::new() };
+        let weights = if self.weights { format!("  {:>8}   {:<6}", "max/rms", "risk") } else { String::new() };
+        let text = format!("    {:>3}  {:<5}{parameters} {:>8}   {:<6} {:>9}{weights}", "#", "kind", "bytes", "format", "error");
         Line::styled(text, state.theme.style(Role::Dim))
     }
 
@@ -174,26 +169,27 @@ fn totals(state: &State, width: usize) -> Vec<Line<'static>> {
         *parameters += block.parameters();
         *bytes += block.linear_bytes(*format, layout.float_bytes) + block.float_parameters() * layout.float_bytes as u64;
     }
+    // Two kinds a line; where that leaves no room, without parameters.
+    let figures = |weights: u64, bytes: u64| {
+        let parameters = if width >= 72 { format!("{:>9}", report::count(weights)) } else { String::new() };
+        let bytes = if weights == 0 { "tied".to_owned() } else { report::bytes(bytes) };
+        Span::raw(format!("{parameters}{bytes:>10}  "))
+    };
     let mut cells: Vec<Vec<Span>> = Vec::new();
     for (kind, (count, parameters, bytes)) in kinds {
         cells.push(vec![
             Span::styled(format!("  {} {}", kind.letter(), short(kind)), state.theme.style(Role::of_kind(kind))),
-            Span::raw(format!(" × {count:<3} {:>9}{:>10}   ", report::count(parameters), report::bytes(bytes))),
+            Span::raw(format!(" × {count:<4}")),
+            figures(parameters, bytes),
         ]);
     }
-    let table = |name: &str, weights: u64, bytes: u64| {
-        let figures = if weights == 0 {
-            format!("{:>19}   ", "tied")
-        } else {
-            format!("{:>9}{:>10}   ", report::count(weights), report::bytes(bytes))
-        };
-        vec![dim(state, format!("  {name:<12}")), Span::raw(figures)]
-    };
     let embedding = layout.embedding.stored_bytes(plan.embedding, layout.float_bytes);
-    cells.push(table("embedding", layout.embedding.weights(), embedding));
     let head = if layout.tied { 0 } else { layout.head.weights() };
-    cells.push(table("head", head, layout.head.stored_bytes(plan.head, layout.float_bytes)));
+    let head_bytes = layout.head.stored_bytes(plan.head, layout.float_bytes);
+    for (name, weights, bytes) in [("embedding", layout.embedding.weights(), embedding), ("head", head, head_bytes)] {
+        cells.push(vec![dim(state, format!("  {name:<12}")), figures(weights, bytes)]);
+    }
     let mut lines = vec![Line::styled("─".repeat(width), state.theme.style(Role::Border))];
-    lines.extend(cells.chunks(if width >= 72 { 2 } else { 1 }).map(|cells| Line::from(cells.concat())));
+    lines.extend(cells.chunks(2).map(|cells| Line::from(cells.concat())));
     lines
 }

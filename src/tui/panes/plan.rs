@@ -9,6 +9,7 @@ use crate::format::Plan;
 use crate::session::report;
 use crate::tui::popups::window;
 use crate::tui::state::{Pane, State};
+use crate::tui::text::cut;
 use crate::tui::theme::Role;
 use crate::tui::view::bar;
 
@@ -52,7 +53,7 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
         Line::from(vec![
             label("bits"),
             predicted(state, format!("{:.2}", layout.bits_per_weight(plan))),
-            dim(state, " a weight of the linears, scales included"),
+            dim(state, " bits a weight, scales included"),
         ]),
         Line::from(vec![
             label("whole model"),
@@ -74,9 +75,9 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
         dim(
             state,
             match transitions {
-                0 => ": every block reads activations of the same bits",
-                1 => " place where the bits of activations change",
-                _ => " places where the bits of activations change",
+                0 => ": all blocks read the same activation bits",
+                1 => " place where activation bits change",
+                _ => " places where activation bits change",
             },
         ),
     ]));
@@ -97,10 +98,6 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
     lines.push(Line::from(history));
     lines.push(Line::default());
     lines
-}
-
-fn cut(text: &str, width: usize) -> String {
-    if text.chars().count() <= width { text.to_owned() } else { text.chars().take(width.saturating_sub(1)).chain(['…']).collect() }
 }
 
 /// A row of the list of variants; measured figures plain, predicted ones marked.

@@ -44,12 +44,12 @@ pub const COLUMNS: [Column; 15] = [
     column("linears", 8, 0, Figure::Bytes),
     column("ratio", 6, 4, Figure::Ratio),
     column("bits", 6, 3, Figure::Bits),
-    column("arcE", 6, 1, Figure::Task(Task::ArcEasy)),
-    column("arcC", 6, 1, Figure::Task(Task::ArcChallenge)),
-    column("piqa", 6, 1, Figure::Task(Task::Piqa)),
-    column("wino", 6, 1, Figure::Task(Task::Winogrande)),
-    column("hella", 6, 1, Figure::Task(Task::Hellaswag)),
-    column("mean", 6, 2, Figure::Mean),
+    column("arcE", 6, 2, Figure::Task(Task::ArcEasy)),
+    column("arcC", 6, 2, Figure::Task(Task::ArcChallenge)),
+    column("piqa", 6, 2, Figure::Task(Task::Piqa)),
+    column("wino", 6, 2, Figure::Task(Task::Winogrande)),
+    column("hella", 6, 2, Figure::Task(Task::Hellaswag)),
+    column("mean", 6, 1, Figure::Mean),
     column("KLD", 8, 0, Figure::Kld),
     column("KLD p99", 8, 8, Figure::KldP99),
     column("top1", 6, 5, Figure::Top1),
@@ -86,12 +86,11 @@ impl Column {
     fn text(&self, value: f64) -> String {
         match self.figure {
             Figure::Bytes => report::bytes(value as u64),
-            Figure::Ratio => format!("{value:.3}"),
+            Figure::Ratio | Figure::Perplexity => format!("{value:.3}"),
             Figure::Bits | Figure::Mean => format!("{value:.2}"),
             Figure::Task(_) => format!("{value:.1}"),
             Figure::Kld | Figure::KldP99 => format!("{value:.1e}"),
             Figure::Top1 => format!("{value:.1}%"),
-            Figure::Perplexity => format!("{value:.3}"),
             Figure::Prefill | Figure::Decode => format!("{value:.0}"),
         }
     }
@@ -182,10 +181,11 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     }
     let mut lines = vec![Line::from(head)];
     lines.extend(rows.into_iter().skip(first).flatten());
-    if state.measurements.base.is_none() && lines.len() + 2 <= area.height as usize {
+    if state.measurements.base.is_none() && lines.len() + 3 <= area.height as usize {
         lines.extend([
             Line::default(),
-            Line::from(dim(state, "   nothing is measured yet: A runs all variants, ~ marks what is predicted")),
+            Line::from(dim(state, "   nothing is measured yet: A runs all variants")),
+            Line::from(dim(state, "   ~ marks what follows from the plan")),
         ]);
     }
     for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {
@@ -214,13 +214,11 @@ fn name(text: &str) -> String {
 
 fn base_rows(state: &State, columns: &[&'static Column]) -> Vec<Line<'static>> {
     let mut spans = vec![Span::raw("   "), Span::styled(name("base"), state.theme.style(Role::Strong))];
-    match &state.measurements.base {
-        Some(base) => spans.extend(columns.iter().map(|column| measured(state, column, base, base.weight_bytes))),
-        None => {
-            let layout = &state.document.layout;
-            let plan = crate::format::Plan::unquantized(layout.blocks.len());
-            spans.extend(columns.iter().map(|column| prediction(state, column, &plan)));
-        }
+    if let Some(base) = &state.measurements.base {
+        spans.extend(columns.iter().map(|column| measured(state, column, base, base.weight_bytes)));
+    } else {
+        let plan = crate::format::Plan::unquantized(state.document.layout.blocks.len());
+        spans.extend(columns.iter().map(|column| prediction(state, column, &plan)));
     }
     vec![Line::from(spans)]
 }

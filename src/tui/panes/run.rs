@@ -9,6 +9,7 @@ use crate::session::report;
 use crate::tui::popups::window;
 use crate::tui::queue::{Item, Level, Status};
 use crate::tui::state::State;
+use crate::tui::text::{cut, wrap};
 use crate::tui::theme::Role;
 use crate::tui::view::{bar, bar_letter, duration};
 
@@ -20,14 +21,18 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let mut lines = Vec::new();
     let items = &state.queue.items;
     if items.is_empty() {
-        lines.push(Line::from(dim(state, " R quantizes and evaluates the variant being edited, A all of them.")));
+        lines.push(Line::from(dim(state, " R quantizes and evaluates the variant being edited,")));
+        lines.push(Line::from(dim(state, " A all variants of the session.")));
     }
     let active = items.iter().position(|item| matches!(item.status, Status::Running(_) | Status::Waiting)).unwrap_or(items.len());
     let most = (area.height as usize / 3).clamp(2, QUEUE_ROWS);
     for index in window(active.min(items.len().saturating_sub(1)), items.len(), most) {
         lines.push(item_line(state, &items[index], width));
         if let Status::Failed { hint: Some(hint), .. } = &items[index].status {
-            lines.push(Line::from(vec![Span::styled("     hint: ", state.theme.style(Role::Key)), Span::raw(hint.clone())]));
+            for (index, part) in wrap(hint, width.saturating_sub(12)).into_iter().enumerate() {
+                let label = if index == 0 { "     hint: " } else { "           " };
+                lines.push(Line::from(vec![Span::styled(label, state.theme.style(Role::Key)), Span::raw(part)]));
+            }
         }
     }
     if state.queue.running().is_some() {
@@ -54,7 +59,7 @@ fn item_line(state: &State, item: &Item, width: usize) -> Line<'static> {
         Status::Skipped => ("·", Role::Warning, "skipped: nothing to evaluate".into()),
     };
     let note_width = width.saturating_sub(item.title.chars().count() + 6);
-    let note: String = note.chars().take(note_width).collect();
+    let note = cut(&note, note_width);
     Line::from(vec![
         Span::styled(format!(" {mark} "), state.theme.style(role)),
         Span::raw(format!("{}  ", item.title)),
@@ -78,7 +83,7 @@ fn stage_lines(state: &State, width: usize) -> Vec<Line<'static>> {
         .models
         .get(queue.evaluated)
         .map_or_else(String::new, |model| format!("model {} of {}, {model}: ", queue.evaluated + 1, queue.models.len()));
-    let note: String = format!("{model}{}", stage.note).chars().take(width.saturating_sub(memory.len() + 3)).collect();
+    let note = cut(&format!("{model}{}", stage.note), width.saturating_sub(memory.len() + 3));
     vec![Line::from(spans), Line::from(vec![dim(state, format!("   {note}")), dim(state, memory)])]
 }
 
@@ -106,14 +111,18 @@ fn log_lines(state: &State, room: usize, width: usize) -> Vec<Line<'static>> {
     let mut lines = vec![Line::styled(format!("─{title}{rule}"), state.theme.style(Role::Border))];
     let end = log.len() - state.queue.scroll.min(log.len() - 1);
     let start = end.saturating_sub(room - 1);
-    lines.extend(log.range(start..end).map(|(level, text)| {
+    let mut tail = Vec::new();
+    for (level, text) in log.range(start..end) {
         let (mark, role) = match level {
             Level::Info => ("  ", Role::Dim),
             Level::Warning => ("! ", Role::Warning),
             Level::Error => ("✗ ", Role::Bad),
         };
-        let text: String = text.chars().take(width.saturating_sub(3)).collect();
-        Line::styled(format!(" {mark}{text}"), state.theme.style(role))
-    }));
+        for (index, part) in wrap(text, width.saturating_sub(4)).into_iter().enumerate() {
+            let mark = if index == 0 { mark } else { "    " };
+            tail.push(Line::styled(format!(" {mark}{part}"), state.theme.style(role)));
+        }
+    }
+    lines.extend(tail.split_off(tail.len().saturating_sub(room - 1)));
     lines
 }

@@ -11,12 +11,15 @@ use crate::tui::message::Effect;
 use crate::tui::state::State;
 use crate::tui::theme::Role;
 
+/// What happens with the index of what was chosen.
+type Pick = Rc<dyn Fn(&mut State, usize) -> Vec<Effect>>;
+
 /// The list: what each choice is called and what is said of it.
 pub struct Choose {
     title: String,
     items: Vec<(String, String)>,
     selected: usize,
-    pick: Rc<dyn Fn(&mut State, usize) -> Vec<Effect>>,
+    pick: Pick,
 }
 
 impl Choose {

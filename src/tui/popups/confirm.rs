@@ -7,6 +7,7 @@ use ratatui::text::{Line, Span};
 use super::{Action, Popup, Reply, show};
 use crate::tui::message::Effect;
 use crate::tui::state::State;
+use crate::tui::text::wrap;
 use crate::tui::theme::Role;
 
 /// An answer.
@@ -60,21 +61,4 @@ impl Confirm {
         lines.extend([Line::default(), answers]);
         show(frame, area, state, &self.title, width as u16 + 4, lines);
     }
-}
-
-/// Breaks a sentence into lines of at most `width` characters, at spaces.
-pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    for word in text.split(' ') {
-        let last = lines.len() - 1;
-        if lines[last].is_empty() {
-            lines[last].push_str(word);
-        } else if lines[last].chars().count() + 1 + word.chars().count() <= width {
-            lines[last].push(' ');
-            lines[last].push_str(word);
-        } else {
-            lines.push(word.to_owned());
-        }
-    }
-    lines
 }

@@ -4,12 +4,12 @@ use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
-use super::confirm::wrap;
 use super::input::Input;
 use super::{Reply, show};
 use crate::tui::command_table::TABLE;
 use crate::tui::commands::Command;
 use crate::tui::state::State;
+use crate::tui::text::wrap;
 use crate::tui::theme::Role;
 
 /// What was typed, and how far the list is scrolled.

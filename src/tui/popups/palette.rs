@@ -8,6 +8,7 @@ use super::input::Input;
 use super::{Reply, show, window};
 use crate::tui::commands::{self, Command};
 use crate::tui::state::State;
+use crate::tui::text::cut;
 use crate::tui::theme::Role;
 
 /// What was typed, and which of the matches is chosen.
@@ -71,13 +72,4 @@ impl Palette {
         }
         show(frame, area, state, "Commands", width, lines);
     }
-}
-
-/// `text` in at most `width` characters, whole words, with an ellipsis where it was cut.
-fn cut(text: &str, width: usize) -> String {
-    if text.chars().count() <= width {
-        return text.to_owned();
-    }
-    let first = super::confirm::wrap(text, width.saturating_sub(2)).into_iter().next().unwrap_or_default();
-    format!("{first} …")
 }
