@@ -1,5 +1,7 @@
 //! The binary in a pseudo-terminal: it starts, follows a resize, and leaves the terminal whole.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail like the test")]
+
 use std::io::{Read, Write};
 use std::num::NonZeroU16;
 use std::sync::mpsc::{Receiver, channel};
