@@ -52,6 +52,7 @@ impl Error {
         let hint = match error.kind() {
             Io::PermissionDenied | Io::ReadOnlyFilesystem => Some("choose a path that you may write to, or change its permissions".into()),
             Io::StorageFull => Some("free some disk space and run the same command again: finished blocks are kept".into()),
+            _ if kind == ErrorKind::Input => Some("check the path".into()),
             _ => None,
         };
         Self { kind, message: format!("{doing} {} failed: {error}", path.display()), hint }

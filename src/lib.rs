@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod files;
 pub mod format;
 pub mod model;
 pub mod monitor;

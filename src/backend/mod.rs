@@ -8,21 +8,32 @@ pub mod cpu;
 use crate::error::Result;
 use crate::format::LinearWeights;
 
-/// How the tokens of a batch divide into sequences.
+/// How the tokens of a batch divide into sequences, and which of them go on from the end of another one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sequences {
     lengths: Vec<usize>,
+    /// For each sequence the one in front of it that it continues; empty when none does.
+    parents: Vec<Option<usize>>,
 }
 
 impl Sequences {
     /// Sequences of these lengths, one after another.
     pub fn new(lengths: Vec<usize>) -> Self {
-        Self { lengths }
+        Self { lengths, parents: Vec::new() }
     }
 
-    /// `count` sequences of one token each: a decoding step.
+    /// Sequences of which some continue another, so that what several texts begin with is computed once. Sequence i
+    /// sees the tokens of sequence `parents[i]`, which stands before it in the batch, and of that one's parents, as if
+    /// they stood in front of its own. Trees are for whole texts: they take no cache.
+    pub fn tree(lengths: Vec<usize>, parents: Vec<Option<usize>>) -> Self {
+        assert_eq!(lengths.len(), parents.len(), "one parent for each sequence");
+        assert!(parents.iter().enumerate().all(|(i, parent)| parent.is_none_or(|parent| parent < i)), "a parent stands in front");
+        Self { lengths, parents }
+    }
+
+    /// Sequences of one token each: a decoding step.
     pub fn steps(count: usize) -> Self {
-        Self { lengths: vec![1; count] }
+        Self::new(vec![1; count])
     }
 
     /// Number of sequences.
@@ -42,6 +53,16 @@ impl Sequences {
             *start = range.end;
             Some(range)
         })
+    }
+
+    /// The sequence that `index` continues.
+    pub fn parent(&self, index: usize) -> Option<usize> {
+        self.parents.get(index).copied().flatten()
+    }
+
+    /// Whether some sequence continues another.
+    pub fn is_tree(&self) -> bool {
+        self.parents.iter().any(Option::is_some)
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod config;
 mod demo;
+pub mod hub;
 mod layout;
 mod shards;
 mod variant;
@@ -21,6 +22,7 @@ pub use variant::{
 
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart, packing};
+use crate::monitor::Monitor;
 
 /// Files beside the weights that a variant carries along when they are there.
 const COMPANION_FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"];
@@ -39,11 +41,23 @@ pub struct Checkpoint {
     prefix: &'static str,
 }
 
-/// Opens what a user named: `demo` or a directory.
+/// Opens what a user named: `demo`, a directory, or a hub id (`owner/name`, or `owner/name@revision`), which is
+/// downloaded first unless the cache has it.
 pub fn open(model: &str) -> Result<Checkpoint> {
+    open_watched(model, &Monitor::silent())
+}
+
+/// [`open`], with a download's progress reported to `monitor`.
+pub fn open_watched(model: &str, monitor: &Monitor) -> Result<Checkpoint> {
     let path = Path::new(model);
     if model == DEMO {
         return demo::open();
+    }
+    let (id, revision) = model.split_once('@').map_or((model, None), |(id, revision)| (id, Some(revision)));
+    if !path.exists() && hub::looks_like_id(id) {
+        let mut checkpoint = Checkpoint::open(&hub::fetch(id, revision, monitor)?)?;
+        model.clone_into(&mut checkpoint.name);
+        return Ok(checkpoint);
     }
     Checkpoint::open(path)
 }
@@ -133,6 +147,7 @@ impl Checkpoint {
         let tensor = self.find(canonical).ok_or_else(|| Error::input(format!("{}: tensor `{stored}` is missing", self.name)))?;
         let values = tensor.to_f32().ok_or_else(|| {
             Error::input(format!("{}: tensor `{stored}` has type {:?}, expected F32, F16 or BF16", self.name, tensor.dtype))
+                .hint("strata quantizes float checkpoints: give the original one")
         })?;
         match values.iter().position(|value| !value.is_finite()) {
             Some(index) => Err(Error::input(format!("{}: tensor `{stored}` holds {} at element {index}", self.name, values[index]))
@@ -284,7 +299,7 @@ impl Checkpoint {
     pub fn sha256(&self) -> Result<String> {
         let mut listing = format!("config.json {}\n", sha256_hex(self.config_text()?.as_bytes()));
         for (name, hash) in self.shards.hashes() {
-            listing.push_str(&format!("{name} {hash}\n"));
+            listing.extend([name.as_str(), " ", hash.as_str(), "\n"]);
         }
         Ok(sha256_hex(listing.as_bytes()))
     }

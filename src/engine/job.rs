@@ -7,9 +7,12 @@ use tokio::sync::watch;
 use super::{Event, JobId, Progress};
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
-use crate::error::Result;
-use crate::eval::{EvaluateRequest, evaluate};
+use crate::error::{Error, Result};
+use crate::eval::{EvaluateRequest, evaluate, text};
 use crate::format::{Format, Plan};
+use crate::model::Hybrid;
+use crate::model::generate::{self, SamplingSpec};
+use crate::model::trace::{self, TraceInput};
 use crate::monitor::{CancelToken, Monitor, Report};
 use crate::quant::{self, Method, QuantizeRequest, Sample, SampleSpec};
 
@@ -19,6 +22,27 @@ pub enum Job {
     Quantize(Box<QuantizeJob>),
     /// Evaluates the reference and the models in turn; one `Evaluated` event each.
     Evaluate(Box<EvaluateRequest>),
+    /// Continue a prompt; a `Text` event for each piece.
+    Generate(Box<GenerateJob>),
+    /// Write logits and residual streams.
+    Trace(Box<TraceJob>),
+}
+
+/// Continue a prompt.
+#[derive(Debug, Clone)]
+pub struct GenerateJob {
+    pub model: String,
+    pub prompt: String,
+    pub max_tokens: usize,
+    pub sampling: SamplingSpec,
+}
+
+/// Write logits and residual streams for the token ids in `input`.
+#[derive(Debug, Clone)]
+pub struct TraceJob {
+    pub model: String,
+    pub input: PathBuf,
+    pub output: PathBuf,
 }
 
 /// Quantize one variant.
@@ -51,6 +75,8 @@ impl Job {
                 let names: Vec<&str> = request.reference.iter().chain(&request.models).map(|model| model.name.as_str()).collect();
                 format!("evaluate {}", names.join(", "))
             }
+            Self::Generate(job) => format!("generate with {}", job.model),
+            Self::Trace(job) => format!("trace {}", job.model),
         }
     }
 }
@@ -76,11 +102,36 @@ pub(super) fn run(
         Job::Evaluate(request) => {
             evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
+        Job::Generate(job) => generate(id, &job, &monitor, send),
+        Job::Trace(job) => {
+            trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
+        }
     }
 }
 
+fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+    let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let model = Hybrid::load(Cpu, &checkpoint)?;
+    let prompt = text::encode(&tokenizer, &job.prompt, true)?;
+    let stop: Vec<u32> = checkpoint.config.eos_token.into_iter().collect();
+    // Pieces are decoded as a growing whole, since a character may take several tokens.
+    let mut tokens = Vec::new();
+    let mut sent = 0;
+    generate::generate(&model, &prompt, job.max_tokens, &stop, job.sampling, monitor, |token| {
+        tokens.push(token);
+        let text = tokenizer.decode(&tokens, true).map_err(|error| Error::run(format!("a token cannot be decoded: {error}")))?;
+        if !text.ends_with(char::REPLACEMENT_CHARACTER) {
+            send(Event::Text { id, piece: text[sent..].to_owned(), tokens: tokens.len() });
+            sent = text.len();
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
 fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
-    let checkpoint = checkpoint::open(&job.model)?;
+    let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let mut plan = job.plan;
     if job.storage == StorageLayout::Portable && plan.embedding != Format::W16A16 {
         monitor.warn("portable: the embedding stays in the checkpoint's precision");

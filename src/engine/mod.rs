@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
-pub use job::{Job, QuantizeJob};
+pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
 pub use progress::Progress;
 
 use crate::checkpoint::VariantManifest;
@@ -52,6 +52,12 @@ pub enum Event {
     Evaluated {
         id: JobId,
         evaluated: Box<Evaluated>,
+    },
+    /// A piece of generated text; `tokens` counts those generated so far.
+    Text {
+        id: JobId,
+        piece: String,
+        tokens: usize,
     },
     Finished {
         id: JobId,

@@ -2,6 +2,7 @@
 //! Start with [`run::evaluate`].
 
 pub mod memory;
+mod prefix;
 pub mod result;
 pub mod run;
 pub mod score;

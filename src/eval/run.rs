@@ -82,7 +82,7 @@ pub fn evaluate<B: Backend>(
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
         monitor.stage("load", 1);
-        let checkpoint = checkpoint::open(&model.path)?;
+        let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
         let loaded = Hybrid::load(backend(), &checkpoint)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let is_reference = index == 0 && request.reference.is_some();

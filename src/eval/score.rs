@@ -1,14 +1,13 @@
 //! Log-likelihoods of continuations, and the accuracies that follow from them.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
+use super::prefix::{self, PrefixTree};
 use super::statistics;
 use super::tasks::{Question, Task};
 use super::text;
-use crate::backend::{Backend, Sequences};
+use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::Hybrid;
 use crate::monitor::Monitor;
@@ -16,11 +15,21 @@ use crate::monitor::Monitor;
 /// Tokens of a batch, at most (one longer sequence makes a batch of its own).
 const BATCH_TOKENS: usize = 4096;
 
+/// Logits that are held at a time: 128 MiB.
+const HEAD_VALUES: usize = 1 << 25;
+
 /// A continuation to be scored: the model reads `input`, and its last outputs predict `continuation`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Request {
     input: Vec<u32>,
     continuation: Vec<u32>,
+}
+
+impl Request {
+    /// Tokens of the continuation that are predicted from `input`: all, unless it fills the model by itself.
+    fn scored(&self) -> usize {
+        self.continuation.len().min(self.input.len())
+    }
 }
 
 /// One scored row, as `--samples` writes it.
@@ -144,49 +153,61 @@ fn encode_pair(tokenizer: &Tokenizer, context: &str, continuation: &str, max_tok
     Ok((Request { input: whole.split_off(cut), continuation }, cut > 0))
 }
 
-/// Sum of the log-probabilities of each request's continuation. Equal requests are computed once. Batches are made
-/// from all requests in order of length, so they do not depend on what is asked beside them or was done before.
+/// Sum of the log-probabilities of each request's continuation. Equal requests are computed once, and what their inputs
+/// begin with is computed once a batch. Batches are fixed from all requests, in the order of their tokens.
 fn loglikelihoods<B: Backend>(model: &Hybrid<B>, requests: &[Request], task: Task, monitor: &Monitor) -> Result<Vec<f64>> {
     let mut unique: Vec<&Request> = requests.iter().collect();
-    unique.sort_by(|a, b| b.input.len().cmp(&a.input.len()).then_with(|| a.cmp(b)));
+    unique.sort_unstable();
     unique.dedup();
-    let mut known: BTreeMap<&Request, f64> = BTreeMap::new();
+    let mut scores = Vec::with_capacity(unique.len());
     monitor.stage(task.name(), unique.len());
-    let mut rest = unique.as_slice();
-    while !rest.is_empty() {
-        let mut tokens = 0;
-        let fits = rest
-            .iter()
-            .take_while(|request| {
-                tokens += request.input.len();
-                tokens <= BATCH_TOKENS
-            })
-            .count();
-        let (batch, after) = rest.split_at(fits.max(1));
-        rest = after;
-        for (request, score) in batch.iter().zip(score_batch(model, batch)?) {
-            known.insert(request, score);
-        }
-        monitor.step(known.len(), format!("{} continuations", known.len()))?;
+    for batch in batches(&unique) {
+        scores.extend(score_batch(model, batch)?);
+        monitor.step(scores.len(), format!("{} continuations", scores.len()))?;
     }
-    Ok(requests.iter().map(|request| known.get(request).copied().unwrap_or(f64::NAN)).collect())
+    Ok(requests.iter().map(|request| unique.binary_search(&request).map_or(f64::NAN, |at| scores[at])).collect())
+}
+
+/// Divides sorted requests so that a batch computes about [`BATCH_TOKENS`] tokens, shared ones counted once.
+fn batches<'a, 'r>(mut rest: &'a [&'r Request]) -> impl Iterator<Item = &'a [&'r Request]> {
+    std::iter::from_fn(move || {
+        let mut tokens = rest.first()?.input.len();
+        let fits = rest.windows(2).take_while(|pair| {
+            tokens += pair[1].input.len() - prefix::shared(&pair[0].input, &pair[1].input);
+            tokens <= BATCH_TOKENS
+        });
+        let (batch, after) = rest.split_at(1 + fits.count());
+        rest = after;
+        Some(batch)
+    })
 }
 
 fn score_batch<B: Backend>(model: &Hybrid<B>, batch: &[&Request]) -> Result<Vec<f64>> {
-    let ids: Vec<u32> = batch.iter().flat_map(|request| &request.input).copied().collect();
-    let sequences = Sequences::new(batch.iter().map(|request| request.input.len()).collect());
-    // Only the rows that predict a continuation's token go through the head.
-    let mut rows = Vec::new();
+    let mut inputs: Vec<&[u32]> = batch.iter().map(|request| request.input.as_slice()).collect();
+    inputs.dedup();
+    let tree = PrefixTree::new(&inputs);
+    // The token of the batch whose output predicts each token of each continuation.
     let mut targets = Vec::new();
-    for (request, range) in batch.iter().zip(sequences.ranges()) {
-        let scored = request.continuation.len().min(range.len());
-        for (row, token) in (range.end - scored..range.end).zip(&request.continuation[request.continuation.len() - scored..]) {
-            targets.push((rows.len(), *token));
-            rows.push(row);
+    for request in batch {
+        let text = inputs.partition_point(|input| *input < request.input.as_slice());
+        let (length, scored) = (request.input.len(), request.scored());
+        let continuation = &request.continuation[request.continuation.len() - scored..];
+        targets.extend((length - scored..length).zip(continuation).map(|(position, token)| (tree.token(text, position), *token)));
+    }
+    // Only these go through the head, each once.
+    let mut rows: Vec<usize> = targets.iter().map(|(row, _)| *row).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    let h = model.forward(&tree.ids, &tree.sequences, None)?;
+    let mut probabilities = vec![0.0; targets.len()];
+    for rows in rows.chunks((HEAD_VALUES / model.vocabulary()).max(1)) {
+        let logits = model.logits_at(&h, rows)?;
+        let here = targets.iter().enumerate().filter_map(|(i, (row, token))| Some((i, (rows.binary_search(row).ok()?, *token))));
+        let (indices, here): (Vec<usize>, Vec<(usize, u32)>) = here.unzip();
+        for (index, (probability, _)) in indices.into_iter().zip(model.backend.log_probabilities(&logits, &here)?) {
+            probabilities[index] = probability;
         }
     }
-    let h = model.forward(&ids, &sequences, None)?;
-    let logits = model.logits_at(&h, &rows)?;
-    let mut scores = model.backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score);
-    Ok(batch.iter().map(|request| scores.by_ref().take(request.continuation.len().min(request.input.len())).sum()).collect())
+    let mut probabilities = probabilities.into_iter();
+    Ok(batch.iter().map(|request| probabilities.by_ref().take(request.scored()).sum()).collect())
 }

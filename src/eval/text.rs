@@ -11,6 +11,7 @@ pub fn read(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(|error| Error::io("reading", path, &error))?;
     String::from_utf8(bytes).map_err(|error| {
         Error::input(format!("{} is not UTF-8: byte {} is not part of a character", path.display(), error.utf8_error().valid_up_to()))
+            .hint("convert the file to UTF-8")
     })
 }
 

@@ -126,6 +126,7 @@ impl<B: Backend> Block<B> {
     }
 
     /// What the block adds to the residual stream, `mixer(RMSNorm(h))`.
+    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
     pub fn mix(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, cache: Option<&mut BlockCache<B>>) -> Result<B::Tensor> {
         let norm = |emit| backend.rms_norm(h, &self.norm, self.eps, emit);
         match &self.mixer {

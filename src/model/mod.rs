@@ -2,9 +2,11 @@
 //! [`Stream`] (one block at a time from the mapped checkpoint).
 
 mod block;
+pub mod generate;
 mod hybrid;
 mod moe;
 mod stream;
+pub mod trace;
 
 pub use block::{Block, BlockCache};
 pub use hybrid::{Cache, Ends, Hybrid};

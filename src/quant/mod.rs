@@ -8,6 +8,6 @@ mod recipe;
 mod sample;
 
 pub use pipeline::{QuantizeRequest, quantize, request_key};
-pub use publish::{work_directory, write_atomically};
+pub use publish::work_directory;
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe};
 pub use sample::{Sample, SampleSpec};

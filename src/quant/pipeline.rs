@@ -23,6 +23,7 @@ use crate::checkpoint::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
+use crate::files;
 use crate::format::{Format, Plan};
 use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
@@ -55,6 +56,12 @@ struct Streams<B: Backend> {
     reference: Vec<B::Tensor>,
     quantized: Vec<B::Tensor>,
     sequences: Vec<Sequences>,
+}
+
+/// The sample's float and quantized logits.
+struct Logits<B: Backend> {
+    reference: Vec<B::Tensor>,
+    quantized: Vec<B::Tensor>,
 }
 
 /// Hash of everything that decides the bytes of a variant.
@@ -130,17 +137,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     fn run(mut self) -> Result<VariantManifest> {
         let streams = self.quantize_blocks()?;
-        let (reference_logits, logits) = self.write_ends(&streams)?;
-        let sample = self.sample_record(&reference_logits, &logits)?;
+        let logits = self.write_ends(&streams)?;
+        let sample = self.sample_record(&logits)?;
         let manifest = self.write_manifest(sample)?;
-        drop((streams, reference_logits, logits));
+        drop((streams, logits));
         if let Err(error) = self.validate(&manifest) {
             if error.kind == ErrorKind::Cancelled {
                 return Err(error);
             }
             let aside = publish::failed_directory(&self.request.output);
             publish::remove(&aside)?;
-            publish::write_atomically(&self.files.join("FAILED.txt"), error.message.as_bytes())?;
+            files::write_atomically(&self.files.join("FAILED.txt"), error.message.as_bytes())?;
             fs::rename(&self.files, &aside).map_err(|error| Error::io("renaming", &self.files, &error))?;
             publish::remove(self.work)?;
             return Err(Error::run(format!("the variant failed its validation and was put aside in {}: {error}", aside.display()))
@@ -279,7 +286,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         let done = self.state.records.len();
         publish::write_tensors(&boundary_file(self.work, done), &tensors)?;
-        publish::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
+        files::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
         // The boundary before is no longer needed once the state names the new one.
         match fs::remove_file(boundary_file(self.work, done - 1)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -313,7 +320,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     /// Writes embedding, final norm, head and whatever the layout does not know (MTP layers) into the last shard, and
     /// returns the sample's float and quantized logits.
-    fn write_ends(&self, streams: &Streams<B>) -> Result<(Vec<B::Tensor>, Vec<B::Tensor>)> {
+    fn write_ends(&self, streams: &Streams<B>) -> Result<Logits<B>> {
         let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
         let mut tensors: Vec<TensorOut> = vec![self.copy(&layout.final_norm.name)?];
         let table = quantize_linear(checkpoint, &layout.embedding, plan.embedding)?;
@@ -348,13 +355,16 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             };
             stream.iter().map(logits).collect::<Result<Vec<_>>>()
         };
-        Ok((logits(checkpoint.head()?, &streams.reference)?, logits(head.weights(layout.head.cols), &streams.quantized)?))
+        Ok(Logits {
+            reference: logits(checkpoint.head()?, &streams.reference)?,
+            quantized: logits(head.weights(layout.head.cols), &streams.quantized)?,
+        })
     }
 
-    fn sample_record(&self, reference: &[B::Tensor], logits: &[B::Tensor]) -> Result<SampleRecord> {
+    fn sample_record(&self, logits: &Logits<B>) -> Result<SampleRecord> {
         let mut rows = Vec::new();
-        for (reference, logits) in reference.iter().zip(logits) {
-            rows.extend(self.backend.divergence(reference, logits)?);
+        for (reference, quantized) in logits.reference.iter().zip(&logits.quantized) {
+            rows.extend(self.backend.divergence(reference, quantized)?);
         }
         let summary = statistics::summarize_divergence(&rows);
         Ok(SampleRecord {
@@ -363,7 +373,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             kld_mean: summary.mean,
             kld_p99: summary.p99,
             top1: summary.top1,
-            logits: self.boundary_hash(logits, "the head")?,
+            logits: self.boundary_hash(&logits.quantized, "the head")?,
             boundaries: self.state.boundaries.clone(),
         })
     }
@@ -422,7 +432,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        publish::write_atomically(&self.files.join(name), bytes)
+        files::write_atomically(&self.files.join(name), bytes)
     }
 
     /// Opens the finished files and streams the sample through them: every boundary and the logits must be the ones

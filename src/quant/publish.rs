@@ -1,13 +1,13 @@
 //! The files of a variant: shards in a work folder, and the rename that makes the whole appear at once.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
 
 use crate::checkpoint::Dtype;
 use crate::error::{Error, Result};
+use crate::files::write_atomically;
 
 /// A tensor to write: stored name, type, shape and bytes.
 pub type TensorOut<'a> = (String, Dtype, Vec<usize>, std::borrow::Cow<'a, [u8]>);
@@ -39,18 +39,6 @@ pub fn lock(work: &Path) -> Result<File> {
                 .hint("wait for it, or choose another output with -o"))
         }
     }
-}
-
-/// Writes `bytes` to `path` so that the file is either absent (or old) or whole.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|error| Error::io("writing", path, &error))
 }
 
 /// Writes a safetensors file atomically.

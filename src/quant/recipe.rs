@@ -121,10 +121,12 @@ impl Recipe {
                     "override `{}` names block {last}, and the model has blocks 0 to {}",
                     rule.selector,
                     kinds.len() - 1
-                )));
+                ))
+                .hint("blocks are counted from 0; `strata analyze` lists them"));
             }
             if plan.set(rule.selector, &kinds, rule.format) == 0 {
-                return Err(Error::input(format!("override `{}` matches no block of the model", rule.selector)));
+                return Err(Error::input(format!("override `{}` matches no block of the model", rule.selector))
+                    .hint("`strata analyze` lists the kinds and numbers of its blocks"));
             }
         }
         Ok(plan)

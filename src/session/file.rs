@@ -46,6 +46,13 @@ pub struct ModelSpec {
     pub sha256: Option<String>,
 }
 
+impl ModelSpec {
+    /// The name that [`crate::checkpoint::open`] takes.
+    pub fn name(&self) -> String {
+        self.revision.as_ref().map_or_else(|| self.id.clone(), |revision| format!("{}@{revision}", self.id))
+    }
+}
+
 /// One variant: a recipe with changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -219,7 +226,7 @@ impl Session {
     pub fn save(&self, path: &Path) -> Result<()> {
         let existing = std::fs::read_to_string(path).ok();
         let text = self.to_toml(existing.as_deref())?;
-        crate::quant::write_atomically(path, text.as_bytes())
+        crate::files::write_atomically(path, text.as_bytes())
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod file;
 pub mod paths;
-mod replay;
+pub mod replay;
 pub mod report;
 
 pub use file::{EvaluateSpec, ModelSpec, SESSION_SCHEMA, Session, UiSpec, VariantSpec};

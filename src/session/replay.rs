@@ -52,7 +52,7 @@ impl Replay<'_> {
             return Ok(Vec::new());
         }
         let mut request = self.session.evaluate.request()?;
-        request.reference = Some(ModelToEvaluate { name: "base".into(), path: self.session.model.id.clone() });
+        request.reference = Some(ModelToEvaluate { name: "base".into(), path: self.session.model.name() });
         request.models = models;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut results = Vec::new();
@@ -78,7 +78,7 @@ impl Replay<'_> {
     }
 
     fn quantize_job(&self, variant: &VariantSpec) -> Result<QuantizeJob> {
-        let checkpoint = checkpoint::open(&self.session.model.id)?;
+        let checkpoint = checkpoint::open(&self.session.model.name())?;
         if let Some(expected) = &self.session.model.sha256 {
             let found = checkpoint.sha256()?;
             if *expected != found {
@@ -88,7 +88,7 @@ impl Replay<'_> {
         }
         let (recipe, plan) = variant.plan(&checkpoint.layout)?;
         Ok(QuantizeJob {
-            model: self.session.model.id.clone(),
+            model: self.session.model.name(),
             name: variant.name.clone(),
             recipe: recipe.name,
             method: recipe.method,

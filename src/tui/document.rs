@@ -66,7 +66,7 @@ impl Document {
     /// Opens the session's model, as far as its layout, and its variants. A session without variants gets one of
     /// phase 1 to begin with.
     pub fn open(mut session: Session) -> Result<Self> {
-        let layout = checkpoint::open(&session.model.id)?.layout;
+        let layout = checkpoint::open(&session.model.name())?.layout;
         if session.variants.is_empty() {
             session.variants.push(VariantSpec { name: "phase1".into(), recipe: "phase1".into(), overrides: Vec::new() });
         }

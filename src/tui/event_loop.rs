@@ -160,8 +160,8 @@ impl<S: Screen> EventLoop<'_, S> {
                     let settings = self.state.document.settings().model.clone();
                     let sender = background.clone();
                     tokio::task::spawn_blocking(move || {
-                        let inventory = inspect(&settings.id, settings.sha256.as_deref()).map(Box::new);
-                        let _ = sender.send(Msg::Inspected { model: settings.id, inventory });
+                        let inventory = inspect(&settings.name(), settings.sha256.as_deref()).map(Box::new);
+                        let _ = sender.send(Msg::Inspected { model: settings.name(), inventory });
                     });
                     continue;
                 }

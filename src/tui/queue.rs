@@ -135,9 +135,10 @@ impl Queue {
                     if matches!(item.work, Work::Quantize(_)) {
                         self.errors.clear();
                     }
-                    self.models = match &job {
-                        Job::Quantize(_) => Vec::new(),
-                        Job::Evaluate(request) => request.reference.iter().chain(&request.models).map(|model| model.name.clone()).collect(),
+                    self.models = if let Job::Evaluate(request) = &job {
+                        request.reference.iter().chain(&request.models).map(|model| model.name.clone()).collect()
+                    } else {
+                        Vec::new()
                     };
                     self.evaluated = 0;
                     self.stage = Stage { name: "starting".into(), began: clock, ..Stage::default() };
@@ -189,6 +190,8 @@ impl Queue {
         match event {
             Event::Started { title, .. } => self.line(Level::Info, format!("{title}: started")),
             Event::Report { report, .. } => self.report(report, clock),
+            // The workbench submits no job that generates text.
+            Event::Text { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(Work::Quantize(target)) = self.running().map(|item| item.work.clone()) else { return };
                 measurements.quantized(target.method, target.plan, path, &manifest);
@@ -271,7 +274,7 @@ impl Queue {
 fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
     match work {
         Work::Quantize(target) => Ok(Some(Job::Quantize(Box::new(QuantizeJob {
-            model: session.model.id.clone(),
+            model: session.model.name(),
             name: target.name.clone(),
             recipe: target.recipe.clone(),
             method: target.method,
@@ -288,7 +291,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
                 Some(ModelToEvaluate { name: target.name.clone(), path: measured.path.display().to_string() })
             };
             let mut request = session.evaluate.request()?;
-            request.reference = Some(ModelToEvaluate { name: "base".into(), path: session.model.id.clone() });
+            request.reference = Some(ModelToEvaluate { name: "base".into(), path: session.model.name() });
             request.models = targets.iter().filter_map(model).collect();
             Ok((!request.models.is_empty()).then(|| Job::Evaluate(Box::new(request))))
         }

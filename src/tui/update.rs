@@ -49,7 +49,7 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
             Err(error) => state.complain(&error),
         },
         Msg::Inspected { model, inventory } => {
-            if model == state.document.settings().model.id {
+            if model == state.document.settings().model.name() {
                 match inventory {
                     Ok(inventory) => {
                         state.inventory = inventory;

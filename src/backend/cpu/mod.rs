@@ -83,7 +83,7 @@ impl Backend for Cpu {
     type Linear = CpuLinear;
     type Embedding = embedding::Embedding;
     type Activation = CpuActivation;
-    type Mamba = MambaParameters;
+    type Mamba = mamba::Parameters;
     type SsmCache = mamba::SsmCache;
     type KvCache = attention::KvCache;
 
@@ -175,7 +175,7 @@ impl Backend for Cpu {
                 }
                 Part::Packed(matrix) => {
                     let mut weights = vec![0.0; width * linear.cols];
-                    matrix.dequantize_into(&mut weights);
+                    matrix.dequantize_into(0, &mut weights);
                     float_product(&tensor(weights, linear.cols)?)?
                 }
             };
@@ -218,8 +218,8 @@ impl Backend for Cpu {
         Ok((a + b)?)
     }
 
-    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<MambaParameters> {
-        Ok(parameters)
+    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<mamba::Parameters> {
+        Ok(mamba::Parameters::new(parameters))
     }
 
     fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> mamba::SsmCache {
@@ -229,7 +229,7 @@ impl Backend for Cpu {
     fn mamba_scan(
         &self,
         projected: &Tensor,
-        parameters: &MambaParameters,
+        parameters: &mamba::Parameters,
         shape: &MambaShape,
         sequences: &Sequences,
         cache: Option<&mut mamba::SsmCache>,

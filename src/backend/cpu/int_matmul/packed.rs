@@ -1,0 +1,167 @@
+//! [`PackedMatrix`]: int8 and int4 weights laid out for the kernels.
+
+use half::bf16;
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::PANEL;
+use crate::format::{QuantizedMatrix, Scheme};
+
+/// Added to int8 codes in storage.
+pub(super) const INT8_BIAS: i32 = 128;
+
+/// Added to int4 codes in storage.
+pub(super) const INT4_BIAS: i32 = 8;
+
+/// One vector of codes, on a cache line of its own. int8: byte `4·row + i` is input `4k + i` of the panel's row,
+/// for block k. int4: the low half of byte `4·row + i` is input `8k + i`, the high half is input `8k + 4 + i`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Block(pub [u8; 64]);
+
+/// Scales in panels; rows that only fill up the last panel have scale 0.
+pub(super) enum Scales {
+    /// int8: one a row, `[panels, 16]`.
+    Rows(Vec<f32>),
+    /// int4: one for each `group` inputs of a row, as the bits of a bf16, `[panels, groups, 16]`.
+    Groups { group: usize, bits: Vec<[u16; PANEL]> },
+}
+
+/// A [`QuantizedMatrix`] in panels of 16 rows.
+pub struct PackedMatrix {
+    rows: usize,
+    cols: usize,
+    /// `[panels, blocks_in_panel]`.
+    blocks: Vec<Block>,
+    blocks_in_panel: usize,
+    pub(super) scales: Scales,
+}
+
+impl PackedMatrix {
+    /// Packs an int8 or int4 matrix; in int4, the groups divide the width.
+    pub fn new(matrix: &QuantizedMatrix) -> Self {
+        let &QuantizedMatrix { rows, cols, .. } = matrix;
+        assert_eq!(matrix.codes.len(), rows * cols, "codes are not [rows, cols]");
+        let panels = rows.div_ceil(PANEL);
+        let int4 = matches!(matrix.scheme, Scheme::Int4 { .. });
+        let inputs_in_block = if int4 { 8 } else { 4 };
+        let blocks_in_panel = cols.div_ceil(inputs_in_block);
+        let empty = if int4 { (INT4_BIAS * 0x11) as u8 } else { INT8_BIAS as u8 };
+        let mut blocks = vec![Block([empty; 64]); panels * blocks_in_panel];
+        if cols > 0 {
+            let pack = |(panel, blocks): (usize, &mut [Block])| {
+                let rows = matrix.codes[panel * PANEL * cols..].chunks_exact(cols).take(PANEL);
+                for (lane, row) in rows.enumerate() {
+                    for (block, codes) in blocks.iter_mut().zip(row.chunks(inputs_in_block)) {
+                        let (first, second) = codes.split_at(codes.len().min(4));
+                        let bytes = &mut block.0[4 * lane..4 * lane + 4];
+                        for (i, code) in first.iter().enumerate() {
+                            let code = i32::from(*code);
+                            bytes[i] = if int4 { (code + INT4_BIAS) as u8 | bytes[i] & 0xf0 } else { (code + INT8_BIAS) as u8 };
+                        }
+                        for (i, code) in second.iter().enumerate() {
+                            bytes[i] = bytes[i] & 0x0f | ((i32::from(*code) + INT4_BIAS) as u8) << 4;
+                        }
+                    }
+                }
+            };
+            blocks.par_chunks_mut(blocks_in_panel).enumerate().for_each(pack);
+        }
+        Self { rows, cols, blocks, blocks_in_panel, scales: pack_scales(matrix, panels) }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes that codes and scales take in memory.
+    pub fn bytes(&self) -> u64 {
+        let scales = match &self.scales {
+            Scales::Rows(scales) => size_of_val(scales.as_slice()),
+            Scales::Groups { bits, .. } => size_of_val(bits.as_slice()),
+        };
+        (size_of_val(self.blocks.as_slice()) + scales) as u64
+    }
+
+    /// Writes the float weights (code · scale) of rows `first..first + n` to `out` `[n, cols]`.
+    pub fn dequantize_into(&self, first: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        assert!(out.len().is_multiple_of(self.cols), "the output is not whole rows");
+        assert!(first + out.len() / self.cols <= self.rows, "rows out of range");
+        let dequantize = |(i, out): (usize, &mut [f32])| {
+            let (panel, lane) = ((first + i) / PANEL, (first + i) % PANEL);
+            let blocks = self.panel(panel);
+            match &self.scales {
+                Scales::Rows(scales) => dequantize_int8(blocks, lane, scales[first + i], out),
+                Scales::Groups { group, bits } => {
+                    let groups = self.cols / group;
+                    dequantize_int4(blocks, lane, *group, &bits[panel * groups..(panel + 1) * groups], out);
+                }
+            }
+        };
+        // A few panels a task: their cache lines serve 16 rows each.
+        out.par_chunks_mut(self.cols).enumerate().with_min_len(4 * PANEL).for_each(dequantize);
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// The blocks of a panel.
+    pub(super) fn panel(&self, panel: usize) -> &[Block] {
+        &self.blocks[panel * self.blocks_in_panel..(panel + 1) * self.blocks_in_panel]
+    }
+}
+
+/// Scales `[rows, groups]` put into panels.
+fn pack_scales(matrix: &QuantizedMatrix, panels: usize) -> Scales {
+    let Scheme::Int4 { group } = matrix.scheme else {
+        let mut scales = matrix.scales.clone();
+        assert_eq!(scales.len(), matrix.rows, "int8 has one scale a row");
+        scales.resize(panels * PANEL, 0.0);
+        return Scales::Rows(scales);
+    };
+    assert!(group.is_multiple_of(32) && matrix.cols.is_multiple_of(group), "groups of {group} do not divide {} inputs", matrix.cols);
+    let groups = matrix.cols / group;
+    assert_eq!(matrix.scales.len(), matrix.rows * groups, "int4 has one scale a group");
+    let mut bits = vec![[0; PANEL]; panels * groups];
+    for (i, scale) in matrix.scales.iter().enumerate() {
+        let (row, index) = (i / groups, i % groups);
+        let rounded = bf16::from_f32(*scale);
+        debug_assert_eq!(rounded.to_f32(), *scale, "group scales are bf16 values");
+        bits[row / PANEL * groups + index][row % PANEL] = rounded.to_bits();
+    }
+    Scales::Groups { group, bits }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn dequantize_int8(blocks: &[Block], lane: usize, scale: f32, out: &mut [f32]) {
+    let (whole, rest) = out.as_chunks_mut::<4>();
+    let mut quads = blocks.iter().map(|block| block.0.as_chunks::<4>().0[lane].map(|byte| (i32::from(byte) - INT8_BIAS) as f32 * scale));
+    for (out, quad) in whole.iter_mut().zip(&mut quads) {
+        *out = quad;
+    }
+    if let Some(quad) = quads.next() {
+        rest.copy_from_slice(&quad[..rest.len()]);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn dequantize_int4(blocks: &[Block], lane: usize, group: usize, bits: &[[u16; PANEL]], out: &mut [f32]) {
+    for ((blocks, out), bits) in blocks.chunks_exact(group / 8).zip(out.chunks_exact_mut(group)).zip(bits) {
+        let scale = bf16::from_bits(bits[lane]).to_f32();
+        for (block, out) in blocks.iter().zip(out.chunks_exact_mut(8)) {
+            let bytes = &block.0[4 * lane..4 * lane + 4];
+            for (i, byte) in bytes.iter().enumerate() {
+                out[i] = (i32::from(byte & 0x0f) - INT4_BIAS) as f32 * scale;
+                out[4 + i] = (i32::from(byte >> 4) - INT4_BIAS) as f32 * scale;
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! The command line: one file a subcommand. Only this folder prints. Start with [`run`].
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line is what prints")]
+
+mod analyze;
+mod compare;
+mod doctor;
+mod eval;
+mod generate;
+mod output;
+mod progress;
+mod quantize;
+mod replay;
+mod trace;
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use strata::checkpoint::DEMO;
+use strata::engine::{Engine, EngineOptions, Event};
+use strata::error::{Error, ErrorKind, Result};
+use strata::session::Session;
+use strata::tui::{self, WorkbenchOptions};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+/// Quantizes hybrid language models (Mamba-2, attention, MLP, MoE) and measures what it costs.
+///
+/// Without a subcommand: the workbench, on MODEL or the embedded demo. Without a terminal, `strata` replays the demo
+/// session and prints the comparison table.
+#[derive(Parser)]
+#[command(name = "strata", version, args_conflicts_with_subcommands = true, arg_required_else_help = false)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    workbench: Workbench,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct Workbench {
+    /// A checkpoint's directory, a hub id, a session file, or `demo`.
+    model: Option<String>,
+    /// Draw with ASCII characters only.
+    #[arg(long)]
+    ascii: bool,
+    /// Theme by name (ansi16, dark, light, high-contrast, mono) or file.
+    #[arg(long)]
+    theme: Option<String>,
+}
+
+/// Options that every command takes.
+#[derive(Args, Clone)]
+pub struct Common {
+    /// Print one JSON document on stdout.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where to compute: `cpu`.
+    #[arg(long, global = true, default_value = "cpu")]
+    device: String,
+    /// Seed of the calibration sample and of sampling.
+    #[arg(long, global = true)]
+    seed: Option<u64>,
+    /// Computing threads; one for each processor unless given.
+    #[arg(long, global = true)]
+    threads: Option<usize>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Layers by kind, parameters, bytes, suitability for each format, suggested plan.
+    Analyze(analyze::Analyze),
+    /// Make a quantized variant.
+    Quantize(quantize::Quantize),
+    /// Evaluate models or variants.
+    Eval(eval::Eval),
+    /// Compare variants with the model that they were made from.
+    Compare(compare::Compare),
+    /// Run a session file headless.
+    Replay(replay::Replay),
+    /// Continue a prompt.
+    Generate(generate::Generate),
+    /// Logits and residual streams for given token ids, as safetensors.
+    Trace(trace::Trace),
+    /// What this machine has: processor features, memory, folders, terminal.
+    Doctor(doctor::Doctor),
+}
+
+/// Runs what the arguments ask for.
+pub fn run(arguments: Arguments) -> Result<()> {
+    let common = arguments.common;
+    check_device(&common.device)?;
+    if common.threads == Some(0) {
+        return Err(Error::input("--threads 0 computes nothing").hint("leave --threads out to use every processor"));
+    }
+    match arguments.command {
+        None => workbench(&arguments.workbench, &common),
+        Some(Command::Analyze(command)) => command.run(&common),
+        Some(Command::Quantize(command)) => command.run(&common),
+        Some(Command::Eval(command)) => command.run(&common),
+        Some(Command::Compare(command)) => command.run(&common),
+        Some(Command::Replay(command)) => command.run(&common),
+        Some(Command::Generate(command)) => command.run(&common),
+        Some(Command::Trace(command)) => command.run(&common),
+        Some(Command::Doctor(command)) => command.run(&common),
+    }
+}
+
+/// Prints an error and its hint; returns the exit code: 2 for wrong usage or input, 1 for a run that failed.
+pub fn fail(error: &Error) -> ExitCode {
+    eprintln!("error: {error}");
+    if let Some(hint) = &error.hint {
+        eprintln!("hint: {hint}");
+    }
+    match error.kind {
+        ErrorKind::Input => ExitCode::from(2),
+        ErrorKind::Run | ErrorKind::Cancelled => ExitCode::from(1),
+    }
+}
+
+fn check_device(device: &str) -> Result<()> {
+    if device == "cpu" {
+        return Ok(());
+    }
+    if device == "cuda" || device.starts_with("cuda:") {
+        return Err(Error::input(format!("--device {device}: this version of strata computes on the CPU only")).hint("leave --device out"));
+    }
+    Err(Error::input(format!("unknown device `{device}`")).hint("the devices are: cpu"))
+}
+
+/// The workbench on a terminal; the demo session, headless, without one.
+fn workbench(options: &Workbench, common: &Common) -> Result<()> {
+    let model = options.model.as_deref().unwrap_or(DEMO);
+    let file = Path::new(model).extension().is_some_and(|extension| extension == "toml").then(|| PathBuf::from(model));
+    let session = match &file {
+        Some(path) => Session::read(path)?,
+        None if model == DEMO => Session::demo()?,
+        None => Session::new(model),
+    };
+    let interactive = std::io::stdout().is_terminal() && std::io::stdin().is_terminal() && !common.json;
+    if interactive {
+        return tui::run(WorkbenchOptions {
+            session,
+            session_path: file,
+            threads: common.threads,
+            ascii: options.ascii,
+            theme: options.theme.clone(),
+        });
+    }
+    if session.variants.is_empty() {
+        return Err(Error::input("the workbench needs a terminal, and there is none")
+            .hint("`strata analyze`, `strata quantize` and `strata replay` work without one"));
+    }
+    replay::headless(&session, strata::session::ReplayOptions::default(), common)
+}
+
+impl Common {
+    /// Starts the engine for a headless command.
+    fn engine(&self) -> Result<(Engine, UnboundedReceiver<Event>)> {
+        Engine::start(&EngineOptions { threads: self.threads })
+    }
+}

@@ -1,0 +1,58 @@
+//! Text generation: a prompt, then a token a step from the caches.
+
+use candle_core::{Device, Tensor};
+use candle_transformers::generation::{LogitsProcessor, Sampling};
+
+use super::Hybrid;
+use crate::backend::{Backend, Sequences};
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+
+/// How the next token is picked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SamplingSpec {
+    /// 0 picks the most probable token.
+    pub temperature: f64,
+    /// Keep the most probable tokens up to this share of the probability.
+    pub top_p: Option<f64>,
+    pub seed: u64,
+}
+
+/// Continues `prompt` by up to `max_tokens` tokens, or to a token of `stop`; each is handed to `each` as it comes.
+/// Returns them all.
+pub fn generate<B: Backend>(
+    model: &Hybrid<B>,
+    prompt: &[u32],
+    max_tokens: usize,
+    stop: &[u32],
+    sampling: SamplingSpec,
+    monitor: &Monitor,
+    mut each: impl FnMut(u32) -> Result<()>,
+) -> Result<Vec<u32>> {
+    if prompt.is_empty() {
+        return Err(Error::input("the prompt has no tokens").hint("give some text with --prompt"));
+    }
+    let strategy = match sampling {
+        SamplingSpec { temperature, .. } if temperature <= 0.0 => Sampling::ArgMax,
+        SamplingSpec { temperature, top_p: Some(p), .. } => Sampling::TopP { p, temperature },
+        SamplingSpec { temperature, top_p: None, .. } => Sampling::All { temperature },
+    };
+    let mut sampler = LogitsProcessor::from_sampling(sampling.seed, strategy);
+    let mut cache = model.cache(1);
+    let mut input = prompt.to_vec();
+    let mut tokens = Vec::new();
+    monitor.stage("generate", max_tokens);
+    while tokens.len() < max_tokens {
+        let logits = model.last_logits(&input, &Sequences::new(vec![input.len()]), Some(&mut cache))?;
+        let logits = model.backend.download(&logits)?;
+        let token = sampler.sample(&Tensor::from_vec(logits, model.vocabulary(), &Device::Cpu)?)?;
+        if stop.contains(&token) {
+            break;
+        }
+        tokens.push(token);
+        each(token)?;
+        monitor.step(tokens.len(), "")?;
+        input = vec![token];
+    }
+    Ok(tokens)
+}

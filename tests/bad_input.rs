@@ -1,0 +1,199 @@
+//! Bad input gets one clear sentence with the path and a hint, exit code 2, and no panic.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+mod common;
+
+use std::path::Path;
+
+use common::{Parts, strata, text};
+use safetensors::tensor::Dtype;
+use tempfile::TempDir;
+
+/// Runs strata and checks that it refuses: exit code 2, one error line that holds every text of `expected`, a hint.
+fn refused(arguments: &[&str], expected: &[&str]) {
+    let data = TempDir::new().unwrap();
+    let output = strata(data.path()).args(arguments).output().unwrap();
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}\n{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{stderr}");
+    for part in expected {
+        assert!(errors[0].contains(part), "`{part}` is not in: {}", errors[0]);
+    }
+    assert!(stderr.lines().any(|line| line.starts_with("hint: ")), "no hint:\n{stderr}");
+}
+
+/// A broken variation of the dense golden checkpoint in `folder`.
+fn broken(folder: &Path, change: impl FnOnce(&mut Parts)) -> String {
+    let mut parts = Parts::dense();
+    change(&mut parts);
+    parts.write(folder);
+    folder.display().to_string()
+}
+
+#[test]
+fn missing_directory() {
+    refused(&["analyze", "/no/such/model"], &["/no/such/model", "does not exist"]);
+}
+
+#[test]
+fn directory_without_config() {
+    let folder = TempDir::new().unwrap();
+    refused(&["analyze", folder.path().to_str().unwrap()], &["has no config.json"]);
+}
+
+#[test]
+fn another_architecture() {
+    let folder = TempDir::new().unwrap();
+    let model = broken(folder.path(), |parts| parts.config = parts.config.replace("\"nemotron_h\"", "\"llama\""));
+    refused(&["analyze", &model], &["config.json", "`llama`"]);
+}
+
+#[test]
+fn unknown_layer() {
+    let folder = TempDir::new().unwrap();
+    let model = broken(folder.path(), |parts| parts.config = parts.config.replace("\"full_attention\"", "\"sliding\""));
+    refused(&["analyze", &model], &["config.json", "layer 3", "`sliding`"]);
+    let pattern = TempDir::new().unwrap();
+    let config = std::fs::read_to_string("models/demo/config.json").unwrap().replace("M-M-M*", "M-M-X*");
+    std::fs::write(pattern.path().join("config.json"), config).unwrap();
+    refused(&["analyze", pattern.path().to_str().unwrap()], &["layer 4", "letter `X`"]);
+}
+
+#[test]
+fn truncated_shard() {
+    let folder = TempDir::new().unwrap();
+    let model = broken(folder.path(), |_| {});
+    let path = folder.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    refused(&["analyze", &model], &["model.safetensors"]);
+    std::fs::write(&path, &bytes[..5]).unwrap();
+    refused(&["analyze", &model], &["model.safetensors"]);
+}
+
+#[test]
+fn shard_index_that_names_what_is_not_there_or_leaves_the_directory() {
+    for (file, expected) in [("gone.safetensors", "not there"), ("../a.safetensors", "plain file name"), ("/etc/passwd", "plain file name")]
+    {
+        let folder = TempDir::new().unwrap();
+        Parts::dense().write_sharded(folder.path());
+        let index = folder.path().join("model.safetensors.index.json");
+        let text = std::fs::read_to_string(&index).unwrap().replace("\"a.safetensors\"", &format!("\"{file}\""));
+        std::fs::write(&index, text).unwrap();
+        refused(&["analyze", folder.path().to_str().unwrap()], &["model.safetensors.index.json", file, expected]);
+    }
+}
+
+#[test]
+fn wrong_shape_names_tensor_expected_and_found() {
+    let folder = TempDir::new().unwrap();
+    let name = "backbone.layers.1.mixer.up_proj.weight";
+    let model = broken(folder.path(), |parts| parts.tensors.get_mut(name).unwrap().1 = vec![96, 160]);
+    refused(&["analyze", &model], &[name, "[96, 160]", "[160, 96]"]);
+}
+
+#[test]
+fn missing_tensor_is_named() {
+    let folder = TempDir::new().unwrap();
+    let name = "backbone.layers.0.mixer.dt_bias";
+    let model = broken(folder.path(), |parts| drop(parts.tensors.remove(name)));
+    refused(&["analyze", &model], &[name, "missing"]);
+}
+
+#[test]
+fn nan_in_a_weight() {
+    let folder = TempDir::new().unwrap();
+    let name = "backbone.layers.4.mixer.down_proj.weight";
+    let model = broken(folder.path(), |parts| parts.tensors.get_mut(name).unwrap().2[40..44].copy_from_slice(&f32::NAN.to_le_bytes()));
+    let out = folder.path().join("out");
+    refused(&["quantize", &model, "--recipe", "phase1", "-o", out.to_str().unwrap()], &[name, "NaN", "element 10"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn integer_weights_are_not_floats() {
+    let folder = TempDir::new().unwrap();
+    let name = "backbone.layers.1.mixer.up_proj.weight";
+    let model = broken(folder.path(), |parts| parts.tensors.get_mut(name).unwrap().0 = Dtype::I32);
+    refused(&["quantize", &model, "--recipe", "phase1", "-o", "/tmp/never"], &[name, "I32"]);
+}
+
+#[test]
+fn unknown_recipe() {
+    refused(&["quantize", "demo", "--recipe", "phase7"], &["`phase7`"]);
+}
+
+#[test]
+fn unknown_task() {
+    refused(&["eval", "demo", "--tasks", "piqa,mmlu"], &["`mmlu`"]);
+}
+
+#[test]
+fn unknown_device_and_threads() {
+    refused(&["analyze", "demo", "--device", "tpu"], &["`tpu`"]);
+    refused(&["analyze", "demo", "--device", "cuda:0"], &["cuda:0"]);
+    refused(&["analyze", "demo", "--threads", "0"], &["--threads"]);
+}
+
+#[test]
+fn unwritable_output() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "in the way").unwrap();
+    let out = file.join("variant");
+    refused(&["quantize", "demo", "--recipe", "phase1", "-o", out.to_str().unwrap()], &[file.to_str().unwrap()]);
+}
+
+#[test]
+fn output_that_exists() {
+    let folder = TempDir::new().unwrap();
+    refused(&["quantize", "demo", "--recipe", "phase1", "-o", folder.path().to_str().unwrap()], &["exists"]);
+}
+
+#[test]
+fn session_with_a_misspelt_key_or_a_newer_schema() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("s.toml");
+    let demo = std::fs::read_to_string("sessions/demo.toml").unwrap();
+    std::fs::write(&path, demo.replace("windows =", "windoes =")).unwrap();
+    refused(&["replay", path.to_str().unwrap()], &["s.toml", "line 25, column 1", "windoes"]);
+    std::fs::write(&path, demo.replace("strata.session/1", "strata.session/2")).unwrap();
+    refused(&["replay", path.to_str().unwrap()], &["s.toml", "strata.session/2"]);
+    refused(&["replay", "/no/such/session.toml"], &["/no/such/session.toml"]);
+}
+
+#[test]
+fn overrides_that_match_nothing_or_contradict() {
+    let quantize = |rules: &[&str], expected: &[&str]| {
+        let mut arguments = vec!["quantize", "demo", "--recipe", "phase1"];
+        for rule in rules {
+            arguments.extend(["--override", rule]);
+        }
+        refused(&arguments, expected);
+    };
+    quantize(&["kind:moe=w4a8"], &["kind:moe"]);
+    quantize(&["block:3=w4a8", "block:3=w8a8"], &["block:3", "w4a8", "w8a8"]);
+    quantize(&["block:3=w5a8"], &["w5a8"]);
+}
+
+#[test]
+fn calibration_text_too_short_or_not_text() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("text.txt");
+    std::fs::write(&path, "A cow eats grass.").unwrap();
+    refused(&["quantize", "demo", "--recipe", "phase1", "--calibration", path.to_str().unwrap()], &["too short"]);
+    std::fs::write(&path, [0xff, 0xfe, 0x00]).unwrap();
+    refused(&["quantize", "demo", "--recipe", "phase1", "--calibration", path.to_str().unwrap()], &["not UTF-8"]);
+}
+
+#[test]
+fn a_variant_is_not_quantized_again_nor_compared_with_itself() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("variant");
+    let out = out.to_str().unwrap();
+    common::succeeded(&strata(folder.path()).args(["quantize", "demo", "-r", "phase1", "-o", out]).output().unwrap());
+    refused(&["quantize", out, "--recipe", "phase1"], &["quantized already"]);
+    refused(&["compare", out, out], &["quantized itself"]);
+}

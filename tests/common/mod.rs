@@ -1,0 +1,90 @@
+//! Small checkpoints to break, and the binary to run.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use safetensors::tensor::{Dtype, TensorView};
+use safetensors::{SafeTensors, serialize};
+
+/// A tensor taken out of a file: type, shape, bytes.
+pub type Tensor = (Dtype, Vec<usize>, Vec<u8>);
+
+/// The dense golden checkpoint as parts that a test can change before writing them out.
+pub struct Parts {
+    pub config: String,
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Parts {
+    pub fn dense() -> Self {
+        Self::of("tests/golden/dense")
+    }
+
+    pub fn of(directory: &str) -> Self {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(directory);
+        let bytes = std::fs::read(directory.join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = file.iter().map(|(name, view)| (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec())));
+        Self { config: std::fs::read_to_string(directory.join("config.json")).unwrap(), tensors: tensors.collect() }
+    }
+
+    /// Writes the tensors that `keep` takes into one safetensors file.
+    pub fn write_shard(&self, path: &Path, keep: impl Fn(&str) -> bool) {
+        let views = self
+            .tensors
+            .iter()
+            .filter(|(name, _)| keep(name))
+            .map(|(name, (dtype, shape, bytes))| (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        std::fs::write(path, serialize(views, None).unwrap()).unwrap();
+    }
+
+    /// A checkpoint with one weight file.
+    pub fn write(&self, directory: &Path) {
+        std::fs::create_dir_all(directory).unwrap();
+        std::fs::write(directory.join("config.json"), &self.config).unwrap();
+        self.write_shard(&directory.join("model.safetensors"), |_| true);
+    }
+
+    /// A checkpoint in two shards with an index.
+    pub fn write_sharded(&self, directory: &Path) {
+        std::fs::create_dir_all(directory).unwrap();
+        std::fs::write(directory.join("config.json"), &self.config).unwrap();
+        let first = |name: &str| name.contains("layers.0.") || name.contains("embeddings");
+        self.write_shard(&directory.join("a.safetensors"), first);
+        self.write_shard(&directory.join("b.safetensors"), |name| !first(name));
+        let map: BTreeMap<&String, &str> =
+            self.tensors.keys().map(|name| (name, if first(name) { "a.safetensors" } else { "b.safetensors" })).collect();
+        let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+        std::fs::write(directory.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    }
+}
+
+/// The binary with a data folder of the test's own.
+pub fn strata(data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
+    command.env("XDG_DATA_HOME", data).env("HF_HUB_OFFLINE", "1").env("HF_HOME", data.join("hf")).env_remove("RUST_BACKTRACE");
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Asserts that a run ended well and returns its stdout.
+pub fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "exit {:?}\n{}", output.status.code(), text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// Every file below a folder with its bytes.
+pub fn files(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        found.insert(path.strip_prefix(directory).unwrap().to_owned(), std::fs::read(&path).unwrap());
+    }
+    found
+}
