@@ -1,17 +1,112 @@
-//! The workbench.
-use crate::error::{Error, Result};
-use crate::session::Session;
+//! The workbench: a terminal interface over the engine. Start with [`run`].
+//!
+//! [`state`] holds everything the screen shows; [`update`] is the one function that changes it, from [`message`]s to
+//! effects; [`view`] and the [`panes`] draw it; [`event_loop`] waits, updates, carries effects out and draws. Every
+//! command is a row of [`command_table`], from which keys, hints, help and palette come. The session being edited is a
+//! [`document`]; the jobs are a [`queue`]; what was measured is found by plan in [`measurements`].
+
+mod actions;
+mod ascii;
+mod command_table;
+mod commands;
+mod document;
+mod event_loop;
+mod filter;
+mod keys;
+mod measurements;
+mod message;
+mod overrides;
+mod panes;
+mod popups;
+mod queue;
+mod state;
+pub mod terminal;
+#[cfg(test)]
+mod tests;
+mod text;
+mod theme;
+mod update;
+mod view;
+
 use std::path::PathBuf;
-pub mod terminal {
-    pub fn restore() {}
-}
+
+use crossterm::event::EventStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use crate::engine::{Engine, EngineOptions};
+use crate::error::{Error, Result};
+use crate::session::{Session, paths};
+use document::Document;
+use event_loop::{EventLoop, Signal};
+use state::State;
+use terminal::{Screen, TerminalScreen};
+use theme::Theme;
+
+/// What the workbench opens with.
+#[derive(Debug, Clone)]
 pub struct WorkbenchOptions {
     pub session: Session,
+    /// The session's file; without one, saving asks for a path.
     pub session_path: Option<PathBuf>,
+    /// Threads of the computing pool; `None` takes one for each processor.
     pub threads: Option<usize>,
+    /// Draw with ASCII only.
     pub ascii: bool,
+    /// A built-in theme's name or a theme file.
     pub theme: Option<String>,
 }
-pub fn run(_: WorkbenchOptions) -> Result<()> {
-    Err(Error::run("not yet"))
+
+/// Opens the workbench on the terminal and returns when the user leaves it. The terminal is restored whatever happens.
+pub fn run(options: WorkbenchOptions) -> Result<()> {
+    // What can be wrong with the input is said on the ordinary screen, before the other one is taken.
+    let theme = Theme::find(options.theme.as_deref(), Theme::no_color())?;
+    let document = Document::open(options.session)?;
+    let (engine, events) = Engine::start(&EngineOptions { threads: options.threads })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::run(format!("the event loop cannot be started: {error}")))?;
+    terminal::restore_on_panic();
+    let outcome: Result<bool> = runtime.block_on(async {
+        let signals = signals()?;
+        let screen = TerminalScreen::take()?;
+        let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
+        state.queue.store = paths::variants_directory();
+        state.say("4, 8 or 6 changes the format of a block; R runs the variant; ? lists the keys");
+        let (state, _) = EventLoop { state, screen, engine: &engine, events, signals }.run(EventStream::new()).await?;
+        Ok(state.queue.running().is_some())
+    });
+    terminal::restore();
+    // Reading the weights for the inventory may go on: nobody waits for it.
+    runtime.shutdown_background();
+    if outcome? {
+        // Joining the engine's thread would wait for the block or batch at hand. What a job writes survives being
+        // killed at any moment, so the process may end under it.
+        std::mem::forget(engine);
+    }
+    Ok(())
+}
+
+/// Signals as a channel of what they ask for.
+fn signals() -> Result<UnboundedReceiver<Signal>> {
+    let (sender, receiver) = unbounded_channel();
+    for (kind, meaning) in [
+        (SignalKind::terminate(), Signal::Terminate),
+        (SignalKind::hangup(), Signal::Terminate),
+        (SignalKind::interrupt(), Signal::Terminate),
+        (SignalKind::from_raw(libc::SIGCONT), Signal::Continue),
+    ] {
+        let mut stream = signal(kind).map_err(|error| Error::run(format!("signals cannot be listened to: {error}")))?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while stream.recv().await.is_some() {
+                if sender.send(meaning).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    Ok(receiver)
 }

@@ -1,0 +1,10 @@
+//! What the commands do to the state, by subject.
+
+pub mod files;
+pub mod formats;
+pub mod jobs;
+pub mod navigate;
+pub mod results;
+pub mod screen;
+pub mod select;
+pub mod variants;

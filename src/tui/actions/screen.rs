@@ -1,0 +1,81 @@
+//! Panes, zoom, theme, help.
+
+use super::super::message::Effect;
+use super::super::popups::{Choose, Help, Palette, Popup};
+use super::super::state::{Pane, State};
+use super::super::theme::{self, Theme};
+
+fn focus(state: &mut State, pane: Pane) -> Vec<Effect> {
+    state.focus = pane;
+    Vec::new()
+}
+
+pub fn layers(state: &mut State) -> Vec<Effect> {
+    focus(state, Pane::Layers)
+}
+
+pub fn plan(state: &mut State) -> Vec<Effect> {
+    focus(state, Pane::Plan)
+}
+
+pub fn run(state: &mut State) -> Vec<Effect> {
+    focus(state, Pane::Run)
+}
+
+pub fn block(state: &mut State) -> Vec<Effect> {
+    focus(state, Pane::Block)
+}
+
+pub fn look(state: &mut State) -> Vec<Effect> {
+    focus(state, Pane::Block)
+}
+
+pub fn results(state: &mut State) -> Vec<Effect> {
+    focus(state, Pane::Results)
+}
+
+pub fn next_pane(state: &mut State) -> Vec<Effect> {
+    let next = (state.focus as usize + 1) % Pane::ALL.len();
+    focus(state, Pane::ALL[next])
+}
+
+pub fn previous_pane(state: &mut State) -> Vec<Effect> {
+    let previous = (state.focus as usize + Pane::ALL.len() - 1) % Pane::ALL.len();
+    focus(state, Pane::ALL[previous])
+}
+
+pub fn zoom(state: &mut State) -> Vec<Effect> {
+    state.zoom = !state.zoom;
+    Vec::new()
+}
+
+pub fn redraw(_: &mut State) -> Vec<Effect> {
+    vec![Effect::Redraw]
+}
+
+pub fn suspend(_: &mut State) -> Vec<Effect> {
+    vec![Effect::Suspend]
+}
+
+pub fn palette(state: &mut State) -> Vec<Effect> {
+    state.popups.push(Popup::Palette(Palette::default()));
+    Vec::new()
+}
+
+pub fn help(state: &mut State) -> Vec<Effect> {
+    state.popups.push(Popup::Help(Help::default()));
+    Vec::new()
+}
+
+pub fn theme(state: &mut State) -> Vec<Effect> {
+    let items = theme::BUILT_IN.iter().map(|(name, _)| ((*name).to_owned(), String::new())).collect();
+    let selected = theme::BUILT_IN.iter().position(|(name, _)| *name == state.theme.name).unwrap_or(0);
+    state.popups.push(Choose::popup("Theme", items, selected, |state, index| {
+        match Theme::find(Some(theme::BUILT_IN[index].0), false) {
+            Ok(theme) => state.theme = theme,
+            Err(error) => state.complain(&error),
+        }
+        Vec::new()
+    }));
+    Vec::new()
+}

@@ -1,0 +1,75 @@
+//! Selecting blocks and filtering the list.
+
+use super::super::message::Effect;
+use super::super::popups::Prompt;
+use super::super::state::State;
+
+pub fn toggle(state: &mut State) -> Vec<Effect> {
+    let cursor = state.layers.cursor;
+    state.layers.anchor = None;
+    if !state.layers.selected.remove(&cursor) {
+        state.layers.selected.insert(cursor);
+    }
+    super::navigate::down(state)
+}
+
+pub fn range(state: &mut State) -> Vec<Effect> {
+    let cursor = state.layers.cursor;
+    if state.layers.anchor.take().is_none() {
+        state.layers.anchor = Some(cursor);
+        state.layers.selected.insert(cursor);
+        state.say("range: move, then 4, 8 or 6; v ends it");
+    }
+    Vec::new()
+}
+
+/// Selects what lies between the start of the range and the cursor, among the listed blocks.
+pub fn extend(state: &mut State) {
+    let Some(anchor) = state.layers.anchor else { return };
+    let cursor = state.layers.cursor;
+    let range = anchor.min(cursor)..=anchor.max(cursor);
+    state.layers.selected = state.visible_blocks().into_iter().filter(|index| range.contains(index)).collect();
+}
+
+pub fn kind(state: &mut State) -> Vec<Effect> {
+    let Some(kind) = state.document.kinds.get(state.layers.cursor).copied() else { return Vec::new() };
+    state.layers.anchor = None;
+    state.layers.selected = state.visible_blocks().into_iter().filter(|index| state.document.kinds[*index] == kind).collect();
+    state.say(format!("{} {kind} blocks selected", state.layers.selected.len()));
+    Vec::new()
+}
+
+pub fn all(state: &mut State) -> Vec<Effect> {
+    state.layers.anchor = None;
+    state.layers.selected = state.visible_blocks().into_iter().collect();
+    Vec::new()
+}
+
+pub fn clear(state: &mut State) -> Vec<Effect> {
+    state.layers.anchor = None;
+    if state.layers.selected.is_empty() {
+        state.layers.filter.text.clear();
+    }
+    state.layers.selected.clear();
+    Vec::new()
+}
+
+pub fn filter(state: &mut State) -> Vec<Effect> {
+    let text = state.layers.filter.text.clone();
+    let prompt = Prompt::new("Find blocks by kind, format or number", &text, |state, text| {
+        apply_filter(state, text);
+        Vec::new()
+    });
+    state.popups.push(prompt.live(apply_filter).popup());
+    Vec::new()
+}
+
+fn apply_filter(state: &mut State, text: &str) {
+    text.clone_into(&mut state.layers.filter.text);
+    let visible = state.visible_blocks();
+    if !visible.contains(&state.layers.cursor)
+        && let Some(first) = visible.first()
+    {
+        state.layers.cursor = *first;
+    }
+}

@@ -1,0 +1,90 @@
+//! Every command of the workbench, in the order of the help.
+
+use super::actions::{files, formats, jobs, navigate, results, screen, select, variants};
+use super::commands::Command;
+use super::state::{Pane, State};
+
+const EVERYWHERE: &[Pane] = &[];
+const PLANNING: &[Pane] = &[Pane::Layers, Pane::Plan, Pane::Block];
+
+#[allow(clippy::unnecessary_wraps, reason = "what the table asks for")]
+fn always(_: &State) -> Result<(), &'static str> {
+    Ok(())
+}
+
+macro_rules! command {
+    ($id:literal, $title:literal, $hint:expr, [$($key:literal),*], $panes:expr, $enabled:expr, $run:expr, $help:literal) => {
+        Command { id: $id, title: $title, help: $help, hint: $hint, keys: &[$($key),*], panes: $panes, enabled: $enabled, run: $run }
+    };
+}
+
+/// The table.
+#[rustfmt::skip]
+pub static TABLE: [Command; 58] = [
+    // Formats
+    command!("format-w4a8", "Format w4a8", Some((1, "w4a8")), ["4"], PLANNING, always, formats::w4a8, "Gives the selected blocks 4-bit weights and 8-bit activations."),
+    command!("format-w8a8", "Format w8a8", Some((1, "w8a8")), ["8"], PLANNING, always, formats::w8a8, "Gives the selected blocks 8-bit weights and activations."),
+    command!("format-w16a16", "Format w16a16", Some((1, "w16a16")), ["6"], PLANNING, always, formats::w16a16, "Leaves the selected blocks as they are in the checkpoint."),
+    command!("format-w8a16", "Format w8a16", None, [], PLANNING, always, formats::w8a16, "Gives the selected blocks 8-bit weights and float activations."),
+    command!("format-w4a16", "Format w4a16", None, [], PLANNING, always, formats::w4a16, "Gives the selected blocks 4-bit weights and float activations."),
+    command!("embedding", "Format of the embedding", Some((5, "embedding")), ["e"], &[Pane::Plan], always, formats::embedding, "Chooses the format of the embedding."),
+    command!("head", "Format of the head", Some((5, "head")), ["h"], &[Pane::Plan], always, formats::head, "Chooses the format of the output head."),
+    command!("suggested", "Suggested formats", None, [], EVERYWHERE, always, formats::suggested, "Takes the plan that the layer inventory suggests: SSM at w4a8, but w8a8 in front of attention; the rest at w8a8."),
+    command!("reset", "Back to the recipe", None, [], EVERYWHERE, always, formats::reset, "Takes all changes of the variant back to what its recipe says."),
+    command!("undo", "Undo", Some((4, "undo")), ["u"], EVERYWHERE, formats::can_undo, formats::undo, "Takes the last edit back."),
+    command!("redo", "Redo", None, ["U", "ctrl-r"], EVERYWHERE, formats::can_redo, formats::redo, "Does again what was undone."),
+    // Selection
+    command!("select", "Select the block", Some((2, "select")), ["space"], &[Pane::Layers], always, select::toggle, "Selects the block under the cursor, or lets it go, and moves on."),
+    command!("select-range", "Select a range", Some((5, "range")), ["v"], &[Pane::Layers], always, select::range, "Selects from here to where the cursor goes; once more ends the range."),
+    command!("select-kind", "Select a kind", Some((3, "kind")), ["s"], &[Pane::Layers], always, select::kind, "Selects every listed block of the kind under the cursor."),
+    command!("select-all", "Select all", None, ["ctrl-a"], &[Pane::Layers], always, select::all, "Selects every listed block."),
+    command!("clear", "Clear selection and filter", None, ["esc"], &[Pane::Layers], always, select::clear, "Lets the selection go; once more, the filter."),
+    command!("filter", "Filter blocks", Some((3, "find")), ["/"], &[Pane::Layers], always, select::filter, "Narrows the list to a kind, a format or block numbers: `ssm w8`, `3-9`."),
+    command!("look", "Look at the block", Some((5, "block")), ["enter"], &[Pane::Layers], always, screen::look, "Shows the block under the cursor in the Block pane."),
+    command!("back", "Back to the layers", Some((1, "layers")), ["esc", "enter"], &[Pane::Block], always, screen::layers, "Goes back to the list of layers."),
+    // Variants
+    command!("next-variant", "Next variant", Some((5, "next variant")), ["]"], EVERYWHERE, variants::has_others, variants::next, "Edits the next variant."),
+    command!("previous-variant", "Previous variant", None, ["["], EVERYWHERE, variants::has_others, variants::previous, "Edits the previous variant."),
+    command!("new-variant", "New variant", Some((1, "new")), ["n"], &[Pane::Plan], always, variants::new, "Adds a variant of a recipe: phase 1, 2 or 3."),
+    command!("duplicate-variant", "Duplicate the variant", Some((5, "duplicate")), ["y"], &[Pane::Plan], always, variants::duplicate, "Adds a copy of the variant and edits it."),
+    command!("rename-variant", "Rename the variant", Some((4, "rename")), ["r"], &[Pane::Plan], always, variants::rename, "Gives the variant another name."),
+    command!("delete-variant", "Delete the variant", Some((5, "delete")), ["D", "delete"], &[Pane::Plan], variants::has_others, variants::delete, "Takes the variant out of the session, after asking."),
+    // Jobs
+    command!("run", "Run the variant", Some((2, "run")), ["R"], EVERYWHERE, always, jobs::run, "Quantizes the variant being edited, then evaluates it beside the base."),
+    command!("run-all", "Run all variants", Some((2, "run all")), ["A"], EVERYWHERE, always, jobs::run_all, "Quantizes every variant of the session, then evaluates them beside the base."),
+    command!("cancel", "Cancel", Some((1, "cancel")), ["x"], EVERYWHERE, jobs::is_busy, jobs::cancel, "Stops the running job at the next block or batch and drops those that wait, after asking."),
+    command!("clear-jobs", "Clear finished jobs", Some((3, "clear")), ["c"], &[Pane::Run], always, jobs::clear, "Takes jobs that are over off the list."),
+    // Results
+    command!("sort", "Sort by the next column", Some((1, "sort")), ["s"], &[Pane::Results], always, results::sort, "Sorts the variants by the next column, and after the last one as in the session."),
+    command!("reverse", "Reverse the order", Some((1, "reverse")), ["S"], &[Pane::Results], always, results::reverse, "Turns the order of the variants around."),
+    command!("differences", "Differences", Some((1, "differences")), ["d"], &[Pane::Results], always, results::differences, "Shows or hides the lines of differences from the base, in points."),
+    command!("columns-right", "Columns to the right", Some((5, "columns")), ["l", "right"], &[Pane::Results], always, results::columns_right, "Shows the columns further to the right."),
+    command!("columns-left", "Columns to the left", None, ["h", "left"], &[Pane::Results], always, results::columns_left, "Shows the columns further to the left."),
+    command!("edit-result", "Edit this variant", Some((1, "edit")), ["enter"], &[Pane::Results], always, results::edit, "Edits the variant of the row under the cursor."),
+    // Moving
+    command!("down", "Down", None, ["j", "down"], EVERYWHERE, always, navigate::down, "Moves the cursor down; scrolls the log in the Run pane."),
+    command!("up", "Up", None, ["k", "up"], EVERYWHERE, always, navigate::up, "Moves the cursor up."),
+    command!("page-down", "Page down", None, ["pgdn", "ctrl-d"], EVERYWHERE, always, navigate::page_down, "Moves a page down."),
+    command!("page-up", "Page up", None, ["pgup", "ctrl-u"], EVERYWHERE, always, navigate::page_up, "Moves a page up."),
+    command!("first", "To the start", None, ["g", "home"], EVERYWHERE, always, navigate::first, "Moves to the first row."),
+    command!("last", "To the end", None, ["G", "end"], EVERYWHERE, always, navigate::last, "Moves to the last row."),
+    // Screen
+    command!("next-pane", "Next pane", Some((5, "pane")), ["tab"], EVERYWHERE, always, screen::next_pane, "Goes to the next pane."),
+    command!("previous-pane", "Previous pane", None, ["shift-tab"], EVERYWHERE, always, screen::previous_pane, "Goes to the previous pane."),
+    command!("pane-layers", "Layers", None, ["1", "f1"], EVERYWHERE, always, screen::layers, "Goes to the list of blocks."),
+    command!("pane-plan", "Plan", None, ["2", "f2"], EVERYWHERE, always, screen::plan, "Goes to the plan: variants, predicted size, overrides."),
+    command!("pane-run", "Run", None, ["3", "f3"], EVERYWHERE, always, screen::run, "Goes to the jobs."),
+    command!("pane-block", "Block", None, ["4", "f4"], EVERYWHERE, always, screen::block, "Goes to the block under the cursor. Where `4` sets a format, `f4` or `enter` does."),
+    command!("pane-results", "Results", None, ["5", "f5"], EVERYWHERE, always, screen::results, "Goes to the results."),
+    command!("zoom", "Zoom", Some((5, "zoom")), ["z"], EVERYWHERE, always, screen::zoom, "Lets the pane fill the screen, or shows all panes again."),
+    command!("theme", "Theme", None, [], EVERYWHERE, always, screen::theme, "Chooses the colours."),
+    command!("redraw", "Redraw", None, ["ctrl-l"], EVERYWHERE, always, screen::redraw, "Draws the whole screen again."),
+    // Session
+    command!("save", "Save the session", Some((4, "save")), ["ctrl-s"], EVERYWHERE, always, files::save, "Saves the session to its file, keeping the file's comments; asks for a path when it has none."),
+    command!("save-as", "Save the session as", None, [], EVERYWHERE, always, files::save_as, "Saves the session to another file."),
+    command!("open", "Open a session", None, ["ctrl-o"], EVERYWHERE, files::can_open, files::open, "Opens another session file."),
+    command!("suspend", "Suspend", None, ["ctrl-z"], EVERYWHERE, always, screen::suspend, "Stops strata and goes back to the shell; `fg` comes back."),
+    command!("quit", "Quit", Some((5, "quit")), ["q", "ctrl-c"], EVERYWHERE, always, files::quit, "Leaves; asks when something is not saved or a job runs."),
+    command!("palette", "Command palette", Some((5, "command")), [":"], EVERYWHERE, always, screen::palette, "Finds a command by name."),
+    command!("help", "Help", Some((5, "help")), ["?"], EVERYWHERE, always, screen::help, "Lists the keys; type to search."),
+];

@@ -1,0 +1,387 @@
+//! [`Document`]: the session being edited, as drafts of its variants over the model's layout, with undo.
+//!
+//! The screen edits plans; the session file holds recipes with overrides. A [`Draft`] keeps both in step: every edit
+//! computes the shortest overrides again, and a plan that is back at what the file says gets the file's own spelling.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::overrides;
+use crate::checkpoint::{self, Layout};
+use crate::error::{Error, Result};
+use crate::format::{BlockKind, Format, Plan, Selector};
+use crate::quant::{Override, Recipe};
+use crate::session::{Session, UiSpec, VariantSpec};
+
+/// Edits that can be undone, at most.
+const HISTORY: usize = 200;
+
+/// A variant as it is edited.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draft {
+    /// Stays the same through renaming and undo.
+    id: u32,
+    pub name: String,
+    /// As the session names it.
+    pub recipe_name: String,
+    pub recipe: Arc<Recipe>,
+    pub plan: Plan,
+    /// What turns the recipe's plan into `plan`.
+    pub overrides: Vec<Override>,
+}
+
+/// What undo goes back to.
+#[derive(Debug, Clone)]
+struct Snapshot {
+    label: String,
+    drafts: Vec<Draft>,
+    current: usize,
+}
+
+/// A variant's overrides and plan as the file has them.
+#[derive(Debug, Clone)]
+struct Written {
+    overrides: Vec<Override>,
+    plan: Plan,
+}
+
+/// The session that is open.
+#[derive(Debug)]
+pub struct Document {
+    /// Everything but the variants.
+    session: Session,
+    /// What was last opened or saved.
+    saved: Session,
+    written: BTreeMap<u32, Written>,
+    pub layout: Arc<Layout>,
+    pub kinds: Vec<BlockKind>,
+    pub drafts: Vec<Draft>,
+    current: usize,
+    next_id: u32,
+    undo: Vec<Snapshot>,
+    redo: Vec<Snapshot>,
+}
+
+impl Document {
+    /// Opens the session's model, as far as its layout, and its variants. A session without variants gets one of
+    /// phase 1 to begin with.
+    pub fn open(mut session: Session) -> Result<Self> {
+        let layout = checkpoint::open(&session.model.name())?.layout;
+        if session.variants.is_empty() {
+            session.variants.push(VariantSpec { name: "phase1".into(), recipe: "phase1".into(), overrides: Vec::new() });
+        }
+        Self::of_layout(session, layout)
+    }
+
+    /// The session over a known layout.
+    pub fn of_layout(session: Session, layout: Layout) -> Result<Self> {
+        let mut document = Self {
+            saved: session.clone(),
+            session,
+            written: BTreeMap::new(),
+            kinds: layout.kinds(),
+            layout: Arc::new(layout),
+            drafts: Vec::new(),
+            current: 0,
+            next_id: 0,
+            undo: Vec::new(),
+            redo: Vec::new(),
+        };
+        for spec in std::mem::take(&mut document.session.variants) {
+            let (recipe, plan) = spec.plan(&document.layout)?;
+            let id = document.new_id();
+            document.written.insert(id, Written { overrides: spec.overrides.clone(), plan: plan.clone() });
+            document.drafts.push(Draft {
+                id,
+                name: spec.name,
+                recipe_name: spec.recipe,
+                recipe: Arc::new(recipe),
+                plan,
+                overrides: spec.overrides,
+            });
+        }
+        Ok(document)
+    }
+
+    fn new_id(&mut self) -> u32 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// The variant being edited.
+    pub fn draft(&self) -> &Draft {
+        &self.drafts[self.current]
+    }
+
+    /// Its place among the variants.
+    pub fn current(&self) -> usize {
+        self.current
+    }
+
+    /// Edits another variant.
+    pub fn select(&mut self, index: usize) {
+        self.current = index.min(self.drafts.len() - 1);
+    }
+
+    /// Model, calibration and evaluation of the session.
+    pub fn settings(&self) -> &Session {
+        &self.session
+    }
+
+    /// The whole session as it stands.
+    pub fn session(&self) -> Session {
+        let spec =
+            |draft: &Draft| VariantSpec { name: draft.name.clone(), recipe: draft.recipe_name.clone(), overrides: draft.overrides.clone() };
+        Session { variants: self.drafts.iter().map(spec).collect(), ..self.session.clone() }
+    }
+
+    /// Whether the session differs from what was last opened or saved; how the screen looks does not count.
+    pub fn unsaved(&self) -> bool {
+        let plain = |session: &Session| Session { ui: UiSpec::default(), ..session.clone() };
+        plain(&self.session()) != plain(&self.saved)
+    }
+
+    /// How the screen looks, to be saved along.
+    pub fn set_ui(&mut self, ui: UiSpec) {
+        self.session.ui = ui;
+    }
+
+    /// Takes note that `session` is what the file holds now.
+    pub fn mark_saved(&mut self, session: &Session) {
+        self.saved.clone_from(session);
+        self.written.clear();
+        for draft in &self.drafts {
+            if session.variants.iter().any(|spec| spec.name == draft.name && spec.overrides == draft.overrides) {
+                self.written.insert(draft.id, Written { overrides: draft.overrides.clone(), plan: draft.plan.clone() });
+            }
+        }
+    }
+
+    /// The format that the file has for a block of the current variant; a variant that is not in the file yet is
+    /// compared with its recipe.
+    pub fn saved_format(&self, block: usize) -> Option<Format> {
+        let draft = self.draft();
+        if let Some(written) = self.written.get(&draft.id) {
+            return written.plan.blocks.get(block).copied();
+        }
+        let formats = &draft.recipe.formats;
+        Some(match self.kinds.get(block)? {
+            BlockKind::Ssm => formats.ssm,
+            BlockKind::Mlp => formats.mlp,
+            BlockKind::Attention => formats.attention,
+            BlockKind::Moe => formats.moe,
+        })
+    }
+
+    /// Whether a variant differs from the file.
+    pub fn changed(&self, index: usize) -> bool {
+        let draft = &self.drafts[index];
+        let same = |spec: &VariantSpec| {
+            spec.name == draft.name && spec.recipe == draft.recipe_name && self.written.get(&draft.id).is_some_and(|w| w.plan == draft.plan)
+        };
+        !self.saved.variants.iter().any(same)
+    }
+
+    /// Gives `format` to every selector's blocks, as one edit; returns whether anything changed.
+    pub fn set_format(&mut self, selectors: &[Selector], format: Format, label: impl Into<String>) -> Result<bool> {
+        let mut plan = self.draft().plan.clone();
+        for selector in selectors {
+            plan.set(*selector, &self.kinds, format);
+        }
+        self.set_plan(plan, label)
+    }
+
+    /// Replaces the current variant's plan; returns whether that changed anything.
+    pub fn set_plan(&mut self, plan: Plan, label: impl Into<String>) -> Result<bool> {
+        let draft = self.draft();
+        if plan == draft.plan {
+            return Ok(false);
+        }
+        let rules = match self.written.get(&draft.id) {
+            Some(written) if written.plan == plan => written.overrides.clone(),
+            _ => overrides::minimal(&draft.recipe.plan(&self.layout, &[])?, &plan, &self.kinds),
+        };
+        self.remember(label);
+        let draft = &mut self.drafts[self.current];
+        draft.plan = plan;
+        draft.overrides = rules;
+        Ok(true)
+    }
+
+    /// The plan of the current variant's recipe without any change.
+    pub fn recipe_plan(&self) -> Result<Plan> {
+        self.draft().recipe.plan(&self.layout, &[])
+    }
+
+    /// Adds a variant of a recipe behind the current one and edits it.
+    pub fn add(&mut self, recipe_name: &str) -> Result<()> {
+        let recipe = Recipe::find(recipe_name)?;
+        let plan = recipe.plan(&self.layout, &[])?;
+        let id = self.new_id();
+        let name = self.free_name(&recipe.name);
+        let draft = Draft { id, name, recipe_name: recipe_name.to_owned(), recipe: Arc::new(recipe), plan, overrides: Vec::new() };
+        self.insert(draft, "new variant");
+        Ok(())
+    }
+
+    /// Copies the current variant and edits the copy.
+    pub fn duplicate(&mut self) {
+        let id = self.new_id();
+        let draft = Draft { id, name: self.free_name(&self.draft().name), ..self.draft().clone() };
+        self.insert(draft, "duplicate");
+    }
+
+    fn insert(&mut self, draft: Draft, label: &str) {
+        self.remember(format!("{label} {}", draft.name));
+        self.drafts.insert(self.current + 1, draft);
+        self.current += 1;
+    }
+
+    /// `name`, or the first of `name-2`, `name-3` … that no variant has.
+    fn free_name(&self, name: &str) -> String {
+        let taken = |name: &str| self.drafts.iter().any(|draft| draft.name == name);
+        if !taken(name) {
+            return name.to_owned();
+        }
+        let stem = match name.rsplit_once('-') {
+            Some((stem, number)) if number.parse::<u32>().is_ok() => stem,
+            _ => name,
+        };
+        (2..self.drafts.len() + 3).map(|number| format!("{stem}-{number}")).find(|name| !taken(name)).unwrap_or_default()
+    }
+
+    /// Renames the current variant.
+    pub fn rename(&mut self, name: &str) -> Result<()> {
+        let name = name.trim();
+        if name == self.draft().name {
+            return Ok(());
+        }
+        if self.drafts.iter().any(|draft| draft.name == name) {
+            return Err(Error::input(format!("another variant is named `{name}`")));
+        }
+        let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
+        if !plain || name == "base" {
+            return Err(Error::input(format!("a variant cannot be named `{name}`"))
+                .hint("a name is a file name of its own; `base` is the unquantized model"));
+        }
+        self.remember(format!("rename {}", self.draft().name));
+        name.clone_into(&mut self.drafts[self.current].name);
+        Ok(())
+    }
+
+    /// Removes the current variant; the last one stays.
+    pub fn remove(&mut self) -> Result<()> {
+        if self.drafts.len() == 1 {
+            return Err(Error::input("the last variant cannot be deleted").hint("make a new one first"));
+        }
+        self.remember(format!("delete {}", self.draft().name));
+        self.drafts.remove(self.current);
+        self.current = self.current.min(self.drafts.len() - 1);
+        Ok(())
+    }
+
+    fn remember(&mut self, label: impl Into<String>) {
+        self.redo.clear();
+        self.undo.push(self.snapshot(label.into()));
+        if self.undo.len() > HISTORY {
+            self.undo.remove(0);
+        }
+    }
+
+    fn snapshot(&self, label: String) -> Snapshot {
+        Snapshot { label, drafts: self.drafts.clone(), current: self.current }
+    }
+
+    fn restore(&mut self, snapshot: Snapshot) {
+        self.drafts = snapshot.drafts;
+        self.current = snapshot.current;
+    }
+
+    /// Takes the last edit back; returns what it was.
+    pub fn undo(&mut self) -> Option<String> {
+        let snapshot = self.undo.pop()?;
+        let label = snapshot.label.clone();
+        self.redo.push(self.snapshot(label.clone()));
+        self.restore(snapshot);
+        Some(label)
+    }
+
+    /// Does again what was undone; returns what it was.
+    pub fn redo(&mut self) -> Option<String> {
+        let snapshot = self.redo.pop()?;
+        let label = snapshot.label.clone();
+        self.undo.push(self.snapshot(label.clone()));
+        self.restore(snapshot);
+        Some(label)
+    }
+
+    /// What undo and redo would do next, and how many edits each holds.
+    pub fn history(&self) -> (Option<&str>, usize, Option<&str>, usize) {
+        (
+            self.undo.last().map(|snapshot| snapshot.label.as_str()),
+            self.undo.len(),
+            self.redo.last().map(|snapshot| snapshot.label.as_str()),
+            self.redo.len(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document() -> Document {
+        Document::open(Session::demo().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn edits_become_overrides_and_undo_takes_them_back() {
+        let mut document = document();
+        assert!(!document.unsaved());
+        let kind = Selector::Kind(BlockKind::Ssm);
+        assert!(document.set_format(&[kind], Format::W4A8, "w4a8").unwrap());
+        assert!(document.unsaved() && document.changed(0) && !document.changed(1));
+        assert_eq!(document.session().variants[0].overrides, [Override { selector: kind, format: Format::W4A8 }]);
+        assert_eq!(document.saved_format(0), Some(Format::W8A8));
+        assert_eq!(document.undo().as_deref(), Some("w4a8"));
+        assert!(!document.unsaved());
+        assert_eq!(document.redo().as_deref(), Some("w4a8"));
+        document.mark_saved(&document.session());
+        assert!(!document.unsaved());
+        assert_eq!(document.saved_format(0), Some(Format::W4A8));
+        document.undo();
+        assert!(document.unsaved(), "going back behind what was saved is a change");
+    }
+
+    #[test]
+    fn the_files_spelling_of_overrides_stays_while_the_plan_is_the_same() {
+        let mut session = Session::demo().unwrap();
+        let rule = |selector: &str| Override { selector: selector.parse().unwrap(), format: Format::W4A8 };
+        session.variants[0].overrides = vec![rule("block:0"), rule("block:1")];
+        let mut document = Document::open(session.clone()).unwrap();
+        document.set_format(&[Selector::Blocks(2, 2)], Format::W4A8, "edit").unwrap();
+        assert_eq!(document.session().variants[0].overrides, [rule("block:0-2")]);
+        document.set_format(&[Selector::Blocks(2, 2)], Format::W8A8, "back").unwrap();
+        assert_eq!(document.session(), session);
+    }
+
+    #[test]
+    fn variants_are_added_copied_renamed_and_removed() {
+        let mut document = document();
+        document.add("phase3").unwrap();
+        assert_eq!((document.draft().name.as_str(), document.current()), ("phase3", 1));
+        document.duplicate();
+        document.duplicate();
+        assert_eq!(document.draft().name, "phase3-3");
+        assert!(document.rename("phase1").unwrap_err().message.contains("another variant"));
+        assert!(document.rename("base").is_err() && document.rename("a/b").is_err());
+        document.rename("mixed").unwrap();
+        document.remove().unwrap();
+        let names: Vec<&str> = document.drafts.iter().map(|draft| draft.name.as_str()).collect();
+        assert_eq!(names, ["phase1", "phase3", "phase3-2", "phase2"]);
+        for _ in 0..3 {
+            document.remove().unwrap();
+        }
+        assert!(document.remove().is_err());
+    }
+}

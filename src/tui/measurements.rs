@@ -1,0 +1,72 @@
+//! [`Measurements`]: what was measured, found again by the plan that it was measured of.
+//!
+//! A result belongs to a plan and a rounding method, not to a variant's name: renaming, copying and undoing a variant
+//! keep its figures, and an edit that comes back to a measured plan shows them at once.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::VariantManifest;
+use crate::eval::ModelResult;
+use crate::format::{Format, Plan};
+use crate::quant::Method;
+
+/// A variant that was quantized, and evaluated when there is a result.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measurement {
+    pub method: Method,
+    pub plan: Plan,
+    pub path: PathBuf,
+    /// Relative output error of each block.
+    pub errors: Vec<f64>,
+    pub result: Option<ModelResult>,
+}
+
+/// Everything measured since the session was opened.
+#[derive(Debug, Default, PartialEq)]
+pub struct Measurements {
+    pub base: Option<ModelResult>,
+    /// The latest last.
+    rows: Vec<Measurement>,
+}
+
+impl Measurements {
+    /// The measurement of this plan.
+    pub fn find(&self, method: Method, plan: &Plan) -> Option<&Measurement> {
+        self.rows.iter().find(|row| row.method == method && row.plan == *plan)
+    }
+
+    /// Takes a variant on disk in. An earlier result of the same plan stays: the weights are the same.
+    pub fn quantized(&mut self, method: Method, plan: Plan, path: PathBuf, manifest: &VariantManifest) {
+        let result = self.find(method, &plan).and_then(|row| row.result.clone());
+        self.rows.retain(|row| row.method != method || row.plan != plan);
+        let mut errors = vec![0.0; plan.blocks.len()];
+        for block in &manifest.blocks {
+            if let Some(error) = errors.get_mut(block.index) {
+                *error = block.error;
+            }
+        }
+        self.rows.push(Measurement { method, plan, path, errors, result });
+    }
+
+    /// Takes an evaluation in.
+    pub fn evaluated(&mut self, method: Method, plan: &Plan, result: ModelResult) {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.method == method && row.plan == *plan) {
+            row.result = Some(result);
+        }
+    }
+
+    /// The error of a block under `plan`: measured (`true`), or taken from the latest plan in which the block had the
+    /// same format among other neighbours (`false`).
+    pub fn error(&self, method: Method, plan: &Plan, block: usize) -> Option<(f64, bool)> {
+        if let Some(row) = self.find(method, plan) {
+            return Some((*row.errors.get(block)?, true));
+        }
+        self.error_at(method, block, *plan.blocks.get(block)?).map(|error| (error, false))
+    }
+
+    /// The error of a block in the latest plan that gave it this format.
+    pub fn error_at(&self, method: Method, block: usize, format: Format) -> Option<f64> {
+        let row = self.rows.iter().rfind(|row| row.method == method && row.plan.blocks.get(block) == Some(&format))?;
+        row.errors.get(block).copied()
+    }
+}

@@ -1,0 +1,134 @@
+//! The terminal: taking it over, giving it back whatever happens, drawing a frame in one write.
+
+use std::io::{BufWriter, Stdout, Write, stdout};
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossterm::cursor::{Hide, Show};
+use crossterm::event::{DisableBracketedPaste, EnableBracketedPaste};
+use crossterm::terminal::{
+    BeginSynchronizedUpdate, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode,
+};
+use crossterm::{execute, queue};
+use ratatui::Terminal;
+use ratatui::backend::CrosstermBackend;
+use ratatui::layout::Rect;
+
+use super::state::State;
+use super::view;
+use crate::error::{Error, Result};
+
+/// Whether the terminal is ours.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Gives the terminal back: cursor, screen, paste and input modes. Does nothing when it was given back already, so that
+/// normal exit, signals and the panic hook may all call it.
+pub fn restore() {
+    if TAKEN.swap(false, Ordering::SeqCst) {
+        // A terminal that is gone (a lost connection) cannot be restored, and nobody is left to be told.
+        let _ = execute!(stdout(), EndSynchronizedUpdate, DisableBracketedPaste, LeaveAlternateScreen, Show);
+        let _ = disable_raw_mode();
+    }
+}
+
+fn take() -> Result<()> {
+    let failed = |error: std::io::Error| {
+        Error::input(format!("the terminal cannot be used: {error}"))
+            .hint("run a command such as `strata replay` instead: see strata --help")
+    };
+    TAKEN.store(true, Ordering::SeqCst);
+    enable_raw_mode().map_err(failed)?;
+    execute!(stdout(), EnterAlternateScreen, EnableBracketedPaste, Hide).map_err(failed)
+}
+
+/// Makes a panic, on whatever thread, give the terminal back before it is reported.
+pub fn restore_on_panic() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            report(info);
+        }));
+    });
+}
+
+/// What the loop draws on. Tests have one in memory.
+pub trait Screen {
+    /// Draws the state.
+    fn draw(&mut self, state: &State) -> Result<()>;
+    /// Forgets what is on the screen, so that the next frame is drawn whole.
+    fn clear(&mut self) -> Result<()>;
+    /// Gives the terminal back, stops the process, and takes the terminal again when it goes on.
+    fn suspend(&mut self) -> Result<()>;
+    /// Takes the terminal again after something else stopped and continued the process.
+    fn resume(&mut self) -> Result<()>;
+    /// Columns and rows.
+    fn size(&self) -> Result<(u16, u16)>;
+}
+
+/// The terminal that standard output is.
+pub struct TerminalScreen {
+    terminal: Terminal<CrosstermBackend<BufWriter<Stdout>>>,
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::run(format!("writing to the terminal failed: {error}"))
+}
+
+impl TerminalScreen {
+    /// Takes the terminal over.
+    pub fn take() -> Result<Self> {
+        take()?;
+        let backend = CrosstermBackend::new(BufWriter::with_capacity(64 * 1024, stdout()));
+        Ok(Self { terminal: Terminal::new(backend).map_err(failed)? })
+    }
+}
+
+impl Drop for TerminalScreen {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+impl Screen for TerminalScreen {
+    fn draw(&mut self, state: &State) -> Result<()> {
+        if !TAKEN.load(Ordering::SeqCst) {
+            return Err(Error::run("a part of strata panicked; the message above says where"));
+        }
+        queue!(self.terminal.backend_mut(), BeginSynchronizedUpdate).map_err(failed)?;
+        self.terminal.draw(|frame| view::draw(frame, state)).map_err(failed)?;
+        queue!(self.terminal.backend_mut(), EndSynchronizedUpdate).map_err(failed)?;
+        Write::flush(self.terminal.backend_mut()).map_err(failed)
+    }
+
+    fn clear(&mut self) -> Result<()> {
+        // `Terminal::clear` would ask the terminal where its cursor is and wait for the answer.
+        let (width, height) = self.size()?;
+        self.terminal.resize(Rect::new(0, 0, width, height)).map_err(failed)
+    }
+
+    fn suspend(&mut self) -> Result<()> {
+        restore();
+        // SAFETY: raising a signal touches no memory of ours; the default action of SIGTSTP stops the process here.
+        unsafe {
+            libc::raise(libc::SIGTSTP);
+        }
+        self.resume()
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        if TAKEN.load(Ordering::SeqCst) {
+            // Stopped from outside: the screen is ours still, but the shell may have changed the input modes.
+            disable_raw_mode().and_then(|()| enable_raw_mode()).map_err(failed)?;
+            execute!(stdout(), EnableBracketedPaste, Hide).map_err(failed)?;
+        } else {
+            take()?;
+        }
+        self.clear()
+    }
+
+    fn size(&self) -> Result<(u16, u16)> {
+        crossterm::terminal::size().map_err(failed)
+    }
+}

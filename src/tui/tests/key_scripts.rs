@@ -1,0 +1,250 @@
+//! Keys through `update`, without an engine.
+
+use proptest::prelude::*;
+
+use super::fixture::{busy, fresh, manifest, press, render, result, text, type_text};
+use crate::engine::{Event, Job, JobId};
+use crate::error::{Error, ErrorKind};
+use crate::eval::run::Evaluated;
+use crate::format::Format;
+use crate::tui::command_table::TABLE;
+use crate::tui::document::Document;
+use crate::tui::keys;
+use crate::tui::message::{Effect, Msg, SaveOutcome};
+use crate::tui::queue::Status;
+use crate::tui::state::{Pane, State};
+use crate::tui::update::update;
+
+fn formats(state: &State) -> String {
+    state.document.draft().plan.blocks.iter().map(|format| format.weight_bits().to_string().replace("16", "f")).collect()
+}
+
+#[test]
+fn formats_go_to_the_selection_and_to_the_cursor_without_one() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &["j", "4"]);
+    assert_eq!(formats(&state), "848888888888");
+    press(&mut state, &["s", "6"]);
+    assert_eq!(formats(&state), "8f8f88f8f88f", "the kind under the cursor");
+    press(&mut state, &["esc", "g", "v", "j", "j", "4", "v"]);
+    assert_eq!(formats(&state), "444f88f8f88f", "a range");
+    press(&mut state, &["esc", "G", "space", "k", "k", "space", "4"]);
+    assert_eq!(formats(&state), "444f88f8f484", "single blocks");
+    press(&mut state, &["u", "u", "u"]);
+    assert_eq!(formats(&state), "848888888888");
+    press(&mut state, &["U", "ctrl-r"]);
+    assert_eq!(formats(&state), "444f88f8f88f");
+}
+
+#[test]
+fn predictions_change_in_the_same_frame() {
+    let mut state = fresh((160, 48));
+    let before = text(&render(&state, (160, 48)));
+    press(&mut state, &["ctrl-a", "4"]);
+    let after = text(&render(&state, (160, 48)));
+    assert!(before.contains("linears     ~5.38 MB of 10.6 MB  ~50.6%"), "{before}");
+    assert!(after.contains("linears     ~2.75 MB of 10.6 MB  ~25.8%"), "{after}");
+    assert!(after.contains("kind:ssm w4a8") || after.contains("block:0-11 w4a8"), "{after}");
+}
+
+#[test]
+fn the_filter_narrows_what_is_moved_over_and_selected() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &["/"]);
+    type_text(&mut state, "att");
+    assert_eq!(state.visible_blocks(), [5, 10], "while typing");
+    assert_eq!(state.layers.cursor, 5);
+    press(&mut state, &["esc"]);
+    assert_eq!(state.visible_blocks().len(), 12, "esc brings back what was there");
+    press(&mut state, &["/"]);
+    type_text(&mut state, "att");
+    press(&mut state, &["enter", "ctrl-a", "6", "esc", "esc"]);
+    assert_eq!(formats(&state), "88888f8888f8");
+    assert_eq!(state.visible_blocks().len(), 12);
+}
+
+#[test]
+fn variants_by_keys() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &["2", "n", "3"]);
+    assert_eq!(state.document.draft().name, "phase3");
+    press(&mut state, &["r", "ctrl-u"]);
+    type_text(&mut state, "mixed");
+    press(&mut state, &["enter", "y"]);
+    assert_eq!(state.document.draft().name, "mixed-2");
+    press(&mut state, &["D", "n"]);
+    assert_eq!(state.document.drafts.len(), 4, "n keeps it");
+    press(&mut state, &["D", "y", "e", "2", "h", "1"]);
+    assert_eq!(state.document.drafts.len(), 3);
+    let plan = &state.document.draft().plan;
+    assert_eq!((plan.embedding, plan.head), (Format::W8A16, Format::W16A16));
+    press(&mut state, &["u", "u", "u"]);
+    assert_eq!(state.document.drafts.len(), 4, "a deleted variant comes back");
+}
+
+#[test]
+fn palette_commands_act_and_impossible_ones_say_why() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &[":"]);
+    type_text(&mut state, "w8a16");
+    press(&mut state, &["enter"]);
+    assert_eq!(state.document.draft().plan.blocks[0], Format::W8A16);
+    press(&mut state, &["x"]);
+    assert_eq!(state.message.as_ref().unwrap().text, "no job runs");
+}
+
+fn submitted(effects: &[Effect]) -> Vec<&Job> {
+    effects.iter().filter_map(|effect| if let Effect::Submit(job) = effect { Some(&**job) } else { None }).collect()
+}
+
+#[test]
+fn a_run_quantizes_then_evaluates_what_was_made() {
+    let mut state = fresh((80, 24));
+    let effects = press(&mut state, &["A"]);
+    assert!(matches!(submitted(&effects)[..], [Job::Quantize(_)]), "one job at a time");
+    let mut jobs = Vec::new();
+    for number in 1..=3 {
+        let id = JobId(number);
+        update(&mut state, Msg::Submitted(Ok(id)));
+        if number < 3 {
+            let index = number as usize - 1;
+            let manifest = Box::new(manifest(&state, index, 0.01));
+            let name = state.document.drafts[index].name.clone();
+            update(&mut state, Msg::Engine(Event::Quantized { id, path: format!("/v/{name}").into(), name, manifest, reused: false }));
+        } else {
+            for (name, loss) in [("base", 0.0), ("phase1", 0.01), ("phase2", 0.02)] {
+                let evaluated = Box::new(Evaluated { result: result(name, 1_000_000, 8.0, loss), samples: Vec::new() });
+                update(&mut state, Msg::Engine(Event::Evaluated { id, evaluated }));
+            }
+        }
+        jobs.extend(update(&mut state, Msg::Engine(Event::Finished { id, outcome: Ok(()) })));
+    }
+    let [Job::Quantize(second), Job::Evaluate(request)] = submitted(&jobs)[..] else { panic!("{jobs:?}") };
+    assert_eq!(second.name, "phase2");
+    assert_eq!(request.reference.as_ref().unwrap().name, "base");
+    let paths: Vec<&str> = request.models.iter().map(|model| model.path.as_str()).collect();
+    assert_eq!(paths, ["/v/phase1", "/v/phase2"]);
+    assert!(state.queue.items.iter().all(|item| item.status == Status::Done));
+
+    // Results follow the plan: an edit hides them, undoing it brings them back.
+    let has_result = |state: &State| {
+        let draft = state.document.draft();
+        state.measurements.find(draft.recipe.method, &draft.plan).is_some_and(|row| row.result.is_some())
+    };
+    assert!(has_result(&state));
+    press(&mut state, &["1", "4"]);
+    assert!(!has_result(&state));
+    press(&mut state, &["u"]);
+    assert!(has_result(&state));
+}
+
+#[test]
+fn a_failed_job_shows_its_hint_and_what_needed_it_is_skipped() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &["R"]);
+    update(&mut state, Msg::Submitted(Ok(JobId(1))));
+    let outcome = Err(Error::run("writing /v failed: no space left").hint("free some disk space"));
+    update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome }));
+    assert!(matches!(state.queue.items[0].status, Status::Failed { .. }));
+    assert_eq!(state.queue.items[1].status, Status::Skipped);
+    let screen = text(&render(&state, (80, 24)));
+    assert!(screen.contains("no space left") && screen.contains("hint: free some disk space"), "{screen}");
+}
+
+#[test]
+fn cancelling_asks_and_drops_what_waits() {
+    let mut state = busy((80, 24));
+    assert!(press(&mut state, &["x", "n"]).is_empty());
+    let effects = press(&mut state, &["x", "y"]);
+    assert!(matches!(effects[..], [Effect::Cancel(JobId(1))]), "{effects:?}");
+    assert_eq!(state.queue.waiting(), 0);
+    let cancelled = Error { kind: ErrorKind::Cancelled, message: "cancelled".into(), hint: None };
+    assert!(update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled) })).is_empty());
+    assert!(state.queue.items.iter().all(|item| item.status == Status::Cancelled));
+}
+
+#[test]
+fn quitting_asks_for_unsaved_changes_and_running_jobs() {
+    let mut state = fresh((80, 24));
+    assert!(matches!(press(&mut state, &["q"])[..], [Effect::Quit]));
+    press(&mut state, &["4"]);
+    assert!(press(&mut state, &["ctrl-c"]).is_empty());
+    assert!(text(&render(&state, (80, 24))).contains("changes that are not saved"));
+    assert!(press(&mut state, &["esc"]).is_empty());
+    assert!(matches!(press(&mut state, &["q", "y"])[..], [Effect::Quit]));
+    let mut state = busy((80, 24));
+    press(&mut state, &["q"]);
+    assert!(text(&render(&state, (80, 24))).contains("quantize phase3 is running"));
+}
+
+#[test]
+fn saving_asks_for_a_path_and_before_it_replaces_a_file() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &["4"]);
+    let effects = press(&mut state, &["ctrl-s", "enter"]);
+    let [Effect::Save { path, session, overwrite: false }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(path.to_str(), Some("session.toml"));
+    assert_eq!(session.ui.pane.as_deref(), Some("layers"));
+    let answer = |outcome| Msg::Saved { path: path.clone(), session: session.clone(), outcome };
+    update(&mut state, answer(SaveOutcome::Exists));
+    assert_eq!(state.path, None);
+    let effects = press(&mut state, &["y"]);
+    assert!(matches!(effects[..], [Effect::Save { overwrite: true, .. }]));
+    update(&mut state, answer(SaveOutcome::Done));
+    assert!(!state.document.unsaved());
+    assert!(matches!(press(&mut state, &["q"])[..], [Effect::Quit]));
+}
+
+#[test]
+fn results_sort_by_any_column_and_the_base_stays_first() {
+    let mut state = busy((160, 48));
+    press(&mut state, &["5", "z", "s"]);
+    let names = |state: &State| {
+        let screen = text(&render(state, (160, 48)));
+        ["base", "phase1", "phase2", "phase3"]
+            .map(|name| screen.lines().position(|line| line.starts_with('│') && line.contains(name)).unwrap())
+    };
+    let [base, one, two, three] = names(&state);
+    assert!(base < two && two < one && one < three, "smallest first");
+    press(&mut state, &["S"]);
+    let [base, one, two, three] = names(&state);
+    assert!(base < three && three < one && one < two, "largest first");
+    assert_eq!(state.ui().sort.as_deref(), Some("-linears"));
+}
+
+#[test]
+fn every_pane_is_reached_by_its_number_or_function_key() {
+    let mut state = fresh((80, 24));
+    for (key, pane) in
+        [("2", Pane::Plan), ("3", Pane::Run), ("4", Pane::Block), ("5", Pane::Results), ("1", Pane::Layers), ("f4", Pane::Block)]
+    {
+        press(&mut state, &[key]);
+        assert_eq!(state.focus, pane);
+    }
+    press(&mut state, &["tab", "shift-tab", "shift-tab"]);
+    assert_eq!(state.focus, Pane::Run);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is typed: nothing panics, every screen can be drawn, and the session says what the screen shows.
+    #[test]
+    fn any_keys_leave_a_session_that_gives_the_same_plans(script in prop::collection::vec(any::<prop::sample::Index>(), 1..60)) {
+        let mut all: Vec<&'static str> = TABLE.iter().flat_map(|command| command.keys).copied().collect();
+        all.extend(["y", "a", "b", "4", "8", "6", "4", "8", "6", "down", "enter", "esc", "space", "backspace"]);
+        let mut state = fresh((80, 24));
+        for index in script {
+            update(&mut state, Msg::Key(keys::event(index.get::<&str>(&all))));
+        }
+        for size in [(60, 15), (80, 24), (120, 40), (10, 3)] {
+            render(&state, size);
+        }
+        let session = state.document.session();
+        let reopened = Document::of_layout(session.clone(), (*state.document.layout).clone()).unwrap();
+        prop_assert_eq!(reopened.session(), session);
+        for (again, draft) in reopened.drafts.iter().zip(&state.document.drafts) {
+            prop_assert_eq!(&again.plan, &draft.plan);
+        }
+    }
+}

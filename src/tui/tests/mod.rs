@@ -1,0 +1,6 @@
+//! Tests of the workbench as a whole: key scripts, snapshots of the screen, the real loop.
+
+mod fixture;
+mod key_scripts;
+mod real_loop;
+mod snapshots;

@@ -1,0 +1,197 @@
+//! Keys typed through the real loop with the real engine on the demo.
+
+use std::cell::RefCell;
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crossterm::event::Event as Input;
+use futures_util::stream::poll_fn;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use super::fixture::{render, text};
+use crate::engine::{Engine, EngineOptions};
+use crate::error::Result;
+use crate::session::{EvaluateSpec, Session};
+use crate::tui::document::Document;
+use crate::tui::event_loop::{EventLoop, Signal};
+use crate::tui::keys;
+use crate::tui::state::State;
+use crate::tui::terminal::Screen;
+use crate::tui::theme::Theme;
+
+/// A screen in memory that the script can read.
+struct MemoryScreen {
+    text: Rc<RefCell<String>>,
+    frames: usize,
+}
+
+impl Screen for MemoryScreen {
+    fn draw(&mut self, state: &State) -> Result<()> {
+        self.frames += 1;
+        *self.text.borrow_mut() = text(&render(state, self.size()?));
+        Ok(())
+    }
+
+    fn clear(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn suspend(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn size(&self) -> Result<(u16, u16)> {
+        Ok((160, 48))
+    }
+}
+
+/// Types keys and reads the screen.
+struct Typist {
+    keys: UnboundedSender<io::Result<Input>>,
+    signals: UnboundedSender<Signal>,
+    screen: Rc<RefCell<String>>,
+}
+
+impl Typist {
+    fn press(&self, script: &[&str]) {
+        for key in script {
+            self.keys.send(Ok(Input::Key(keys::event(key)))).unwrap();
+        }
+    }
+
+    fn type_text(&self, text: &str) {
+        for letter in text.chars() {
+            self.press(&[&letter.to_string()]);
+        }
+    }
+
+    async fn sees(&self, what: &str) {
+        for _ in 0..3000 {
+            if self.screen.borrow().contains(what) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("never seen: {what}\n{}", self.screen.borrow());
+    }
+}
+
+/// Runs the loop on `session` while `script` types; returns the state at the end and the frames that were drawn.
+fn with_loop(session: Session, store: &Path, script: impl AsyncFnOnce(Typist)) -> (State, usize) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2) }).unwrap();
+    let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
+    state.queue.store = store.to_owned();
+    let (keys, mut typed) = unbounded_channel();
+    let (signal_sender, signals) = unbounded_channel();
+    let screen = Rc::new(RefCell::new(String::new()));
+    let typist = Typist { keys, signals: signal_sender.clone(), screen: screen.clone() };
+    let input = poll_fn(move |context| typed.poll_recv(context));
+    let workbench = EventLoop { state, screen: MemoryScreen { text: screen, frames: 0 }, engine: &engine, events, signals };
+    let outcome = runtime.block_on(async { tokio::join!(workbench.run(input), script(typist)).0 });
+    let (state, screen) = outcome.unwrap();
+    (state, screen.frames)
+}
+
+/// The demo's session, cut down to a second's work.
+fn small_session() -> Session {
+    let mut session = Session::demo().unwrap();
+    session.calibration.sequences = 1;
+    session.calibration.length = 16;
+    session.evaluate =
+        EvaluateSpec { tasks: vec!["piqa".into()], limit: Some(4), windows: 1, window_tokens: 32, speed: false, ..session.evaluate };
+    session
+}
+
+#[test]
+fn browse_plan_undo_run_compare_save_reload() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fit.toml");
+    let (state, _) = with_loop(small_session(), folder.path(), async |typist: Typist| {
+        typist.sees("1 Layers").await;
+        typist.sees("largest weight / rms").await;
+        typist.press(&["j", "j", "s", "4", "esc", "g", "6", "u"]);
+        typist.sees("kind:ssm w4a8").await;
+        typist.press(&["A"]);
+        typist.sees("✓ quantize phase1").await;
+        typist.sees("✓ evaluate base, phase1, phase2").await;
+        typist.sees("against base").await;
+        typist.press(&["ctrl-s", "ctrl-u"]);
+        typist.type_text(path.to_str().unwrap());
+        typist.press(&["enter"]);
+        typist.sees("saved ").await;
+        typist.press(&["q"]);
+    });
+    let reloaded = Session::read(&path).unwrap();
+    assert_eq!(reloaded, state.document.session());
+    assert_eq!(reloaded.variants[0].overrides.len(), 1);
+    // What a replay of the saved file would make is just what was measured on screen.
+    for (spec, draft) in reloaded.variants.iter().zip(&state.document.drafts) {
+        let (recipe, plan) = spec.plan(&state.document.layout).unwrap();
+        let measured = state.measurements.find(recipe.method, &plan).unwrap();
+        assert!(measured.result.is_some() && plan == draft.plan);
+    }
+    assert_eq!(state.measurements.base.as_ref().unwrap().variant, "base");
+
+    // Opened again and run again: found on disk, not made again.
+    let (state, _) = with_loop(reloaded, folder.path(), async |typist: Typist| {
+        typist.press(&["R"]);
+        typist.sees("found on disk, verified").await;
+        typist.sees("✓ evaluate base, phase1").await;
+        typist.press(&["q"]);
+    });
+    assert!(!state.document.unsaved());
+}
+
+#[test]
+fn a_running_job_is_cancelled_and_the_engine_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut session = small_session();
+    session.calibration.sequences = 8;
+    session.calibration.length = 256;
+    with_loop(session, folder.path(), async |typist: Typist| {
+        typist.press(&["R"]);
+        typist.sees("quantize      ").await;
+        typist.press(&["x", "y"]);
+        typist.sees("✗ quantize phase1  cancelled").await;
+        typist.sees("✗ evaluate base, phase1  cancelled").await;
+        typist.press(&["q"]);
+    });
+}
+
+#[test]
+fn opening_another_session_and_a_bad_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other.toml");
+    std::fs::write(&path, "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[[variant]]\nname = \"mine\"\nrecipe = \"phase2\"\n")
+        .unwrap();
+    let (state, _) = with_loop(small_session(), folder.path(), async |typist: Typist| {
+        typist.press(&["ctrl-o"]);
+        typist.type_text("/nowhere/at-all.toml");
+        typist.press(&["enter"]);
+        typist.sees("/nowhere/at-all.toml failed").await;
+        typist.press(&["ctrl-o"]);
+        typist.type_text(path.to_str().unwrap());
+        typist.press(&["enter"]);
+        typist.sees("variant mine").await;
+        typist.press(&["q"]);
+    });
+    assert_eq!(state.path.as_deref(), Some(path.as_path()));
+}
+
+#[test]
+fn nothing_is_drawn_while_nothing_happens_and_a_signal_ends_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, frames) = with_loop(small_session(), folder.path(), async |typist: Typist| {
+        typist.sees("largest weight / rms").await;
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        typist.signals.send(Signal::Terminate).unwrap();
+    });
+    assert!(frames <= 3, "{frames} frames without a cause");
+}
