@@ -14,7 +14,7 @@ use strata::checkpoint::{Checkpoint, StorageLayout};
 use strata::format::{Plan, Transform};
 use strata::model::Hybrid;
 use strata::monitor::Monitor;
-use strata::quant::{Method, QuantizeRequest, Sample, SampleSpec, quantize};
+use strata::quant::{Method, QuantizeRequest, Sample, SampleSpec, Steps, quantize};
 use tempfile::TempDir;
 
 /// Largest change of a logit by a transform in f32.
@@ -50,8 +50,7 @@ fn check(source: &Path, folder: &Path) {
         let request = QuantizeRequest {
             checkpoint: &checkpoint,
             recipe: "test".into(),
-            method: Method::Rtn,
-            transforms: transforms.clone(),
+            steps: Steps { transforms: transforms.clone(), method: Method::Rtn },
             plan: Plan::unquantized(checkpoint.layout.blocks.len()),
             sample: Sample::load(&checkpoint, &spec).unwrap(),
             storage: StorageLayout::Native,

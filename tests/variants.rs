@@ -14,7 +14,7 @@ use strata::error::ErrorKind;
 use strata::format::{Format, Plan};
 use strata::model::Hybrid;
 use strata::monitor::{CancelToken, Monitor, Report};
-use strata::quant::{Method, QuantizeRequest, Recipe, Sample, SampleSpec, quantize, work_directory};
+use strata::quant::{Method, QuantizeRequest, Recipe, Sample, SampleSpec, Steps, quantize, work_directory};
 use tempfile::TempDir;
 
 const SAMPLE: SampleSpec = SampleSpec { source: String::new(), sequences: 2, length: 48, seed: 7 };
@@ -24,8 +24,7 @@ fn request<'a>(checkpoint: &'a Checkpoint, plan: Plan, output: &Path) -> Quantiz
     QuantizeRequest {
         checkpoint,
         recipe: "test".into(),
-        method: Method::Rtn,
-        transforms: Vec::new(),
+        steps: Steps { transforms: Vec::new(), method: Method::Rtn },
         plan,
         sample: Sample::load(checkpoint, &spec).unwrap(),
         storage: StorageLayout::Native,

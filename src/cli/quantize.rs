@@ -61,9 +61,8 @@ impl Quantize {
         let job = QuantizeJob {
             model: self.model.clone(),
             name: variant.name,
+            steps: recipe.steps(),
             recipe: recipe.name,
-            method: recipe.method,
-            transforms: recipe.transforms,
             plan: plan.clone(),
             sample,
             storage: if self.portable { StorageLayout::Portable } else { StorageLayout::Native },

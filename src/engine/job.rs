@@ -9,12 +9,12 @@ use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
-use crate::format::{Format, Plan, Transform};
+use crate::format::{Format, Plan};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
 use crate::monitor::{CancelToken, Monitor, Report};
-use crate::quant::{self, Method, QuantizeRequest, Sample, SampleSpec};
+use crate::quant::{self, QuantizeRequest, Sample, SampleSpec, Steps};
 
 /// Work for the engine.
 #[derive(Debug, Clone)]
@@ -53,8 +53,7 @@ pub struct QuantizeJob {
     /// The variant's name, for events.
     pub name: String,
     pub recipe: String,
-    pub method: Method,
-    pub transforms: Vec<Transform>,
+    pub steps: Steps,
     pub plan: Plan,
     pub sample: SampleSpec,
     pub storage: StorageLayout,
@@ -145,8 +144,7 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
     let mut request = QuantizeRequest {
         checkpoint: &checkpoint,
         recipe: job.recipe,
-        method: job.method,
-        transforms: job.transforms,
+        steps: job.steps,
         plan,
         sample,
         storage: job.storage,

@@ -14,5 +14,5 @@ mod weights;
 
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::work_directory;
-pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe};
+pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};

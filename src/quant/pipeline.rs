@@ -16,7 +16,7 @@ use serde_json::json;
 use super::calibrate;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::publish::{self, TensorOut};
-use super::recipe::Method;
+use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::FloatBlock;
@@ -37,8 +37,7 @@ pub struct QuantizeRequest<'a> {
     pub checkpoint: &'a Checkpoint,
     /// Name of the recipe, for provenance.
     pub recipe: String,
-    pub method: Method,
-    pub transforms: Vec<Transform>,
+    pub steps: Steps,
     pub plan: Plan,
     pub sample: Sample,
     pub storage: StorageLayout,
@@ -75,8 +74,7 @@ pub fn request_key(source: &str, request: &QuantizeRequest<'_>) -> String {
         "tool": TOOL,
         "source": source,
         "recipe": request.recipe,
-        "method": request.method,
-        "transforms": request.transforms,
+        "steps": request.steps,
         "plan": request.plan,
         "sample": request.sample.sha256(),
         "seed": request.sample.seed,
@@ -139,18 +137,18 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
         }
-        let second_moment = if request.transforms.contains(&Transform::RotateResidual) {
+        let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
             Some(calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?)
         } else {
             None
         };
-        let transforms = Transforms::new(&request.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?;
+        let transforms = Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?;
         Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
     }
 
     fn rounding(&self, format: Format) -> Rounding<'_> {
         let float_bytes = self.request.checkpoint.layout.float_bytes;
-        Rounding { method: self.request.method, format, transforms: &self.request.transforms, float_bytes }
+        Rounding { method: self.request.steps.method, format, transforms: &self.request.steps.transforms, float_bytes }
     }
 
     /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
@@ -229,9 +227,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
         let (spec, checkpoint, format) = (&self.blocks[index], self.request.checkpoint, self.request.plan.blocks[index]);
         let weights = self.transforms.block(checkpoint, spec)?;
-        let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.transforms };
+        let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
-        let hessians = if self.request.method == Method::Gptq && format.weight_bits() < 16 {
+        let hessians = if self.request.steps.method == Method::Gptq && format.weight_bits() < 16 {
             calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences)?
         } else {
             BTreeMap::new()
@@ -373,7 +371,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
         let norm = self.transforms.final_norm(checkpoint)?;
         let mut tensors: Vec<TensorOut> = Vec::new();
-        if self.request.transforms.contains(&Transform::FoldNorms) {
+        if self.request.steps.transforms.contains(&Transform::FoldNorms) {
             let bytes = norm.iter().flat_map(|value| value.to_le_bytes()).collect();
             tensors.push((self.stored(&layout.final_norm.name), Dtype::F32, layout.final_norm.shape.clone(), Cow::Owned(bytes)));
         } else {
@@ -419,12 +417,12 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     /// Whether a tied model's embedding and head are no longer the same.
     fn unties(&self) -> bool {
         let plan = &self.request.plan;
-        plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.transforms.contains(&Transform::FoldNorms)
+        plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.steps.transforms.contains(&Transform::FoldNorms)
     }
 
     /// The Hessian of the head's input, where the method uses one.
     fn head_hessian(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
-        if self.request.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
+        if self.request.steps.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
             return Ok(None);
         }
         let mut sum = vec![0.0; norm.len() * norm.len()];
@@ -493,8 +491,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 tool: TOOL.into(),
                 source: self.source.clone(),
                 recipe: request.recipe.clone(),
-                method: request.method.name().into(),
-                transforms: request.transforms.clone(),
+                method: request.steps.method.name().into(),
+                transforms: request.steps.transforms.clone(),
                 sample: request.sample.sha256(),
                 seed: request.sample.seed,
             },

@@ -37,6 +37,13 @@ impl Method {
     }
 }
 
+/// What is done to weights, formats apart: transforms, then rounding.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Steps {
+    pub transforms: Vec<Transform>,
+    pub method: Method,
+}
+
 /// Formats by kind of block.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -73,6 +80,11 @@ pub struct Override {
 }
 
 impl Recipe {
+    /// What the recipe does to weights, formats apart.
+    pub fn steps(&self) -> Steps {
+        Steps { transforms: self.transforms.clone(), method: self.method }
+    }
+
     /// Names and descriptions of the built-in recipes.
     pub fn built_in() -> Result<Vec<Self>> {
         BUILT_IN.iter().map(|text| Self::parse(text, "built-in recipe")).collect()

@@ -92,9 +92,8 @@ impl Replay<'_> {
         Ok(QuantizeJob {
             model: self.session.model.name(),
             name: variant.name.clone(),
+            steps: recipe.steps(),
             recipe: recipe.name,
-            method: recipe.method,
-            transforms: recipe.transforms,
             plan,
             sample: self.session.calibration.clone(),
             storage: StorageLayout::Native,

@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use crate::checkpoint::VariantManifest;
 use crate::eval::ModelResult;
 use crate::format::{Format, Plan};
-use crate::quant::Method;
+use crate::quant::Steps;
 
 /// A variant that was quantized, and evaluated when there is a result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measurement {
-    pub method: Method,
+    pub steps: Steps,
     pub plan: Plan,
     pub path: PathBuf,
     /// Relative output error of each block.
@@ -31,42 +31,42 @@ pub struct Measurements {
 
 impl Measurements {
     /// The measurement of this plan.
-    pub fn find(&self, method: Method, plan: &Plan) -> Option<&Measurement> {
-        self.rows.iter().find(|row| row.method == method && row.plan == *plan)
+    pub fn find(&self, steps: &Steps, plan: &Plan) -> Option<&Measurement> {
+        self.rows.iter().find(|row| row.steps == *steps && row.plan == *plan)
     }
 
     /// Takes a variant on disk in. An earlier result of the same plan stays: the weights are the same.
-    pub fn quantized(&mut self, method: Method, plan: Plan, path: PathBuf, manifest: &VariantManifest) {
-        let result = self.find(method, &plan).and_then(|row| row.result.clone());
-        self.rows.retain(|row| row.method != method || row.plan != plan);
+    pub fn quantized(&mut self, steps: &Steps, plan: Plan, path: PathBuf, manifest: &VariantManifest) {
+        let result = self.find(steps, &plan).and_then(|row| row.result.clone());
+        self.rows.retain(|row| row.steps != *steps || row.plan != plan);
         let mut errors = vec![0.0; plan.blocks.len()];
         for block in &manifest.blocks {
             if let Some(error) = errors.get_mut(block.index) {
                 *error = block.error;
             }
         }
-        self.rows.push(Measurement { method, plan, path, errors, result });
+        self.rows.push(Measurement { steps: steps.clone(), plan, path, errors, result });
     }
 
     /// Takes an evaluation in.
-    pub fn evaluated(&mut self, method: Method, plan: &Plan, result: ModelResult) {
-        if let Some(row) = self.rows.iter_mut().find(|row| row.method == method && row.plan == *plan) {
+    pub fn evaluated(&mut self, steps: &Steps, plan: &Plan, result: ModelResult) {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.steps == *steps && row.plan == *plan) {
             row.result = Some(result);
         }
     }
 
     /// The error of a block under `plan`: measured (`true`), or taken from the latest plan in which the block had the
     /// same format among other neighbours (`false`).
-    pub fn error(&self, method: Method, plan: &Plan, block: usize) -> Option<(f64, bool)> {
-        if let Some(row) = self.find(method, plan) {
+    pub fn error(&self, steps: &Steps, plan: &Plan, block: usize) -> Option<(f64, bool)> {
+        if let Some(row) = self.find(steps, plan) {
             return Some((*row.errors.get(block)?, true));
         }
-        self.error_at(method, block, *plan.blocks.get(block)?).map(|error| (error, false))
+        self.error_at(steps, block, *plan.blocks.get(block)?).map(|error| (error, false))
     }
 
     /// The error of a block in the latest plan that gave it this format.
-    pub fn error_at(&self, method: Method, block: usize, format: Format) -> Option<f64> {
-        let row = self.rows.iter().rfind(|row| row.method == method && row.plan.blocks.get(block) == Some(&format))?;
+    pub fn error_at(&self, steps: &Steps, block: usize, format: Format) -> Option<f64> {
+        let row = self.rows.iter().rfind(|row| row.steps == *steps && row.plan.blocks.get(block) == Some(&format))?;
         row.errors.get(block).copied()
     }
 }

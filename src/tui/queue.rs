@@ -14,7 +14,7 @@ use crate::error::{ErrorKind, Result};
 use crate::eval::ModelToEvaluate;
 use crate::format::Plan;
 use crate::monitor::Report;
-use crate::quant::Method;
+use crate::quant::Steps;
 use crate::session::Session;
 
 /// Log lines kept.
@@ -25,7 +25,7 @@ const LOG_LINES: usize = 500;
 pub struct Target {
     pub name: String,
     pub recipe: String,
-    pub method: Method,
+    pub steps: Steps,
     pub plan: Plan,
 }
 
@@ -194,7 +194,7 @@ impl Queue {
             Event::Text { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(Work::Quantize(target)) = self.running().map(|item| item.work.clone()) else { return };
-                measurements.quantized(target.method, target.plan, path, &manifest);
+                measurements.quantized(&target.steps, target.plan, path, &manifest);
                 if let Some(item) = self.running_mut() {
                     item.reused = reused;
                 }
@@ -204,7 +204,7 @@ impl Queue {
                 let result = evaluated.result;
                 self.evaluated += 1;
                 match targets.iter().find(|target| target.name == result.variant) {
-                    Some(target) => measurements.evaluated(target.method, &target.plan, result),
+                    Some(target) => measurements.evaluated(&target.steps, &target.plan, result),
                     None => measurements.base = Some(result),
                 }
             }
@@ -277,7 +277,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
             model: session.model.name(),
             name: target.name.clone(),
             recipe: target.recipe.clone(),
-            method: target.method,
+            steps: target.steps.clone(),
             plan: target.plan.clone(),
             sample: session.calibration.clone(),
             storage: StorageLayout::Native,
@@ -287,7 +287,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
         })))),
         Work::Evaluate(targets) => {
             let model = |target: &Target| {
-                let measured = measurements.find(target.method, &target.plan)?;
+                let measured = measurements.find(&target.steps, &target.plan)?;
                 Some(ModelToEvaluate { name: target.name.clone(), path: measured.path.display().to_string() })
             };
             let mut request = session.evaluate.request()?;

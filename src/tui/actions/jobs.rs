@@ -7,7 +7,7 @@ use super::super::queue::Target;
 use super::super::state::{Pane, State};
 
 fn target(draft: &Draft) -> Target {
-    Target { name: draft.name.clone(), recipe: draft.recipe.name.clone(), method: draft.recipe.method, plan: draft.plan.clone() }
+    Target { name: draft.name.clone(), recipe: draft.recipe.name.clone(), steps: draft.recipe.steps(), plan: draft.plan.clone() }
 }
 
 fn queue(state: &mut State, targets: Vec<Target>) -> Vec<Effect> {

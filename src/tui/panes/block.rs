@@ -34,12 +34,12 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
 
     let formats = row.suitability.iter().map(|fit| (fit.format, fit.bytes, fit.fallbacks.is_empty()));
     let whole = block.linear_bytes(crate::format::Format::W16A16, float_bytes);
-    let method = state.document.draft().recipe.method;
+    let steps = state.document.draft().recipe.steps();
     for pair in std::iter::once((crate::format::Format::W16A16, whole, true)).chain(formats).collect::<Vec<_>>().chunks(2) {
         let mut spans = Vec::new();
         for (other, bytes, fits) in pair {
             let mark = if *other == format { " ▶ " } else { "   " };
-            let error = state.measurements.error_at(method, block.index, *other).map(percent).unwrap_or_default();
+            let error = state.measurements.error_at(&steps, block.index, *other).map(percent).unwrap_or_default();
             let note = if *fits { "" } else { " part int8" };
             spans.extend([
                 Span::styled(mark, style(Role::Strong)),

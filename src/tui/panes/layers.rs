@@ -94,7 +94,7 @@ fn error(state: &State, index: usize) -> Option<(f64, bool)> {
     {
         return Some((*error, true));
     }
-    state.measurements.error(draft.recipe.method, &draft.plan, index)
+    state.measurements.error(&draft.recipe.steps(), &draft.plan, index)
 }
 
 /// Which columns there is room for.

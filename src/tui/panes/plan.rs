@@ -105,7 +105,7 @@ fn variant(state: &State, index: usize) -> Line<'static> {
     let draft = &state.document.drafts[index];
     let layout = &state.document.layout;
     let current = index == state.document.current();
-    let result = state.measurements.find(draft.recipe.method, &draft.plan).and_then(|row| row.result.as_ref());
+    let result = state.measurements.find(&draft.recipe.steps(), &draft.plan).and_then(|row| row.result.as_ref());
     let float = layout.linear_bytes(&Plan::unquantized(draft.plan.blocks.len())) as f64;
     let figure = |text: String, measured: bool, width: usize| {
         if measured {

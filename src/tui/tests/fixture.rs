@@ -53,8 +53,8 @@ pub fn busy(size: (u16, u16)) -> State {
     for (index, bytes, bits, loss) in [(0, 5_380_000, 8.09, 0.002), (1, 2_750_000, 4.13, 0.024)] {
         let draft = state.document.drafts[index].clone();
         let manifest = manifest(&state, index, 0.002 + loss);
-        state.measurements.quantized(draft.recipe.method, draft.plan.clone(), PathBuf::from("variant"), &manifest);
-        state.measurements.evaluated(draft.recipe.method, &draft.plan, result(&draft.name, bytes, bits, loss));
+        state.measurements.quantized(&draft.recipe.steps(), draft.plan.clone(), PathBuf::from("variant"), &manifest);
+        state.measurements.evaluated(&draft.recipe.steps(), &draft.plan, result(&draft.name, bytes, bits, loss));
     }
     press(&mut state, &["2", "n", "3", "1", "g", "j", "j", "space", "space", "6", "R", "1"]);
     let id = JobId(1);
@@ -124,6 +124,7 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
             source: String::new(),
             recipe: draft.recipe.name.clone(),
             method: "rtn".into(),
+            transforms: Vec::new(),
             sample: String::new(),
             seed: 0,
         },
@@ -144,9 +145,20 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
 
 /// A result that loses `loss` of every accuracy.
 pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64) -> ModelResult {
-    let score = |acc: f64| TaskScore { acc: acc - loss, acc_norm: Some(acc - loss), stderr: 0.01, rows: 400, truncated: 0 };
+    let score = |acc: f64| TaskScore { acc: acc - loss, acc_norm: Some(acc - loss), stderr: 0.01, rows: 400, truncated: 0, skipped: 0 };
     let tasks = [("arc_easy", 0.532), ("arc_challenge", 0.524), ("piqa", 1.0), ("winogrande", 0.99), ("hellaswag", 0.98)];
-    let kld = DivergenceSummary { mean: loss / 10.0, median: loss / 20.0, p99: loss, max: 0.5, top1: 1.0 - loss, tokens: 6144 };
+    let kld = DivergenceSummary {
+        mean: loss / 10.0,
+        median: loss / 20.0,
+        p90: loss / 5.0,
+        p95: loss / 3.0,
+        p99: loss,
+        p999: 2.0 * loss,
+        max: 0.5,
+        top1: 1.0 - loss,
+        rms_probability: Some(loss),
+        tokens: 6144,
+    };
     ModelResult {
         model: "demo".into(),
         variant: variant.into(),
@@ -157,6 +169,7 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
         tasks: tasks.into_iter().map(|(task, acc)| (task.to_owned(), score(acc))).collect(),
         kld: (loss > 0.0).then_some(kld),
         perplexity: Some(1.69 + loss),
+        perplexities: None,
         speed: Some(Speed {
             prefill_tokens_per_s: 4000.0 + 1e6 * loss,
             decode_tokens_per_s: 300.0 + 1e5 * loss,

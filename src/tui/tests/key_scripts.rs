@@ -129,7 +129,7 @@ fn a_run_quantizes_then_evaluates_what_was_made() {
     // Results follow the plan: an edit hides them, undoing it brings them back.
     let has_result = |state: &State| {
         let draft = state.document.draft();
-        state.measurements.find(draft.recipe.method, &draft.plan).is_some_and(|row| row.result.is_some())
+        state.measurements.find(&draft.recipe.steps(), &draft.plan).is_some_and(|row| row.result.is_some())
     };
     assert!(has_result(&state));
     press(&mut state, &["1", "4"]);

@@ -134,7 +134,7 @@ fn browse_plan_undo_run_compare_save_reload() {
     // What a replay of the saved file would make is just what was measured on screen.
     for (spec, draft) in reloaded.variants.iter().zip(&state.document.drafts) {
         let (recipe, plan) = spec.plan(&state.document.layout).unwrap();
-        let measured = state.measurements.find(recipe.method, &plan).unwrap();
+        let measured = state.measurements.find(&recipe.steps(), &plan).unwrap();
         assert!(measured.result.is_some() && plan == draft.plan);
     }
     assert_eq!(state.measurements.base.as_ref().unwrap().variant, "base");
