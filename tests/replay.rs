@@ -24,7 +24,7 @@ fn quick_session(folder: &Path) -> String {
     let quick = demo
         .replace("speed = true", "speed = false\nlimit = 4")
         .replace("windows = 24", "windows = 2")
-        .replace("sequences = 8", "sequences = 2");
+        .replace("sequences = 32", "sequences = 2");
     std::fs::write(&path, quick).unwrap();
     path.display().to_string()
 }

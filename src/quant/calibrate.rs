@@ -32,8 +32,7 @@ pub fn second_moment<B: Backend>(
     }
     let tokens: usize = batches.iter().map(|(ids, _)| ids.len()).sum();
     let count = (tokens * stream.blocks()) as f64;
-    sum.iter_mut().for_each(|value| *value /= count);
-    Ok(sum)
+    Ok(sum.into_iter().map(|value| value / count).collect())
 }
 
 /// `Σ x xᵀ` of the input of each linear of `block` (float) over the batches, by the linear's name.

@@ -67,7 +67,9 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         notes.push(format!("{}: no group of 128, 64 or 32 divides {} inputs, so weights are int8 per channel", linear.name, linear.cols));
     }
     if float.changed && rounding.float_bytes == 2 && schemes.contains(&Scheme::Float) {
-        values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+        for value in &mut values {
+            *value = bf16::from_f32(*value).to_f32();
+        }
     }
     let mut quantize = |rows: Range<usize>, scheme| {
         let count = rows.len();
@@ -79,7 +81,7 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
                 match damping.used {
                     None => notes.push(format!("{}: its Hessian is singular, so weights were rounded to nearest", linear.name)),
                     Some(damping) if damping > gptq::DAMPING => {
-                        notes.push(format!("{}: GPTQ's damping was raised to {damping}", linear.name))
+                        notes.push(format!("{}: GPTQ's damping was raised to {damping}", linear.name));
                     }
                     Some(_) => {}
                 }

@@ -24,7 +24,7 @@ pub struct SampleSpec {
 
 impl Default for SampleSpec {
     fn default() -> Self {
-        Self { source: "embedded".into(), sequences: 8, length: 256, seed: 0 }
+        Self { source: "embedded".into(), sequences: 32, length: 256, seed: 0 }
     }
 }
 
