@@ -58,7 +58,8 @@ fn threads_do_not_change_a_byte() {
     for recipe in ["phase1", "phase2", "phase3"] {
         let made = [1, 2].map(|threads| {
             let out = folder.path().join(format!("{recipe}-{threads}"));
-            let arguments = ["quantize", "demo", "-r", recipe, "-o", out.to_str().unwrap(), "--threads", &threads.to_string()];
+            let threads = threads.to_string();
+            let arguments = ["quantize", "demo", "-r", recipe, "-o", out.to_str().unwrap(), "--threads", &threads, "--sequences", "3"];
             succeeded(&strata(folder.path()).args(arguments).output().unwrap());
             files(&out)
         });
@@ -120,10 +121,11 @@ fn dt_rows_keep_eight_bits_and_widths_without_a_group_say_so() {
 fn portable_variants_have_one_scheme_a_module() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("v");
-    let arguments = ["quantize", "demo", "-r", "phase2", "--portable", "-o", out.to_str().unwrap()];
+    let arguments = ["quantize", "demo", "-r", "phase2", "--portable", "--sequences", "2", "-o", out.to_str().unwrap()];
     let output = strata(folder.path()).args(arguments).output().unwrap();
     succeeded(&output);
     assert!(common::text(&output.stderr).contains("in_proj of SSM blocks takes 8 bits"));
+    assert!(common::text(&output.stderr).contains("online rotations are left out"));
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
     let quantization = &config["quantization_config"];
     assert_eq!(quantization["quant_method"], "compressed-tensors");
@@ -212,7 +214,7 @@ fn killed_at_any_moment_it_leaves_no_variant_or_a_whole_one() {
     let whole = folder.path().join("whole");
     let quantize = |out: &Path| {
         let mut command = strata(folder.path());
-        command.args(["quantize", "demo", "-r", "phase2", "-o", out.to_str().unwrap()]);
+        command.args(["quantize", "demo", "-r", "phase2", "--sequences", "3", "-o", out.to_str().unwrap()]);
         command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
         command
     };

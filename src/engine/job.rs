@@ -140,11 +140,16 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
     if job.storage == StorageLayout::Portable && plan.blocks.contains(&Format::W4A8) {
         monitor.warn("portable: in_proj of SSM blocks takes 8 bits as a whole, since its dt rows need them");
     }
+    let mut steps = job.steps;
+    if job.storage == StorageLayout::Portable && steps.transforms.iter().any(|transform| transform.is_online()) {
+        monitor.warn("portable: online rotations are left out, since other engines do not compute them");
+        steps.transforms.retain(|transform| !transform.is_online());
+    }
     let sample = Sample::load(&checkpoint, &job.sample)?;
     let mut request = QuantizeRequest {
         checkpoint: &checkpoint,
         recipe: job.recipe,
-        steps: job.steps,
+        steps,
         plan,
         sample,
         storage: job.storage,
