@@ -309,4 +309,13 @@ mod tests {
     fn the_compiled_in_session_is_valid() {
         assert!(Session::demo().unwrap().is_demo());
     }
+
+    #[test]
+    fn every_shipped_session_is_valid() {
+        let files: Vec<PathBuf> = std::fs::read_dir("sessions").unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(files.len() >= 5);
+        for file in files {
+            Session::read(&file).unwrap();
+        }
+    }
 }
