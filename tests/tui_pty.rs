@@ -29,9 +29,12 @@ fn emulator(columns: u16, rows: u16) -> vt100::Parser {
 
 impl Session {
     fn start(columns: u16, rows: u16) -> Self {
+        Self::spawn(columns, rows, CommandBuilder::new(env!("CARGO_BIN_EXE_strata")))
+    }
+
+    fn spawn(columns: u16, rows: u16, mut command: CommandBuilder) -> Self {
         let size = PtySize { rows, cols: columns, pixel_width: 0, pixel_height: 0 };
         let pty = native_pty_system().openpty(size).unwrap();
-        let mut command = CommandBuilder::new(env!("CARGO_BIN_EXE_strata"));
         command.env("TERM", "xterm-256color");
         command.env_remove("NO_COLOR");
         let child = pty.slave.spawn_command(command).unwrap();
@@ -148,4 +151,27 @@ fn suspending_gives_the_shell_its_terminal_and_fg_comes_back() {
     session.sees("1 Layers");
     session.types("q");
     assert_eq!(session.ends(), 0);
+}
+
+/// Takes the terminal as the workbench does, and panics.
+#[test]
+#[ignore = "run by the test below, in a terminal of its own"]
+fn panicking_program() {
+    strata::tui::terminal::restore_on_panic();
+    let _screen = strata::tui::terminal::TerminalScreen::take().unwrap();
+    panic!("on purpose");
+}
+
+#[test]
+fn a_panic_gives_the_terminal_back_and_is_read_there() {
+    let mut command = CommandBuilder::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "panicking_program", "--nocapture"]);
+    let mut session = Session::spawn(80, 24, command);
+    session.child.wait().unwrap();
+    session.take_in();
+    let raw = String::from_utf8_lossy(&session.raw).into_owned();
+    let at = |what: &str| raw.find(what).unwrap_or_else(|| panic!("{what:?} is missing: {raw:?}"));
+    assert!(at("\u{1b}[?1049h") < at("\u{1b}[?1049l"), "the alternate screen is left");
+    assert!(at("\u{1b}[?1049l") < at("on purpose"), "the message comes after, where it can be read");
+    assert!(!session.screen.screen().hide_cursor() && !session.screen.screen().bracketed_paste());
 }
