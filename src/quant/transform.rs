@@ -1,6 +1,6 @@
 //! The transforms applied to weights: folded norms and fused rotations.
 
-use faer::{Mat, MatRef};
+use faer::Mat;
 
 use super::hadamard;
 use super::weights::{BlockWeights, FloatLinear};
@@ -157,9 +157,5 @@ fn residual_rotation(second_moment: Option<&[f64]>, hidden: usize) -> Result<Mat
         .self_adjoint_eigen(faer::Side::Lower)
         .map_err(|error| Error::run(format!("the eigenvectors of the residual stream's second moment cannot be found: {error:?}")))?;
     let (rotation, _) = hadamard::for_width(hidden);
-    Ok(decomposition.U() * as_ref(&rotation))
-}
-
-fn as_ref(matrix: &Mat<f64>) -> MatRef<'_, f64> {
-    matrix.as_ref()
+    Ok(decomposition.U() * &rotation)
 }
