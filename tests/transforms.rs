@@ -41,9 +41,10 @@ fn check(source: &Path, folder: &Path) {
     let checkpoint = Checkpoint::open(source).unwrap();
     let ids: Vec<u32> = (0..48).map(|i| (i * 37 + 5) % 320).collect();
     let expected = logits(&checkpoint, &ids);
-    let mut lists: Vec<Vec<Transform>> = Transform::ALL.iter().map(|transform| vec![*transform]).collect();
-    lists[1].insert(0, Transform::FoldNorms);
-    lists.push(Transform::ALL.to_vec());
+    let with_norms =
+        |transform: &Transform| if transform.turns_residual() { vec![Transform::FoldNorms, *transform] } else { vec![*transform] };
+    let mut lists: Vec<Vec<Transform>> = Transform::ALL.iter().map(with_norms).collect();
+    lists.push(Transform::ALL.into_iter().filter(|transform| *transform != Transform::HadamardResidual).collect());
     for (index, transforms) in lists.into_iter().enumerate() {
         let output = folder.join(format!("{index}"));
         let spec = SampleSpec { sequences: 2, length: 64, ..SampleSpec::default() };

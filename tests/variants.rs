@@ -17,7 +17,7 @@ use strata::monitor::{CancelToken, Monitor, Report};
 use strata::quant::{Method, Override, QuantizeRequest, Recipe, Sample, SampleSpec, Steps, quantize, work_directory};
 use tempfile::TempDir;
 
-const SAMPLE: SampleSpec = SampleSpec { source: String::new(), sequences: 2, length: 48, seed: 7 };
+const SAMPLE: SampleSpec = SampleSpec { source: String::new(), sequences: 2, length: 48, seed: 7, allow_overlap: false };
 
 fn request<'a>(checkpoint: &'a Checkpoint, plan: Plan, output: &Path) -> QuantizeRequest<'a> {
     let spec = SampleSpec { source: "embedded".into(), ..SAMPLE };

@@ -8,6 +8,7 @@ use strata::checkpoint::{self, StorageLayout, VariantManifest};
 use strata::engine::{Event, Job, QuantizeJob};
 use strata::error::{Error, Result};
 use strata::format::Plan;
+use strata::quant::overlap::EvaluationFiles;
 use strata::quant::{Override, Recipe, SampleSpec};
 use strata::session::replay::finish;
 use strata::session::{SESSION_SCHEMA, Session, VariantSpec, paths, report};
@@ -34,7 +35,8 @@ pub struct Quantize {
     /// Store what compressed-tensors can express, so that other engines load it; says what was given up.
     #[arg(long)]
     portable: bool,
-    /// Text whose sample validates the variant; the demo's calibration text unless given.
+    /// Text that the variant is calibrated and validated on (`.jsonl`: the `text` of each line); the demo's calibration
+    /// text unless given.
     #[arg(long, value_name = "FILE")]
     calibration: Option<String>,
     /// Sequences of the sample.
@@ -43,11 +45,14 @@ pub struct Quantize {
     /// Tokens of each sequence.
     #[arg(long)]
     length: Option<usize>,
+    /// Calibrate even on text that is evaluated on.
+    #[arg(long)]
+    allow_overlap: bool,
 }
 
 impl Quantize {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let (variant, mut sample) = self.variant()?;
+        let (variant, mut sample, evaluation) = self.variant()?;
         let checkpoint = checkpoint::open(&self.model)?;
         let (recipe, plan) = variant.plan(&checkpoint.layout)?;
         if let Some(file) = &self.calibration {
@@ -55,6 +60,7 @@ impl Quantize {
         }
         sample.sequences = self.sequences.unwrap_or(sample.sequences);
         sample.length = self.length.unwrap_or(sample.length);
+        sample.allow_overlap |= self.allow_overlap;
         sample.seed = common.seed.unwrap_or(sample.seed);
         let layout = checkpoint.layout.clone();
         drop(checkpoint);
@@ -65,6 +71,7 @@ impl Quantize {
             recipe: recipe.name,
             plan: plan.clone(),
             sample,
+            evaluation,
             storage: if self.portable { StorageLayout::Portable } else { StorageLayout::Native },
             output: self.output.clone(),
             store: paths::variants_directory(),
@@ -85,14 +92,14 @@ impl Quantize {
         print(&path, &manifest, base, common)
     }
 
-    /// The variant asked for, and the sample that its session names.
-    fn variant(&self) -> Result<(VariantSpec, SampleSpec)> {
+    /// The variant asked for, and the sample and evaluation files that its session names.
+    fn variant(&self) -> Result<(VariantSpec, SampleSpec, EvaluationFiles)> {
         let path = Path::new(&self.recipe);
         let is_session = path.is_file() && std::fs::read_to_string(path).is_ok_and(|text| text.contains(SESSION_SCHEMA));
-        let (mut variant, sample) = if is_session {
+        let (mut variant, sample, evaluation) = if is_session {
             let session = Session::read(path)?;
             match session.variants.as_slice() {
-                [variant] => (variant.clone(), session.calibration),
+                [variant] => (variant.clone(), session.calibration.clone(), session.evaluate.files()),
                 variants => {
                     return Err(Error::input(format!("{} has {} variants, and `quantize` makes one", path.display(), variants.len()))
                         .hint("run it with `strata replay`, whose --variant picks one"));
@@ -100,12 +107,12 @@ impl Quantize {
             }
         } else {
             let name = Recipe::find(&self.recipe)?.name;
-            (VariantSpec { name, recipe: self.recipe.clone(), overrides: Vec::new() }, SampleSpec::default())
+            (VariantSpec { name, recipe: self.recipe.clone(), overrides: Vec::new() }, SampleSpec::default(), EvaluationFiles::default())
         };
         for rule in &self.overrides {
             variant.overrides.push(parse_override(rule)?);
         }
-        Ok((variant, sample))
+        Ok((variant, sample, evaluation))
     }
 }
 

@@ -14,6 +14,7 @@ use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
 use crate::monitor::{CancelToken, Monitor, Report};
+use crate::quant::overlap::{self, EvaluationFiles};
 use crate::quant::{self, QuantizeRequest, Sample, SampleSpec, Steps};
 
 /// Work for the engine.
@@ -56,6 +57,8 @@ pub struct QuantizeJob {
     pub steps: Steps,
     pub plan: Plan,
     pub sample: SampleSpec,
+    /// What the variant will be evaluated on: its calibration text must be other text.
+    pub evaluation: EvaluationFiles,
     pub storage: StorageLayout,
     /// Where the variant goes. `None`: under `store`, by the hash of everything that decides its bytes; a variant
     /// found there is verified and reused unless `force` is set.
@@ -136,11 +139,6 @@ fn check_portable(plan: &Plan) -> Result<()> {
         return Err(Error::input(format!("`{slice}` has a format of its own, and a portable variant has one a module"))
             .hint("give the whole in_proj the wider format, or leave --portable out"));
     }
-    let bits = |format: &Format| format.weight_bits() == 3;
-    if plan.blocks.iter().chain(plan.linears.values()).chain([&plan.head]).any(bits) {
-        return Err(Error::input("compressed-tensors packs 3-bit weights in another way, so they cannot be portable")
-            .hint("choose 4 or 2 bits, or leave --portable out"));
-    }
     Ok(())
 }
 
@@ -165,6 +163,9 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         steps.transforms.retain(|transform| !transform.is_online());
     }
     let sample = Sample::load(&checkpoint, &job.sample)?;
+    if !job.sample.allow_overlap && job.sample.source != "embedded" {
+        overlap::check(&checkpoint, &job.sample.text()?, &sample, &job.evaluation)?;
+    }
     let mut request = QuantizeRequest {
         checkpoint: &checkpoint,
         recipe: job.recipe,

@@ -1,6 +1,6 @@
 //! Codes of 4, 3 or 2 bits in 32-bit words: each row is a stream of bits, the first code in the lowest bits of the first
-//! word, each with half its range added; the row is padded with zero bits to a whole word. For 4 and 2 bits that is what
-//! compressed-tensors stores as `pack-quantized`; its 3-bit codes leave two bits of every word unused, these do not.
+//! word, each with half its range added; the row is padded with zero bits to a whole word. This is `pack-quantized` of
+//! compressed-tensors (whose older versions left two bits of a word of 3-bit codes unused).
 
 /// Words that hold a row of `cols` codes.
 pub fn words_in_row(cols: usize, bits: u8) -> usize {

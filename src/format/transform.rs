@@ -13,6 +13,16 @@ pub enum Transform {
     /// An orthogonal Q on the residual stream, fused offline into every reader and writer: eigenvectors of the
     /// normalised stream's second moment times a full Hadamard matrix (MambaQuant's KLT-enhanced rotation).
     RotateResidual,
+    /// The same with the Hadamard matrix alone (QuaRot), to see what the eigenvectors add.
+    HadamardResidual,
+    /// Scales between `v_proj` and `o_proj` (SmoothQuant), before any rotation of them.
+    SmoothVo,
+    /// Scales between `up_proj` and `down_proj` through relu²: relu²(s·x) = s²·relu²(x).
+    SmoothRelu2,
+    /// Scales between the gated norm's weight and `out_proj` (the smoothing of MambaQuant's smooth-fused rotation).
+    SmoothOut,
+    /// Per-head Hadamard on queries and keys, all offline since there is no rotary embedding (QuaRot).
+    RotateQk,
     /// Per-head Hadamard on values, undone in `o_proj` (QuaRot).
     RotateVo,
     /// Online block-Hadamard behind the gated norm, its inverse fused into `out_proj` (the rotation of MambaQuant's
@@ -23,13 +33,29 @@ pub enum Transform {
 }
 
 impl Transform {
-    pub const ALL: [Self; 5] = [Self::FoldNorms, Self::RotateResidual, Self::RotateVo, Self::RotateOut, Self::RotateRelu2];
+    pub const ALL: [Self; 10] = [
+        Self::FoldNorms,
+        Self::RotateResidual,
+        Self::HadamardResidual,
+        Self::SmoothVo,
+        Self::SmoothRelu2,
+        Self::SmoothOut,
+        Self::RotateQk,
+        Self::RotateVo,
+        Self::RotateOut,
+        Self::RotateRelu2,
+    ];
 
     /// The word used in recipes.
     pub fn name(self) -> &'static str {
         match self {
             Self::FoldNorms => "fold-norms",
             Self::RotateResidual => "rotate-residual",
+            Self::HadamardResidual => "hadamard-residual",
+            Self::SmoothVo => "smooth-vo",
+            Self::SmoothRelu2 => "smooth-relu2",
+            Self::SmoothOut => "smooth-out",
+            Self::RotateQk => "rotate-qk",
             Self::RotateVo => "rotate-vo",
             Self::RotateOut => "rotate-out",
             Self::RotateRelu2 => "rotate-relu2",
@@ -39,6 +65,16 @@ impl Transform {
     /// Whether the model has to compute something more when it runs.
     pub fn is_online(self) -> bool {
         matches!(self, Self::RotateOut | Self::RotateRelu2)
+    }
+
+    /// Whether the stream between the blocks is no longer the checkpoint's.
+    pub fn turns_residual(self) -> bool {
+        matches!(self, Self::RotateResidual | Self::HadamardResidual)
+    }
+
+    /// Whether it needs the largest magnitudes of activations on the calibration text.
+    pub fn smooths(self) -> bool {
+        matches!(self, Self::SmoothVo | Self::SmoothRelu2 | Self::SmoothOut)
     }
 }
 

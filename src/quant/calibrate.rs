@@ -1,11 +1,12 @@
-//! What is measured on the sample: the second moment of the normalised residual stream, and the Hessian of each linear.
+//! What is measured on the sample: the second moment of the normalised residual stream, and by linear the largest
+//! magnitudes and the Hessian of its input.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use crate::backend::{Backend, Emit, Sequences};
-use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::checkpoint::{BlockSpec, Checkpoint};
+use crate::error::{Error, Result};
 use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
 
@@ -35,9 +36,38 @@ pub fn second_moment<B: Backend>(
     Ok(sum.into_iter().map(|value| value / count).collect())
 }
 
+/// Largest magnitude of each input of each linear of a block, by the linear's name.
+pub type Maxima = BTreeMap<String, Vec<f64>>;
+
+/// Runs `block` over the batches and returns what it adds to each, with the largest magnitudes that its linears read.
+pub fn maxima<B: Backend>(
+    backend: &B,
+    spec: &BlockSpec,
+    block: &Block<B>,
+    inputs: &[B::Tensor],
+    sequences: &[Sequences],
+) -> Result<(Vec<B::Tensor>, Maxima)> {
+    let found: RefCell<Maxima> = RefCell::new(BTreeMap::new());
+    let tap = |name: &str, x: &B::Activation| {
+        let width = spec.linear(name).map_or(1, |linear| linear.cols);
+        let mut found = found.borrow_mut();
+        let largest = found.entry(name.to_owned()).or_insert_with(|| vec![0.0; width]);
+        for row in backend.floats(x)?.chunks_exact(width) {
+            for (largest, x) in largest.iter_mut().zip(row) {
+                *largest = largest.max(f64::from(x.abs()));
+            }
+        }
+        Ok(())
+    };
+    let mixed = inputs.iter().zip(sequences).map(|(h, sequences)| block.mix(backend, h, sequences, None, Some(&tap)));
+    let mixed = mixed.collect::<Result<_>>()?;
+    Ok((mixed, found.into_inner()))
+}
+
 /// `Σ x xᵀ` of the input of each linear of `block` (float) over the batches, by the linear's name.
 pub fn hessians<B: Backend>(
     backend: &B,
+    spec: &BlockSpec,
     block: &Block<B>,
     inputs: &[B::Tensor],
     sequences: &[Sequences],
@@ -45,6 +75,10 @@ pub fn hessians<B: Backend>(
     let sums: RefCell<BTreeMap<String, Vec<f64>>> = RefCell::new(BTreeMap::new());
     let tap = |name: &str, x: &B::Activation| {
         let gram = backend.gram(x)?;
+        if gram.iter().any(|value| !value.is_finite()) {
+            return Err(Error::run(format!("block {}: the input of `{name}` is not finite on the calibration text", spec.index))
+                .hint("give the blocks in front of it a wider format"));
+        }
         sums.borrow_mut().entry(name.to_owned()).and_modify(|sum| add(sum, &gram)).or_insert(gram);
         Ok(())
     };

@@ -114,8 +114,8 @@ mod tests {
         for n in [1, 2, 12, 20, 28, 16, 24, 64, 80, 96, 128, 160, 256, 560, 1120] {
             assert!(largest_departure(&orthonormal(n).unwrap()) < 1e-12, "{n}");
         }
-        // Residual widths of published models: checked by their factors, whose Kronecker product is orthogonal too.
-        for n in [2688, 3136, 4096, 4480] {
+        // Residual and MLP widths of published models: checked by their factors, whose Kronecker product is orthogonal too.
+        for n in [2688, 3136, 4096, 4480, 12544, 15680, 21504] {
             let factors = factors(n).unwrap();
             assert_eq!(factors.iter().product::<usize>(), n);
             for order in factors.into_iter().filter(|order| *order < 512) {

@@ -5,10 +5,12 @@ mod calibrate;
 mod gptq;
 pub mod hadamard;
 mod method;
+pub mod overlap;
 mod pipeline;
 mod publish;
 mod recipe;
 mod sample;
+mod smooth;
 mod transform;
 mod weights;
 

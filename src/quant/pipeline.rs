@@ -226,12 +226,20 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
         let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
-        let weights = self.transforms.block(checkpoint, spec)?;
+        let float_block = Block::load(self.backend, checkpoint, index)?;
+        let (mixed, maxima) = if self.request.steps.transforms.iter().any(|transform| transform.smooths()) {
+            calibrate::maxima(self.backend, spec, &float_block, &streams.reference, &streams.sequences)?
+        } else {
+            let pairs = streams.reference.iter().zip(&streams.sequences);
+            let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
+            (pairs.map(mix).collect::<Result<_>>()?, BTreeMap::new())
+        };
+        let weights = self.transforms.block(checkpoint, spec, &maxima)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
         let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
         let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
-            calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences)?
+            calibrate::hessians(self.backend, spec, &transformed, &streams.quantized, &streams.sequences)?
         } else {
             BTreeMap::new()
         };
@@ -257,19 +265,20 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
         drop(tensors);
 
-        let float_block = Block::load(self.backend, checkpoint, index)?;
         let quantized_block =
             Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears })?;
         let (mut difference, mut norm) = (0.0, 0.0);
-        for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
+        for (quantized, sequences) in streams.quantized.iter_mut().zip(&streams.sequences) {
             let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
             let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
             for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
                 difference += f64::from(exact - rounded).powi(2);
                 norm += f64::from(*exact).powi(2);
             }
-            *reference = float_block.forward(self.backend, reference.clone(), sequences, None)?;
             *quantized = self.backend.add(quantized.clone(), &rounded)?;
+        }
+        for (reference, mixed) in streams.reference.iter_mut().zip(&mixed) {
+            *reference = self.backend.add(reference.clone(), mixed)?;
         }
         Ok(BlockRecord {
             index,
@@ -390,10 +399,15 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 self.push_linear(&layout.head, &head, &mut tensors)?;
             }
         }
-        for (name, tensor) in checkpoint.tensors() {
-            if name.starts_with("mtp.") {
-                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)));
+        let extra = checkpoint.tensors().filter(|(name, _)| name.starts_with("mtp."));
+        // They read the residual stream and the head's input, which the transforms change.
+        if self.request.steps.transforms.iter().any(|transform| transform.turns_residual() || *transform == Transform::FoldNorms) {
+            let dropped = extra.count();
+            if dropped > 0 {
+                self.monitor.warn(format!("{dropped} tensors of MTP layers are left out: they do not fit the transformed stream and head"));
             }
+        } else {
+            tensors.extend(extra.map(|(name, tensor)| (name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes))));
         }
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
 

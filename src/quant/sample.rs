@@ -14,17 +14,45 @@ use crate::eval::text;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SampleSpec {
-    /// `embedded` (the demo's calibration text) or the path of a text file.
+    /// `embedded` (the demo's calibration text) or the path of a text file; of a `.jsonl` file the `text` of each line.
     pub source: String,
     pub sequences: usize,
     /// Tokens of a sequence.
     pub length: usize,
     pub seed: u64,
+    /// Calibrate even on text that is evaluated on.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_overlap: bool,
+}
+
+impl SampleSpec {
+    /// The calibration text.
+    pub fn text(&self) -> Result<String> {
+        let path = std::path::Path::new(&self.source);
+        match self.source.as_str() {
+            "embedded" => Ok(DEMO_CALIBRATION.to_owned()),
+            _ if path.extension().is_some_and(|end| end == "jsonl") => json_lines(path, &text::read(path)?),
+            _ => text::read(path),
+        }
+    }
+}
+
+/// The documents of a JSON-lines file, separated by blank lines.
+fn json_lines(path: &std::path::Path, content: &str) -> Result<String> {
+    let document = |(number, line): (usize, &str)| {
+        let row: Option<serde_json::Value> = serde_json::from_str(line).ok();
+        row.and_then(|row| row["text"].as_str().map(str::to_owned)).ok_or_else(|| {
+            Error::input(format!("line {} of {} is no JSON object with a string `text`", number + 1, path.display()))
+                .hint("calibration from JSON lines takes one document a line, under `text`")
+        })
+    };
+    let lines = content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    Ok(lines.map(document).collect::<Result<Vec<_>>>()?.join("\n\n"))
 }
 
 impl Default for SampleSpec {
     fn default() -> Self {
-        Self { source: "embedded".into(), sequences: 32, length: 256, seed: 0 }
+        Self { source: "embedded".into(), sequences: 32, length: 256, seed: 0, allow_overlap: false }
     }
 }
 
@@ -50,8 +78,7 @@ impl Sample {
             let sequence = |rng: &mut SmallRng| (0..spec.length).map(|_| rng.random_range(0..vocabulary)).collect();
             return Ok(Self { sequences: (0..spec.sequences).map(|_| sequence(&mut rng)).collect(), seed: spec.seed });
         }
-        let text = if embedded { DEMO_CALIBRATION.to_owned() } else { text::read(std::path::Path::new(&spec.source))? };
-        let tokens = text::tokenize(&checkpoint.tokenizer()?, &text)?;
+        let tokens = text::tokenize(&checkpoint.tokenizer()?, &spec.text()?)?;
         let mut windows: Vec<&[u32]> = tokens.chunks_exact(spec.length).collect();
         if windows.len() < spec.sequences {
             return Err(Error::input(format!(

@@ -1,8 +1,10 @@
-//! The transforms applied to weights: folded norms and fused rotations.
+//! The transforms applied to weights: folded norms, smoothing and fused rotations, in that order.
 
 use faer::Mat;
 
+use super::calibrate::Maxima;
 use super::hadamard;
+use super::smooth;
 use super::weights::{BlockWeights, FloatLinear};
 use crate::checkpoint::{BlockSpec, Checkpoint};
 use crate::error::{Error, Result};
@@ -38,12 +40,21 @@ impl Transforms {
     /// Checks the order that the transforms need: a rotated residual needs folded norms. `second_moment` `[hidden, hidden]`
     /// is that of the normalised stream, needed for the rotation only.
     pub fn new(list: &[Transform], second_moment: Option<&[f64]>, hidden: usize) -> Result<Self> {
-        let has = |transform| list.contains(&transform);
-        if has(Transform::RotateResidual) && !has(Transform::FoldNorms) {
-            return Err(Error::input("rotate-residual needs fold-norms: a norm's weight does not commute with a rotation")
-                .hint("add \"fold-norms\" to the recipe's transforms"));
-        }
-        let rotation = if has(Transform::RotateResidual) { Some(residual_rotation(second_moment, hidden)?) } else { None };
+        let turning: Vec<Transform> = list.iter().copied().filter(|transform| transform.turns_residual()).collect();
+        let rotation = match turning.as_slice() {
+            [] => None,
+            [one] if !list.contains(&Transform::FoldNorms) => {
+                return Err(Error::input(format!("{one} needs fold-norms: a norm's weight does not commute with a rotation"))
+                    .hint("add \"fold-norms\" to the recipe's transforms"));
+            }
+            [Transform::RotateResidual] => Some(residual_rotation(second_moment, hidden)?),
+            [_] => Some(hadamard::for_width(hidden).0),
+            _ => {
+                return Err(
+                    Error::input("rotate-residual and hadamard-residual both rotate the residual stream").hint("keep one of the two")
+                );
+            }
+        };
         Ok(Self { list: list.to_vec(), rotation })
     }
 
@@ -51,8 +62,9 @@ impl Transforms {
         self.list.contains(&transform)
     }
 
-    /// Reads a block and applies the transforms to it.
-    pub fn block(&self, checkpoint: &Checkpoint, spec: &BlockSpec) -> Result<BlockWeights> {
+    /// Reads a block and applies the transforms to it. `maxima` are those of its linears' inputs in the float model;
+    /// only smoothing needs them.
+    pub fn block(&self, checkpoint: &Checkpoint, spec: &BlockSpec, maxima: &Maxima) -> Result<BlockWeights> {
         let mut weights = BlockWeights::read(checkpoint, spec)?;
         let (readers, writers) = readers_and_writers(spec);
         let gate = format!("{}mixer.gate.weight", spec.prefix);
@@ -68,15 +80,17 @@ impl Transforms {
                 weights.linear_mut(reader)?.scale_inputs(&norm);
             }
             weights.tensors.insert(name, vec![1.0; norm.len()]);
-            if spec.kind == BlockKind::Ssm {
-                let name = format!("{}mixer.norm.weight", spec.prefix);
-                let norm: Vec<f64> = checkpoint.read(&name)?.into_iter().map(f64::from).collect();
-                weights.linear_mut("out_proj")?.scale_inputs(&norm);
-                weights.tensors.insert(name, vec![1.0; norm.len()]);
-            }
         }
-        if self.has(Transform::RotateVo) && spec.kind == BlockKind::Attention {
-            rotate_values(&mut weights, checkpoint)?;
+        match spec.kind {
+            BlockKind::Ssm => self.gated_norm(&mut weights, checkpoint, spec, maxima)?,
+            BlockKind::Attention => {
+                if self.has(Transform::SmoothVo) {
+                    smooth::values(&mut weights, checkpoint, maxima)?;
+                }
+                self.rotate_heads(&mut weights, checkpoint)?;
+            }
+            BlockKind::Mlp | BlockKind::Moe if self.has(Transform::SmoothRelu2) => smooth::relu2(&mut weights, spec, maxima)?,
+            BlockKind::Mlp | BlockKind::Moe => {}
         }
         if let Some(rotation) = &self.rotation {
             for reader in readers.iter().copied().chain(weights.linears.contains_key("gate").then_some("gate")) {
@@ -101,6 +115,45 @@ impl Transforms {
             }
         }
         Ok(weights)
+    }
+
+    /// The gated norm's weight: folded into `out_proj`, then a scale that evens out what `out_proj` reads.
+    fn gated_norm(&self, weights: &mut BlockWeights, checkpoint: &Checkpoint, spec: &BlockSpec, maxima: &Maxima) -> Result<()> {
+        if !self.has(Transform::FoldNorms) && !self.has(Transform::SmoothOut) {
+            return Ok(());
+        }
+        let name = format!("{}mixer.norm.weight", spec.prefix);
+        let before: Vec<f64> = checkpoint.read(&name)?.into_iter().map(f64::from).collect();
+        let mut now = before.clone();
+        if self.has(Transform::FoldNorms) {
+            weights.linear_mut("out_proj")?.scale_inputs(&before);
+            now.fill(1.0);
+        }
+        if self.has(Transform::SmoothOut) {
+            smooth::out(weights, maxima, &before, &mut now)?;
+        }
+        weights.tensors.insert(name, now);
+        Ok(())
+    }
+
+    /// Per-head Hadamard R on values (`v' = Rᵀ v`, undone by every query head of the group in `o_proj`), and on queries
+    /// and keys, whose products it leaves alone.
+    fn rotate_heads(&self, weights: &mut BlockWeights, checkpoint: &Checkpoint) -> Result<()> {
+        let shape = &checkpoint.config.attention;
+        let rotation = hadamard::for_width(shape.head_dim).0;
+        let across = |heads: usize| {
+            let d = shape.head_dim;
+            Mat::from_fn(heads * d, heads * d, |i, j| if i / d == j / d { rotation[(i % d, j % d)] } else { 0.0 })
+        };
+        if self.has(Transform::RotateVo) {
+            weights.linear_mut("v_proj")?.rotate_outputs(across(shape.kv_heads).as_ref());
+            weights.linear_mut("o_proj")?.rotate_inputs(across(shape.heads).as_ref());
+        }
+        if self.has(Transform::RotateQk) {
+            weights.linear_mut("q_proj")?.rotate_outputs(across(shape.heads).as_ref());
+            weights.linear_mut("k_proj")?.rotate_outputs(across(shape.kv_heads).as_ref());
+        }
+        Ok(())
     }
 
     /// The embedding table.
@@ -133,19 +186,6 @@ impl Transforms {
         let norm = checkpoint.read(&checkpoint.layout.final_norm.name)?;
         Ok(if self.has(Transform::FoldNorms) { vec![1.0; norm.len()] } else { norm })
     }
-}
-
-/// Per-head Hadamard R on values: `v' = Rᵀ v`, undone by every query head of the group in `o_proj`.
-fn rotate_values(weights: &mut BlockWeights, checkpoint: &Checkpoint) -> Result<()> {
-    let shape = &checkpoint.config.attention;
-    let (rotation, _) = hadamard::for_width(shape.head_dim);
-    let across = |heads: usize| {
-        let d = shape.head_dim;
-        Mat::from_fn(heads * d, heads * d, |i, j| if i / d == j / d { rotation[(i % d, j % d)] } else { 0.0 })
-    };
-    weights.linear_mut("v_proj")?.rotate_outputs(across(shape.kv_heads).as_ref());
-    weights.linear_mut("o_proj")?.rotate_inputs(across(shape.heads).as_ref());
-    Ok(())
 }
 
 /// Q = K·H: K the eigenvectors of the second moment of the normalised stream, H a Hadamard matrix, so that every

@@ -42,6 +42,19 @@ impl FloatLinear {
         self.changed = true;
     }
 
+    /// `diag(scale) W`, `diag(scale) b`: writes scaled outputs.
+    pub fn scale_outputs(&mut self, scale: &[f64]) {
+        for column in self.weights.col_iter_mut() {
+            for (weight, scale) in column.iter_mut().zip(scale) {
+                *weight *= scale;
+            }
+        }
+        for (bias, scale) in self.bias.iter_mut().flatten().zip(scale) {
+            *bias *= scale;
+        }
+        self.changed = true;
+    }
+
     /// `W Q`: reads a rotated input.
     pub fn rotate_inputs(&mut self, rotation: MatRef<'_, f64>) {
         self.weights = &self.weights * rotation;

@@ -11,6 +11,7 @@ use crate::eval::run::EvaluateRequest;
 use crate::eval::speed::SpeedRequest;
 use crate::eval::tasks::Task;
 use crate::format::Plan;
+use crate::quant::overlap::EvaluationFiles;
 use crate::quant::{Override, Recipe, SampleSpec};
 
 /// Schema of a session file.
@@ -106,6 +107,11 @@ impl Default for EvaluateSpec {
 }
 
 impl EvaluateSpec {
+    /// The files that are evaluated on, beside what is compiled in.
+    pub fn files(&self) -> EvaluationFiles {
+        EvaluationFiles { text: (self.text != "embedded").then(|| PathBuf::from(&self.text)), data: self.data.clone() }
+    }
+
     /// The engine's request for this, models yet to be named.
     pub fn request(&self) -> Result<EvaluateRequest> {
         Ok(EvaluateRequest {

@@ -96,6 +96,7 @@ impl Replay<'_> {
             recipe: recipe.name,
             plan,
             sample: self.session.calibration.clone(),
+            evaluation: self.session.evaluate.files(),
             storage: StorageLayout::Native,
             output: self.options.output.as_ref().map(|folder| folder.join(&variant.name)),
             store: paths::variants_directory(),

@@ -280,6 +280,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
             steps: target.steps.clone(),
             plan: target.plan.clone(),
             sample: session.calibration.clone(),
+            evaluation: session.evaluate.files(),
             storage: StorageLayout::Native,
             output: None,
             store: store.to_owned(),

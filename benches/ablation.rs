@@ -1,0 +1,154 @@
+//! The ablation of docs/methods.md: one step added a row, on the demo and its twins, as Markdown.
+//!
+//! `cargo run --release --example ablation -- --models demo,outlier,skewed --formats w8a8,w4a8,w3a8`
+//!
+//! Block linears are quantized; embedding and head stay in 16 bits unless `--ends` gives them formats. Divergence and
+//! perplexity are over held-out text that nothing is chosen on, against the unquantized model of the same weights.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a bench for developers"
+)]
+
+#[path = "../tests/common/twins.rs"]
+mod twins;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Parser;
+use strata::backend::cpu::Cpu;
+use strata::checkpoint::{self, StorageLayout};
+use strata::eval::{EvaluateRequest, Evaluated, ModelToEvaluate, Task, evaluate};
+use strata::format::{Plan, Transform};
+use strata::monitor::Monitor;
+use strata::quant::{Method, QuantizeRequest, Sample, SampleSpec, Steps, quantize};
+
+#[derive(Parser)]
+struct Arguments {
+    /// demo, outlier, skewed, or a checkpoint's directory.
+    #[arg(long, value_delimiter = ',', default_value = "demo,outlier")]
+    models: Vec<String>,
+    #[arg(long, value_delimiter = ',', default_value = "w8a8,w4a8,w3a8")]
+    formats: Vec<String>,
+    /// Rows whose names contain one of these; all without it.
+    #[arg(long, value_delimiter = ',')]
+    rows: Vec<String>,
+    /// Formats of embedding and head, `w8a16,w8a8`.
+    #[arg(long, value_delimiter = ',', num_args = 1)]
+    ends: Vec<String>,
+    /// Sequences of 256 tokens of calibration text.
+    #[arg(long, default_value_t = 64)]
+    sequences: usize,
+    /// Divergence and perplexity only.
+    #[arg(long)]
+    no_tasks: bool,
+}
+
+/// The rows: name, transforms added to those before (or, from `=` on, in place of them), rounding.
+fn rows() -> Vec<(String, Vec<Transform>, Method)> {
+    use Transform::{
+        FoldNorms, HadamardResidual, RotateOut, RotateQk, RotateRelu2, RotateResidual, RotateVo, SmoothOut, SmoothRelu2, SmoothVo,
+    };
+    let added = [FoldNorms, RotateResidual, SmoothVo, RotateVo, RotateQk, SmoothOut, RotateOut, SmoothRelu2, RotateRelu2];
+    let mut rows = vec![("rtn".to_owned(), Vec::new(), Method::Rtn)];
+    let mut all = Vec::new();
+    for transform in added {
+        all.push(transform);
+        rows.push((format!("+ {transform}"), all.clone(), Method::Rtn));
+    }
+    rows.push(("+ clip".into(), all.clone(), Method::Clip));
+    rows.push(("+ gptq".into(), all.clone(), Method::Gptq));
+    rows.push(("alone: clip".into(), Vec::new(), Method::Clip));
+    rows.push(("alone: gptq".into(), Vec::new(), Method::Gptq));
+    rows.push(("alone: fold-norms, gptq".into(), vec![FoldNorms], Method::Gptq));
+    rows.push(("alone: fold-norms, hadamard-residual".into(), vec![FoldNorms, HadamardResidual], Method::Rtn));
+    rows
+}
+
+fn main() {
+    let arguments = Arguments::parse();
+    for model in &arguments.models {
+        let folder = tempfile::TempDir::new().unwrap();
+        let source = source(model, folder.path());
+        for format in &arguments.formats {
+            println!("\n{model}, {format}, {} sequences\n", arguments.sequences);
+            println!("| step | mean KLD | p99 | max | top-1 | perplexity | {} | s |", Task::ALL.map(Task::name).join(" | "));
+            println!("|---|---|---|---|---|---|{}---|", "---|".repeat(Task::ALL.len()));
+            let rows = rows()
+                .into_iter()
+                .filter(|(name, ..)| arguments.rows.is_empty() || arguments.rows.iter().any(|wanted| name.contains(wanted.as_str())));
+            let made = rows.enumerate().map(|(index, (name, transforms, method))| {
+                let variant = folder.path().join(format!("{format}-{index}"));
+                let seconds = make(&source, &variant, Steps { transforms, method }, format, &arguments);
+                (name, variant, seconds)
+            });
+            measure(&source, &made.collect::<Vec<_>>(), &arguments);
+        }
+    }
+}
+
+/// Quantizes the blocks' linears to `format`; returns the seconds it took.
+fn make(source: &str, output: &Path, steps: Steps, format: &str, arguments: &Arguments) -> u64 {
+    let began = Instant::now();
+    let checkpoint = checkpoint::open(source).unwrap();
+    let mut plan = Plan { blocks: vec![format.parse().unwrap(); checkpoint.layout.blocks.len()], ..Plan::unquantized(0) };
+    if let [embedding, head] = arguments.ends.as_slice() {
+        (plan.embedding, plan.head) = (embedding.parse().unwrap(), head.parse().unwrap());
+    }
+    let spec = SampleSpec { sequences: arguments.sequences, ..SampleSpec::default() };
+    let request = QuantizeRequest {
+        checkpoint: &checkpoint,
+        recipe: "ablation".into(),
+        steps,
+        plan,
+        sample: Sample::load(&checkpoint, &spec).unwrap(),
+        storage: StorageLayout::Native,
+        output: output.to_owned(),
+        force: true,
+    };
+    quantize(&Cpu, &request, &Monitor::silent()).unwrap();
+    began.elapsed().as_secs()
+}
+
+/// What [`checkpoint::open`] takes for a model; twins are written into `folder`.
+fn source(model: &str, folder: &Path) -> String {
+    let directory: PathBuf = folder.join(model);
+    match model {
+        "outlier" => twins::outlier(&directory),
+        "skewed" => twins::skewed(&directory),
+        _ => return model.to_owned(),
+    }
+    directory.display().to_string()
+}
+
+/// Evaluates variants (name, directory, seconds) beside the model they were made from and prints a row for each.
+fn measure(source: &str, variants: &[(String, PathBuf, u64)], arguments: &Arguments) {
+    let model = |name: &str, path: String| ModelToEvaluate { name: name.into(), path };
+    let request = EvaluateRequest {
+        reference: Some(model("base", source.to_owned())),
+        models: variants.iter().map(|(name, path, _)| model(name, path.display().to_string())).collect(),
+        tasks: if arguments.no_tasks { Vec::new() } else { Task::ALL.to_vec() },
+        ..EvaluateRequest::default()
+    };
+    let seconds = |name: &str| variants.iter().find(|(variant, ..)| variant == name).map(|(_, _, seconds)| seconds.to_string());
+    let print = |evaluated: Evaluated| {
+        let result = &evaluated.result;
+        let accuracy = |task: Task| result.tasks.get(task.name()).map_or_else(|| "–".into(), |score| format!("{:.1}", 100.0 * score.acc));
+        let divergence = result.kld.as_ref().map_or_else(
+            || "– | – | – | –".into(),
+            |kld| format!("{:.2e} | {:.2e} | {:.2e} | {:.2} %", kld.mean, kld.p99, kld.max, 100.0 * kld.top1),
+        );
+        println!(
+            "| {} | {divergence} | {:.4} | {} | {} |",
+            result.variant,
+            result.perplexity.unwrap(),
+            Task::ALL.map(accuracy).join(" | "),
+            seconds(&result.variant).unwrap_or_else(|| "–".into()),
+        );
+    };
+    evaluate(|| Cpu, &request, &Monitor::silent(), print).unwrap();
+}
