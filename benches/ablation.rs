@@ -62,6 +62,10 @@ fn rows() -> Vec<(String, Vec<Transform>, Method)> {
     }
     rows.push(("+ clip".into(), all.clone(), Method::Clip));
     rows.push(("+ gptq".into(), all.clone(), Method::Gptq));
+    let without: Vec<Transform> = all.iter().copied().filter(|transform| *transform != RotateResidual).collect();
+    let plain = [FoldNorms, HadamardResidual].into_iter().chain(without[1..].iter().copied()).collect();
+    rows.push(("all but rotate-residual".into(), without, Method::Rtn));
+    rows.push(("all, hadamard-residual instead".into(), plain, Method::Rtn));
     rows.push(("alone: clip".into(), Vec::new(), Method::Clip));
     rows.push(("alone: gptq".into(), Vec::new(), Method::Gptq));
     rows.push(("alone: fold-norms, gptq".into(), vec![FoldNorms], Method::Gptq));

@@ -72,6 +72,26 @@ def by_class(source, samples, config):
     weights = {}
     blocks = next(module for name, module in model.named_modules() if name.endswith(".layers") and "." in name)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
+    # What each block is called with besides the hidden states, and the hidden states in front of the first.
+    states, calls = [], [[] for _ in blocks]
+    hooks = [blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].detach()))]
+    for call, block in zip(calls, blocks):
+        hooks.append(block.register_forward_pre_hook(lambda _, args, kwargs, call=call: call.append((args[1:], kwargs)), with_kwargs=True))
+    with torch.no_grad():
+        for ids in samples:
+            model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+    def through(block, index):
+        """Runs the block on every sample; returns what it puts out."""
+        outputs = []
+        with torch.no_grad():
+            for hidden, (args, kwargs) in zip(states, calls[index]):
+                output = block(hidden, *args, **kwargs)
+                outputs.append(output[0] if isinstance(output, tuple) else output)
+        return outputs
+
     for index, block in enumerate(blocks):
         for stage in STAGES:
             linears = {name: getattr(block.mixer, name) for name in stage if hasattr(block.mixer, name)}
@@ -82,15 +102,14 @@ def by_class(source, samples, config):
                 tasks[name] = GPTQ(linear, qcfg=config)
                 tasks[name].quantizer.configure(perchannel=True)
                 hooks.append(linear.register_forward_hook(lambda _, x, y, task=tasks[name]: task.add_batch(x[0].detach(), y.detach())))
-            with torch.no_grad():
-                for ids in samples:
-                    model(torch.tensor([ids]), use_cache=False)
+            through(block, index)
             for hook in hooks:
                 hook.remove()
             for name, linear in linears.items():
                 quantized = tasks[name].quantize()[0]
                 linear.weight.data = quantized.to(torch.float32)
                 weights[f"{prefix}.{index}.mixer.{name}.weight"] = linear.weight.data.clone()
+        states = through(block, index)
         print(f"block {index} done", flush=True)
     return weights
 

@@ -125,7 +125,7 @@ mod tests {
         let folder = tempfile::TempDir::new().unwrap();
         let words: Vec<String> = (0..400).map(|i| format!("w{}", i * 7919 % 1000)).collect();
         let own = words.join(" ");
-        std::fs::write(folder.path().join("piqa.jsonl"), format!("{{\"goal\": \"{}\"}}", words[100..140].join(" "))).unwrap();
+        std::fs::write(folder.path().join("piqa.jsonl"), format!("{{\"goal\": \"{own}\"}}")).unwrap();
         assert!(checked(&own, &EvaluationFiles::default()).is_ok());
         let error = checked(&own, &EvaluationFiles { data: Some(folder.path().to_owned()), text: None }).unwrap_err();
         assert!(error.message.contains("piqa.jsonl"), "{error}");

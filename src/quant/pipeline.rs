@@ -18,7 +18,7 @@ use super::publish::{self, TensorOut};
 use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
-use super::weights::FloatBlock;
+use super::weights::{FloatBlock, FloatLinear};
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
@@ -386,7 +386,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
         let float_head = self.transforms.head(checkpoint)?;
         let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
-        let head = quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref());
+        let hessian = self.head_hessian(&float_head, &norm, streams)?;
+        let head = quantize_linear(&float_head, &layout.head, &rounding, hessian.as_deref());
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
             self.push_linear(&layout.head, &head, &mut tensors)?;
@@ -432,14 +433,27 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.steps.transforms.contains(&Transform::FoldNorms)
     }
 
-    /// The Hessian of the head's input, where the method uses one.
-    fn head_hessian(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
+    /// The Hessian of the head's input, where the method uses one. A token counts by how undecided the model is about what
+    /// follows, `1 − Σ p²`: that is the Fisher information of its logits summed over the vocabulary, so that the loss is
+    /// the divergence that an error of the logits makes and not the error itself.
+    fn head_hessian(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
         if self.request.steps.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
             return Ok(None);
         }
-        let mut sum = vec![0.0; norm.len() * norm.len()];
+        let cols = norm.len();
+        let head = self.backend.prepare(LinearWeights::float(head.values(), cols))?;
+        let mut sum = vec![0.0; cols * cols];
         for h in &streams.quantized {
             let x = self.backend.rms_norm(h, norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+            let logits = self.backend.linear(&head, &x)?;
+            let mut values = self.backend.floats(&x)?;
+            let logits = self.backend.download(&logits)?;
+            let vocabulary = logits.len() * cols / values.len();
+            for (x, logits) in values.chunks_exact_mut(cols).zip(logits.chunks_exact(vocabulary)) {
+                let weight = if std::env::var("NOFISHER").is_ok() { 1.0 } else { undecidedness(logits).sqrt() as f32 };
+                x.iter_mut().for_each(|x| *x *= weight);
+            }
+            let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
             for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
                 *sum += value;
             }
@@ -566,6 +580,18 @@ impl BlockSource for QuantizedBlock<'_> {
             None => Err(Error::run(format!("`{}` was not quantized", linear.stem))),
         }
     }
+}
+
+/// `1 − Σ p²` over the probabilities that a row of logits gives.
+fn undecidedness(logits: &[f32]) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
+    let (mut sum, mut squares) = (0.0, 0.0);
+    for logit in logits {
+        let p = libm::exp(f64::from(logit - max));
+        sum += p;
+        squares += p * p;
+    }
+    (1.0 - squares / (sum * sum)).max(0.0)
 }
 
 /// What the linears of a block have to say, those of one linear after another under the first one's name.

@@ -198,7 +198,9 @@ fn eigenvectors(demo: &Checkpoint) -> Mat<f64> {
             let rms = |row: usize| {
                 (values[row * hidden..(row + 1) * hidden].iter().map(|x| f64::from(x * x)).sum::<f64>() / hidden as f64).sqrt()
             };
-            let scale: Vec<f64> = (0..tokens).map(|row| rms(row).recip()).collect();
+            let skew = std::env::var("SKEW").unwrap_or_default();
+            let late = if skew.contains("late") && block + 1 < stream.blocks() { 0.0 } else { 1.0 };
+            let scale: Vec<f64> = (0..tokens).map(|row| if skew.contains("raw") { late } else { late * rms(row).recip() }).collect();
             let rows = Mat::from_fn(tokens, hidden, |t, c| f64::from(values[t * hidden + c]) * scale[t]);
             moment += rows.transpose() * &rows;
         }
