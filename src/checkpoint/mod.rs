@@ -296,6 +296,12 @@ impl Checkpoint {
         Ok(tokenizer)
     }
 
+    /// Whether the tokenizer is the demo's, so that the rows compiled in are in its vocabulary.
+    pub fn has_demo_tokenizer(&self) -> Result<bool> {
+        let own = self.companion("tokenizer.json")?;
+        Ok(own.as_deref() == demo::COMPANIONS.iter().find(|(file, _)| *file == "tokenizer.json").map(|(_, text)| text.as_bytes()))
+    }
+
     /// SHA-256 over config.json and every shard: the identity of the weights, whatever they are called.
     pub fn sha256(&self) -> Result<String> {
         let mut listing = format!("config.json {}\n", sha256_hex(self.config_text()?.as_bytes()));

@@ -6,10 +6,10 @@ use clap::Args;
 use strata::checkpoint;
 use strata::engine::{Event, Job};
 use strata::error::{Error, Result};
-use strata::eval::ResultSet;
 use strata::eval::run::{EvaluateRequest, Evaluated, ModelToEvaluate};
 use strata::eval::speed::SpeedRequest;
 use strata::eval::tasks::Task;
+use strata::eval::{DataSource, ResultSet};
 use strata::session::paths;
 use strata::session::replay::finish;
 
@@ -32,8 +32,9 @@ pub struct Measure {
     /// Tasks, separated by commas; all five unless given, `none` for none.
     #[arg(long, value_delimiter = ',')]
     tasks: Option<Vec<String>>,
-    /// Directory with a JSON-lines file a task; the rows compiled in unless given.
-    #[arg(long, value_name = "DIR")]
+    /// `embedded`, `hub`, or a directory with a JSON-lines file a task. Unless given: the rows compiled in for the demo
+    /// and its variants, the public datasets from the hub for other models.
+    #[arg(long, value_name = "SOURCE")]
     data: Option<PathBuf>,
     /// First rows of each task only.
     #[arg(long)]
@@ -98,7 +99,7 @@ impl Measure {
             reference: None,
             models: Vec::new(),
             tasks,
-            data: self.data.clone(),
+            data: self.data.as_deref().map_or(DataSource::Automatic, DataSource::named),
             limit: self.limit,
             text: self.text.clone(),
             windows: self.windows,

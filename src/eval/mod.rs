@@ -1,6 +1,7 @@
 //! Measurement: the five tasks, perplexity, divergence from the unquantized model, speed and memory.
 //! Start with [`run::evaluate`].
 
+pub mod dataset;
 mod journal;
 pub mod memory;
 pub mod paired;
@@ -13,6 +14,7 @@ pub mod statistics;
 pub mod tasks;
 pub mod text;
 
+pub use dataset::DataSource;
 pub use paired::Comparison;
 pub use result::{ModelResult, RESULTS_SCHEMA, ResultSet};
 pub use run::{EvaluateRequest, Evaluated, ModelToEvaluate, evaluate};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::dataset::DataSource;
 use super::journal::Journal;
 use super::result::{Evidence, Memory, ModelResult};
 use super::score::{self, Sample};
@@ -32,8 +33,8 @@ pub struct EvaluateRequest {
     pub reference: Option<ModelToEvaluate>,
     pub models: Vec<ModelToEvaluate>,
     pub tasks: Vec<Task>,
-    /// Directory with a JSON-lines file a task; `None` takes the rows compiled in.
-    pub data: Option<PathBuf>,
+    /// Where the rows come from.
+    pub data: DataSource,
     /// First rows of each task only.
     pub limit: Option<usize>,
     /// Text for perplexity and divergence; `None` takes the demo's held-out text.
@@ -56,7 +57,7 @@ impl Default for EvaluateRequest {
             reference: None,
             models: Vec::new(),
             tasks: Task::ALL.to_vec(),
-            data: None,
+            data: DataSource::Automatic,
             limit: None,
             text: None,
             windows: 24,
@@ -83,18 +84,22 @@ pub fn evaluate<B: Backend>(
     monitor: &Monitor,
     mut each: impl FnMut(Evaluated),
 ) -> Result<()> {
-    let questions = load_questions(request, monitor)?;
     let heldout = match &request.text {
         _ if request.windows == 0 => None,
         Some(path) => Some(text::read(path)?),
         None => Some(DEMO_HELDOUT.to_owned()),
     };
+    let mut questions = None;
     let mut reference: Option<Reference<B>> = None;
     let mut journals = Vec::new();
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
         monitor.stage("load", 1);
         let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
+        let questions = match &mut questions {
+            Some(questions) => &*questions,
+            None => questions.insert(load_questions(request, checkpoint.has_demo_tokenizer()?, monitor)?),
+        };
         let loaded = Hybrid::load(backend(), &checkpoint)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let sha256 = checkpoint.sha256()?;
@@ -108,15 +113,8 @@ pub fn evaluate<B: Backend>(
         }
         journals.extend(journal.as_ref().map(|journal| journal.path().to_owned()));
         let is_reference = index == 0 && request.reference.is_some();
-        let evaluated = Evaluation {
-            request,
-            checkpoint: &checkpoint,
-            model: &loaded,
-            name: &model.name,
-            sha256,
-            questions: &questions,
-            text: heldout.as_deref(),
-        };
+        let evaluated =
+            Evaluation { request, checkpoint: &checkpoint, model: &loaded, name: &model.name, sha256, questions, text: heldout.as_deref() };
         let (evaluated, kept) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, journal, monitor)?;
         reference = reference.or(kept);
         each(evaluated);
@@ -266,12 +264,10 @@ struct TextReading<B: Backend> {
     logits: Vec<B::Tensor>,
 }
 
-fn load_questions(request: &EvaluateRequest, monitor: &Monitor) -> Result<Vec<(Task, Rows)>> {
+/// The rows of every task; `demo` says whether the first model reads the rows compiled in.
+fn load_questions(request: &EvaluateRequest, demo: bool, monitor: &Monitor) -> Result<Vec<(Task, Rows)>> {
     let load = |task: &Task| {
-        let mut rows = match &request.data {
-            Some(directory) => task.from_directory(directory, request.skip_bad_rows)?,
-            None => task.embedded()?,
-        };
+        let mut rows = request.data.rows(*task, demo, request.skip_bad_rows, monitor)?;
         if rows.skipped > 0 {
             monitor.warn(format!("{task}: {} bad rows were left out", rows.skipped));
         }

@@ -7,6 +7,7 @@ use toml_edit::{DocumentMut, Item, TableLike};
 
 use crate::checkpoint::{DEMO, Layout};
 use crate::error::{Error, Result};
+use crate::eval::DataSource;
 use crate::eval::run::EvaluateRequest;
 use crate::eval::speed::SpeedRequest;
 use crate::eval::tasks::Task;
@@ -80,7 +81,7 @@ pub struct EvaluateSpec {
     pub tasks: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
-    /// Directory with the tasks' rows; without it the rows compiled in.
+    /// `embedded`, `hub`, or a directory with the tasks' rows; without it the rows compiled in for the demo, the hub's for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
     /// `embedded` or a text file, for perplexity and divergence.
@@ -112,7 +113,7 @@ impl EvaluateSpec {
             reference: None,
             models: Vec::new(),
             tasks: self.tasks.iter().map(|name| name.parse()).collect::<Result<_>>()?,
-            data: self.data.clone(),
+            data: self.data.as_deref().map_or(DataSource::Automatic, DataSource::named),
             limit: self.limit,
             text: (self.text != "embedded").then(|| PathBuf::from(&self.text)),
             windows: self.windows,
