@@ -99,7 +99,7 @@ fn parquet(name: &str) -> Vec<u8> {
 /// ARC as the hub has it, PIQA on the converted branch only, HellaSwag as JSON lines with a bad row at the end.
 fn files() -> Files {
     let hellaswag = std::fs::read_to_string("models/demo/tasks/hellaswag.jsonl").unwrap();
-    let hellaswag: String = hellaswag.lines().take(5).chain(["{\"label\": \"9\"}"]).map(|line| format!("{line}\n")).collect();
+    let hellaswag = hellaswag.lines().take(5).chain(["{\"label\": \"9\"}"]).collect::<Vec<_>>().join("\n");
     BTreeMap::from([
         ("allenai/ai2_arc@main/ARC-Easy/test-00000-of-00002.parquet".into(), parquet("arc-0.parquet")),
         ("allenai/ai2_arc@main/ARC-Easy/test-00001-of-00002.parquet".into(), parquet("arc-1.parquet")),
