@@ -10,6 +10,7 @@ use std::time::Duration;
 use strata::backend::cpu::Cpu;
 use strata::error::ErrorKind;
 use strata::eval::{EvaluateRequest, Evaluated, ModelToEvaluate, ResultSet, Task, evaluate};
+use strata::model::MemoryNeed;
 use strata::monitor::{CancelToken, Monitor, Report};
 
 fn request() -> EvaluateRequest {
@@ -79,10 +80,83 @@ fn a_model_against_itself_has_no_flips_and_no_divergence() {
     assert_eq!(json["comparisons"][0]["tasks"]["piqa"]["test"], "exact");
 }
 
+/// What `monitor` logged while `request` ran, and the results.
+fn logged(request: &EvaluateRequest) -> (String, Vec<Evaluated>) {
+    let log = Mutex::new(String::new());
+    let listen = |report| {
+        if let Report::Log(line) | Report::Warning(line) = report {
+            log.lock().unwrap().extend([line.as_str(), "\n"]);
+        }
+    };
+    let results = run(request, &Monitor::new(listen, CancelToken::default()));
+    (log.into_inner().unwrap(), results)
+}
+
+#[test]
+fn one_reference_pass_serves_later_evaluations_and_damage_is_computed_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = ModelToEvaluate { name: "base".into(), path: "demo".into() };
+    let request = EvaluateRequest {
+        reference: Some(base.clone()),
+        models: vec![base],
+        tasks: Vec::new(),
+        windows: 3,
+        window_tokens: 48,
+        references: Some(folder.path().into()),
+        ..EvaluateRequest::default()
+    };
+    let (log, first) = logged(&request);
+    assert!(!log.contains("was found in"), "{log}");
+    let floor = first[0].result.noise_floor.as_ref().unwrap();
+    assert!(floor.kld.mean > 1e-9 && floor.kld.mean < 1e-3 && floor.kld.tokens == 3 * 48, "{floor:?}");
+    assert!(floor.kld.rms_probability.unwrap() > 0.0 && floor.rounding.contains("bf16"));
+    assert_eq!((first[0].result.kld, first[1].result.kld.unwrap().max), (None, 0.0));
+
+    let (log, second) = logged(&request);
+    assert!(log.contains("base says was found in"), "{log}");
+    let figures = |evaluated: &[Evaluated]| {
+        let figures = evaluated.iter().map(|e| (e.result.kld, e.result.noise_floor.clone(), e.result.perplexities));
+        figures.collect::<Vec<_>>()
+    };
+    assert_eq!(figures(&first), figures(&second), "a reference on disk changes no figure");
+
+    let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[100] ^= 0x40;
+    std::fs::write(&file, bytes).unwrap();
+    let (log, third) = logged(&request);
+    assert!(log.contains("is damaged") && log.contains("computed again"), "{log}");
+    assert_eq!(figures(&first), figures(&third));
+}
+
+#[test]
+fn a_model_read_block_by_block_gives_the_same_figures() {
+    let need = MemoryNeed::of(&strata::checkpoint::open("demo").unwrap(), 4096).unwrap();
+    let base = ModelToEvaluate { name: "base".into(), path: "demo".into() };
+    let request = EvaluateRequest { reference: Some(base), windows: 2, window_tokens: 64, ..request() };
+    let (log, whole) = logged(&request);
+    assert!(!log.contains("block by block"), "{log}");
+    // Room for what waits between two blocks, then none.
+    for (room, spilled) in [(need.largest_block, false), (0, true)] {
+        let (log, streamed) = logged(&EvaluateRequest { host_memory: Some(need.streamed() + room), ..request.clone() });
+        assert!(log.contains("block by block") && log.contains("scratch file") == spilled, "{log}");
+        for (streamed, whole) in streamed.iter().zip(&whole) {
+            assert_eq!(streamed.samples, whole.samples);
+            assert_eq!((streamed.result.kld, &streamed.result.noise_floor), (whole.result.kld, &whole.result.noise_floor));
+            assert_eq!(streamed.result.perplexities, whole.result.perplexities);
+            assert!(streamed.result.memory.resident_weight_bytes < whole.result.memory.resident_weight_bytes / 4);
+        }
+    }
+    let refused = EvaluateRequest { host_memory: Some(need.streamed() - 1), ..request };
+    let error = evaluate(|| Cpu, &refused, &Monitor::silent(), |_| {}).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Input);
+    assert!(error.message.contains("may be taken") && error.hint.unwrap().contains("--host-memory"));
+}
+
 /// The program with a data folder of its own.
 fn strata(data: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
-    command.env("XDG_DATA_HOME", data).args(arguments);
+    command.env("XDG_DATA_HOME", data).env("XDG_CACHE_HOME", data.join("cache")).args(arguments);
     command
 }
 

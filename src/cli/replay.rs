@@ -32,8 +32,13 @@ pub struct Replay {
 impl Replay {
     pub fn run(&self, common: &Common) -> Result<()> {
         let session = Session::read(&self.session)?;
-        let options =
-            ReplayOptions { variant: self.variant.clone(), fresh: self.fresh, output: self.output.clone(), skip_evaluation: self.no_eval };
+        let options = ReplayOptions {
+            variant: self.variant.clone(),
+            fresh: self.fresh,
+            output: self.output.clone(),
+            skip_evaluation: self.no_eval,
+            host_memory: common.host_memory,
+        };
         headless(&session, Some(&self.session), options, common)
     }
 }

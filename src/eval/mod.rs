@@ -2,10 +2,13 @@
 //! Start with [`run::evaluate`].
 
 pub mod dataset;
+mod divergence;
+pub mod hardware;
 mod journal;
 pub mod memory;
 pub mod paired;
 mod prefix;
+mod reference;
 pub mod result;
 pub mod run;
 pub mod score;

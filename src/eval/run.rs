@@ -4,17 +4,19 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::dataset::DataSource;
+use super::divergence::{Compared, TextReader, TextReading};
 use super::journal::Journal;
+use super::reference::{FOLDER_BYTES, References};
 use super::result::{Evidence, Memory, ModelResult};
-use super::score::{self, Sample};
-use super::speed::{self, SpeedRequest};
-use super::statistics::{DivergenceSummary, Perplexity};
+use super::score::{self, BATCH_TOKENS, Sample, TaskScore};
+use super::speed::{self, Speed, SpeedPoint, SpeedRequest};
+use super::statistics::Perplexity;
 use super::tasks::{Rows, Task};
-use super::{memory, statistics, text};
-use crate::backend::{Backend, Sequences};
+use super::{hardware, memory, text};
+use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, TOOL};
 use crate::error::{Error, Result};
-use crate::model::Hybrid;
+use crate::model::Reader;
 use crate::monitor::Monitor;
 
 /// A model or variant and what to call it in the results.
@@ -49,6 +51,10 @@ pub struct EvaluateRequest {
     pub journal: Option<PathBuf>,
     /// Forget what the journal has.
     pub fresh: bool,
+    /// Folder where the reference's log-probabilities are kept; `None` keeps them for this evaluation only.
+    pub references: Option<PathBuf>,
+    /// Bytes of memory to take, beyond which a model is read block by block; `None` for what is free.
+    pub host_memory: Option<u64>,
 }
 
 impl Default for EvaluateRequest {
@@ -66,6 +72,8 @@ impl Default for EvaluateRequest {
             skip_bad_rows: false,
             journal: None,
             fresh: false,
+            references: None,
+            host_memory: None,
         }
     }
 }
@@ -90,7 +98,9 @@ pub fn evaluate<B: Backend>(
         None => Some(DEMO_HELDOUT.to_owned()),
     };
     let mut questions = None;
-    let mut reference: Option<Reference<B>> = None;
+    let temporary = tempfile::tempdir().map_err(|error| Error::io("making a folder in", &std::env::temp_dir(), &error))?;
+    let references = References::new(request.references.clone().unwrap_or_else(|| temporary.path().to_owned()), FOLDER_BYTES);
+    let mut compared: Option<Compared> = None;
     let mut journals = Vec::new();
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
@@ -100,24 +110,43 @@ pub fn evaluate<B: Backend>(
             Some(questions) => &*questions,
             None => questions.insert(load_questions(request, checkpoint.has_demo_tokenizer()?, monitor)?),
         };
-        let loaded = Hybrid::load(backend(), &checkpoint)?;
+        let host_memory = request.host_memory.or_else(memory::available_bytes).unwrap_or(u64::MAX);
+        let batch_tokens = if heldout.is_some() { BATCH_TOKENS.max(request.window_tokens) } else { BATCH_TOKENS };
+        let reader = Reader::load(backend(), &checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let sha256 = checkpoint.sha256()?;
         let mut journal = None;
         if let Some(directory) = &request.journal {
             // Without a journal an evaluation cannot be resumed, which is no reason not to evaluate.
-            match Journal::open(directory, &sha256, &loaded.backend.name(), request.fresh) {
+            match Journal::open(directory, &sha256, &reader.backend().name(), request.fresh) {
                 Ok(opened) => journal = Some(opened),
                 Err(error) => monitor.warn(format!("{error}: this evaluation could not be resumed")),
             }
         }
         journals.extend(journal.as_ref().map(|journal| journal.path().to_owned()));
         let is_reference = index == 0 && request.reference.is_some();
-        let evaluated =
-            Evaluation { request, checkpoint: &checkpoint, model: &loaded, name: &model.name, sha256, questions, text: heldout.as_deref() };
-        let (evaluated, kept) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, journal, monitor)?;
-        reference = reference.or(kept);
-        each(evaluated);
+        let evaluation = Evaluation {
+            request,
+            checkpoint: &checkpoint,
+            reader: &reader,
+            name: &model.name,
+            sha256,
+            questions,
+            text: heldout.as_deref(),
+        };
+        let (tasks, samples) = evaluation.score(journal, monitor)?;
+        let windows = evaluation.windows()?;
+        let text =
+            TextReader { reader: &reader, checkpoint: &checkpoint, name: &model.name, sha256: &evaluation.sha256, windows: &windows };
+        let reading = if is_reference {
+            let (reading, kept) = text.read_as_reference(&references, monitor)?;
+            compared = kept;
+            reading
+        } else {
+            text.read(compared.as_mut(), monitor)?
+        };
+        let speed = evaluation.speed(&windows, monitor)?;
+        each(Evaluated { result: evaluation.result(tasks, reading, windows.len(), speed)?, samples });
     }
     for path in journals {
         // A journal that stays behind costs disk space only.
@@ -126,17 +155,10 @@ pub fn evaluate<B: Backend>(
     Ok(())
 }
 
-/// What the unquantized model said about the text windows.
-struct Reference<B: Backend> {
-    tokenizer: Option<Vec<u8>>,
-    logits: Vec<B::Tensor>,
-    scores: Vec<Vec<f64>>,
-}
-
 struct Evaluation<'a, B: Backend> {
     request: &'a EvaluateRequest,
     checkpoint: &'a Checkpoint,
-    model: &'a Hybrid<B>,
+    reader: &'a Reader<'a, B>,
     name: &'a str,
     sha256: String,
     questions: &'a [(Task, Rows)],
@@ -144,21 +166,17 @@ struct Evaluation<'a, B: Backend> {
 }
 
 impl<B: Backend> Evaluation<'_, B> {
-    fn run(
-        &self,
-        reference: Option<&Reference<B>>,
-        keep_logits: bool,
-        mut journal: Option<Journal>,
-        monitor: &Monitor,
-    ) -> Result<(Evaluated, Option<Reference<B>>)> {
-        let (checkpoint, request) = (self.checkpoint, self.request);
-        let tokenizer = checkpoint.tokenizer()?;
-        let mut tasks = BTreeMap::new();
-        let mut samples = Vec::new();
+    /// Scores the rows of every task.
+    fn score(&self, mut journal: Option<Journal>, monitor: &Monitor) -> Result<(BTreeMap<String, TaskScore>, Vec<Sample>)> {
+        let (mut tasks, mut samples) = (BTreeMap::new(), Vec::new());
+        if self.questions.is_empty() {
+            return Ok((tasks, samples));
+        }
+        let tokenizer = self.checkpoint.tokenizer()?;
         for (task, rows) in self.questions {
-            let max_tokens = checkpoint.config.max_positions;
+            let max_tokens = self.checkpoint.config.max_positions;
             let (mut score, scored) =
-                score::score_task(self.model, &tokenizer, *task, &rows.questions, max_tokens, journal.as_mut(), monitor)?;
+                score::score_task(self.reader, &tokenizer, *task, &rows.questions, max_tokens, journal.as_mut(), monitor)?;
             score.skipped = rows.skipped;
             if score.truncated > 0 {
                 monitor.warn(format!("{task}: {} contexts were cut from the left to {max_tokens} tokens", score.truncated));
@@ -166,23 +184,37 @@ impl<B: Backend> Evaluation<'_, B> {
             tasks.insert(task.name().to_owned(), score);
             samples.extend(scored);
         }
+        Ok((tasks, samples))
+    }
 
-        let windows = match self.text {
-            Some(text) => text::windows(&text::tokenize(&tokenizer, text)?, request.windows, request.window_tokens)?,
-            None => Vec::new(),
-        };
-        let read = self.read_text(&windows, reference, keep_logits, monitor)?;
-        let speed = match request.speed {
-            Some(speed) => {
-                let text = windows.first().map_or(&[1][..], Vec::as_slice);
-                Some(speed::measure(self.model, text, speed, monitor)?)
-            }
-            None => None,
-        };
+    /// The text's windows of tokens.
+    fn windows(&self) -> Result<Vec<Vec<u32>>> {
+        let Some(text) = self.text else { return Ok(Vec::new()) };
+        text::windows(&text::tokenize(&self.checkpoint.tokenizer()?, text)?, self.request.windows, self.request.window_tokens)
+    }
 
-        let perplexities = Perplexity::of(&read.scores);
+    /// The usual prompt's speed, and every point's.
+    fn speed(&self, windows: &[Vec<u32>], monitor: &Monitor) -> Result<(Option<Speed>, Vec<SpeedPoint>)> {
+        let Some(request) = &self.request.speed else { return Ok((None, Vec::new())) };
+        let Some(model) = self.reader.resident() else {
+            monitor.warn("speed is not measured: the model is read block by block, and decoding needs all of it");
+            return Ok((None, Vec::new()));
+        };
+        let (speed, points) = speed::measure(model, windows.first().map_or(&[1][..], Vec::as_slice), request, monitor)?;
+        Ok((Some(speed), points))
+    }
+
+    fn result(
+        &self,
+        tasks: BTreeMap<String, TaskScore>,
+        reading: TextReading,
+        windows: usize,
+        (speed, speed_points): (Option<Speed>, Vec<SpeedPoint>),
+    ) -> Result<ModelResult> {
+        let checkpoint = self.checkpoint;
+        let perplexities = Perplexity::of(&reading.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
-        let result = ModelResult {
+        Ok(ModelResult {
             model: checkpoint.name.clone(),
             variant: self.name.to_owned(),
             recipe: checkpoint.variant.as_ref().map(|variant| variant.provenance.recipe.clone()),
@@ -190,78 +222,28 @@ impl<B: Backend> Evaluation<'_, B> {
             bits_per_weight: 8.0 * weight_bytes as f64 / checkpoint.layout.linear_weights() as f64,
             file_bytes: checkpoint.file_bytes(),
             tasks,
-            kld: read.divergence,
+            kld: reading.divergence,
+            noise_floor: reading.noise_floor,
             perplexity: perplexities.map(|perplexity| perplexity.gptq),
             perplexities,
             speed,
-            memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.model.resident_bytes() },
+            speed_points,
+            caches: memory::CONTEXTS.map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, context)).to_vec(),
+            memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.reader.resident_bytes() },
             provenance: Evidence {
                 tool: TOOL.into(),
                 sha256: self.sha256.clone(),
-                backend: self.model.backend.name(),
+                backend: self.reader.backend().name(),
                 threads: rayon::current_num_threads(),
-                processor: processor(),
-                text: text_description(request, windows.len()),
-                limit: request.limit,
+                processor: hardware::processor(),
+                cores: hardware::cores(),
+                memory_bytes: memory::total_bytes().unwrap_or(0),
+                libraries: hardware::libraries(),
+                text: text_description(self.request, windows),
+                limit: self.request.limit,
             },
-        };
-        let kept = if keep_logits {
-            Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits: read.logits, scores: read.scores })
-        } else {
-            None
-        };
-        Ok((Evaluated { result, samples }, kept))
+        })
     }
-
-    /// Runs the model over the text's windows, beside what the reference said about them.
-    fn read_text(
-        &self,
-        windows: &[Vec<u32>],
-        reference: Option<&Reference<B>>,
-        keep_logits: bool,
-        monitor: &Monitor,
-    ) -> Result<TextReading<B>> {
-        let mut read = TextReading { scores: Vec::new(), divergence: None, logits: Vec::new() };
-        if windows.is_empty() {
-            return Ok(read);
-        }
-        if let Some(reference) = reference
-            && reference.tokenizer != self.checkpoint.companion("tokenizer.json")?
-        {
-            return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
-                .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
-        }
-        let backend = &self.model.backend;
-        let mut divergence = Vec::new();
-        monitor.stage("text", windows.len());
-        for (index, window) in windows.iter().enumerate() {
-            let logits = self.model.logits(window, &Sequences::new(vec![window.len()]), None)?;
-            let targets: Vec<(usize, u32)> = window[1..].iter().copied().enumerate().collect();
-            read.scores.push(backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score).collect());
-            if let Some(reference) = reference {
-                divergence.extend(backend.divergence(&reference.logits[index], &logits)?);
-            }
-            if keep_logits {
-                read.logits.push(logits);
-            }
-            monitor.step(index + 1, format!("window {}", index + 1))?;
-        }
-        if let Some(reference) = reference {
-            let rms_probability = Some(statistics::rms_probability(&reference.scores.concat(), &read.scores.concat()));
-            read.divergence = Some(DivergenceSummary { rms_probability, ..statistics::summarize_divergence(&divergence) });
-        }
-        Ok(read)
-    }
-}
-
-/// What a model says about the text's windows.
-struct TextReading<B: Backend> {
-    /// Log-probability of every token but the first, by window.
-    scores: Vec<Vec<f64>>,
-    /// From the reference.
-    divergence: Option<DivergenceSummary>,
-    /// By window, where later models are compared with this one.
-    logits: Vec<B::Tensor>,
 }
 
 /// The rows of every task; `demo` says whether the first model reads the rows compiled in.
@@ -280,11 +262,4 @@ fn load_questions(request: &EvaluateRequest, demo: bool, monitor: &Monitor) -> R
 fn text_description(request: &EvaluateRequest, windows: usize) -> String {
     let source = request.text.as_ref().map_or_else(|| "demo held-out text".to_owned(), |path| path.display().to_string());
     format!("{windows} x {} tokens of {source}", request.window_tokens)
-}
-
-/// The processor's name as the system gives it.
-fn processor() -> String {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned()));
-    name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }

@@ -56,6 +56,14 @@ pub struct DivergenceSummary {
     pub tokens: usize,
 }
 
+/// How far a model is from itself when it computes less precisely: divergences near this say nothing about a variant.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NoiseFloor {
+    /// What was rounded.
+    pub rounding: String,
+    pub kld: DivergenceSummary,
+}
+
 /// Summarizes the divergence of many rows.
 pub fn summarize_divergence(rows: &[Divergence]) -> DivergenceSummary {
     let mut sorted: Vec<f64> = rows.iter().map(|row| row.kl).collect();

@@ -90,6 +90,11 @@ pub struct EvaluateSpec {
     pub windows: usize,
     pub window_tokens: usize,
     pub speed: bool,
+    /// Further prompt lengths and batch sizes whose speed is measured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub speed_prompts: Vec<usize>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub speed_batches: Vec<usize>,
 }
 
 impl Default for EvaluateSpec {
@@ -102,6 +107,8 @@ impl Default for EvaluateSpec {
             windows: 24,
             window_tokens: 256,
             speed: true,
+            speed_prompts: Vec::new(),
+            speed_batches: Vec::new(),
         }
     }
 }
@@ -118,7 +125,7 @@ impl EvaluateSpec {
             text: (self.text != "embedded").then(|| PathBuf::from(&self.text)),
             windows: self.windows,
             window_tokens: self.window_tokens,
-            speed: self.speed.then_some(SpeedRequest { prompt_tokens: 512, decode_tokens: 64, repetitions: 3 }),
+            speed: self.speed.then(|| SpeedRequest::with_grid(&self.speed_prompts, &self.speed_batches)),
             ..EvaluateRequest::default()
         })
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::store::{RECORD_SCHEMA, Record, utc};
 use crate::error::{Error, Result};
 use crate::eval::ModelResult;
-use crate::eval::result::{Evidence, Memory};
+use crate::eval::result::Evidence;
 use crate::eval::score::TaskScore;
 use crate::eval::tasks::Task;
 
@@ -57,25 +57,14 @@ pub fn harness(bytes: &[u8], origin: &str) -> Result<Record> {
     let result = ModelResult {
         model,
         variant,
-        recipe: None,
-        weight_bytes: 0,
-        bits_per_weight: 0.0,
-        file_bytes: 0,
         tasks,
-        kld: None,
-        perplexity: None,
-        perplexities: None,
-        speed: None,
-        memory: Memory { peak_bytes: 0, resident_weight_bytes: 0 },
         provenance: Evidence {
             tool: "lm-evaluation-harness".into(),
-            sha256: String::new(),
             backend: text("device").unwrap_or_default(),
-            threads: 0,
-            processor: String::new(),
-            text: String::new(),
             limit: file.config.get("limit").and_then(Value::as_f64).map(|limit| limit as usize),
+            ..Evidence::default()
         },
+        ..ModelResult::default()
     };
     Ok(Record { schema: RECORD_SCHEMA.into(), time: utc(file.date as u64), source: "lm-evaluation-harness".into(), session: None, result })
 }

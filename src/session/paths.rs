@@ -17,6 +17,11 @@ pub fn evaluations_directory() -> PathBuf {
     data_directory().join("evals")
 }
 
+/// The folder of what unquantized models say about texts, which can be computed again.
+pub fn references_directory() -> PathBuf {
+    directory("XDG_CACHE_HOME", ".cache").join("references")
+}
+
 fn directory(variable: &str, fallback: &str) -> PathBuf {
     let base = std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(fallback)));
