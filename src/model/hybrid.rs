@@ -4,6 +4,7 @@ use super::block::{Block, BlockCache};
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::monitor::CancelToken;
 
 /// What stands before and behind the blocks: embedding, final norm and head.
 pub struct Ends<B: Backend> {
@@ -63,6 +64,7 @@ pub struct Hybrid<B: Backend> {
     ends: Ends<B>,
     blocks: Vec<Block<B>>,
     vocabulary: usize,
+    cancel: CancelToken,
 }
 
 impl<B: Backend> Hybrid<B> {
@@ -70,7 +72,13 @@ impl<B: Backend> Hybrid<B> {
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
         let ends = Ends::load(&backend, checkpoint)?;
         let blocks = (0..checkpoint.layout.blocks.len()).map(|index| Block::load(&backend, checkpoint, index)).collect::<Result<_>>()?;
-        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, backend })
+        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, backend, cancel: CancelToken::default() })
+    }
+
+    /// The same model, whose passes end between two blocks, with an error, once `cancel` says so.
+    #[must_use]
+    pub fn stopped_by(self, cancel: CancelToken) -> Self {
+        Self { cancel, ..self }
     }
 
     /// Tokens that the model knows.
@@ -91,6 +99,7 @@ impl<B: Backend> Hybrid<B> {
         let mut h = self.ends.embed(&self.backend, ids)?;
         let mut caches = cache.map(|cache| cache.blocks.iter_mut());
         for block in &self.blocks {
+            self.cancel.check()?;
             h = block.forward(&self.backend, h, sequences, caches.as_mut().and_then(Iterator::next))?;
         }
         Ok(h)
