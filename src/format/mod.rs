@@ -14,6 +14,6 @@ mod transform;
 
 pub use activation::{Activations, CacheFormat, CacheFormats, ScaleKind, SsmActivations};
 pub use matrix::{LinearWeights, QuantizedMatrix, WeightPart, round_to_nearest};
-pub use plan::{BlockKind, Plan, Selector};
+pub use plan::{BlockKind, NamePattern, Plan, Selector};
 pub use scheme::{Format, GROUP_SIZES, Scheme};
 pub use transform::Transform;
