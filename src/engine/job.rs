@@ -80,13 +80,7 @@ impl Job {
 }
 
 /// Runs a job on the current computing pool.
-pub(super) fn run(
-    id: JobId,
-    job: Job,
-    cancel: &CancelToken,
-    pause: &PauseToken,
-    send: &(impl Fn(Event) + Sync),
-) -> Result<()> {
+pub(super) fn run(id: JobId, job: Job, cancel: &CancelToken, pause: &PauseToken, send: &(impl Fn(Event) + Sync)) -> Result<()> {
     let monitor = Monitor::new(|report: Report| send(Event::Report { id, report }), cancel.clone()).pausable(pause.clone());
     monitor.check()?;
     match job {

@@ -67,7 +67,8 @@ impl Lock {
                 Err(TryLockError::Error(error)) => return Err(failed(&error)),
             }
         }
-        let text = serde_json::to_string(&Owner::this_process()).map_err(|error| Error::run(format!("a lock cannot be written: {error}")))?;
+        let text =
+            serde_json::to_string(&Owner::this_process()).map_err(|error| Error::run(format!("a lock cannot be written: {error}")))?;
         file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(text.as_bytes())).map_err(|error| failed(&error))?;
         Ok(Self { file })
     }

@@ -123,7 +123,10 @@ pub struct Status {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Entry {
-    Made { variant: String, path: PathBuf },
+    Made {
+        variant: String,
+        path: PathBuf,
+    },
     /// The evaluation has begun: rows scored from here on are kept when it is resumed.
     Evaluating,
     Measured(Box<ModelResult>),

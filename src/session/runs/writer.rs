@@ -34,7 +34,10 @@ pub enum Notice {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {
     Done,
-    Failed { message: String, hint: Option<String> },
+    Failed {
+        message: String,
+        hint: Option<String>,
+    },
     Cancelled,
     /// Another process goes on with it. The lock stays with this one until it ends.
     HandedOver,
@@ -143,7 +146,7 @@ impl Worker {
             let due = written.map_or(Duration::ZERO, |at| WRITE.saturating_sub(at.elapsed()));
             let wait = if changed { due.min(LOOK) } else { LOOK };
             match notes.recv_timeout(wait) {
-                Ok(Note::Ending(ending)) => return self.end(ending),
+                Ok(Note::Ending(ending)) => return self.end(&ending),
                 Ok(note) => {
                     self.take_in(note);
                     changed = true;
@@ -209,8 +212,8 @@ impl Worker {
         }
     }
 
-    fn end(mut self, ending: Ending) {
-        let (state, level, line) = match &ending {
+    fn end(mut self, ending: &Ending) {
+        let (state, level, line) = match ending {
             Ending::Done => (State::Done, "info", "done".to_owned()),
             Ending::Cancelled => (State::Cancelled, "warning", "cancelled".to_owned()),
             Ending::HandedOver => (State::Waiting, "info", "going on without a screen".to_owned()),
@@ -222,7 +225,7 @@ impl Worker {
         self.status.state = state;
         self.line(level, &line);
         self.write();
-        if ending == Ending::HandedOver {
+        if *ending == Ending::HandedOver {
             // The next process shall not begin before this one has ended, engine and all.
             std::mem::forget(self.lock);
         }
