@@ -7,7 +7,7 @@ mod inventory;
 pub mod outliers;
 pub mod predict;
 
-pub use footprint::{BlockFootprint, Footprint};
+pub use footprint::{BlockBytes, Footprint};
 pub use gpu::Gpu;
 pub use inventory::{BlockRow, FormatFit, Inventory, Sensitivity, Totals};
 pub use predict::Prediction;

@@ -63,12 +63,13 @@ impl Prediction {
         let rate = |format: Format| COMPUTE_EFFICIENCY * if format.quantizes_activations() { gpu.int8_ops } else { gpu.bf16_ops };
         let (mut decode, mut prefill) = (0.0, 0.0);
         let prompt = PROMPT_TOKENS as f64;
-        for ((block, kind), format) in footprint.blocks.iter().zip(&config.blocks).zip(&plan.blocks) {
+        for (index, (kind, format)) in config.blocks.iter().zip(&plan.blocks).enumerate() {
+            let (linears, float) = (footprint.linears(plan, index), footprint.float(index));
             let caches = cache_bytes(config, *kind, DECODE_CONTEXT);
-            decode += (block.active_bytes(*format) + caches) as f64 / bandwidth + BLOCK_SECONDS;
+            decode += (linears.active + float + caches) as f64 / bandwidth + BLOCK_SECONDS;
             // In a long prompt every expert is met by some token.
-            let moved = (block.bytes(*format) + activation_bytes(config, *format) * PROMPT_TOKENS as u64) as f64 / bandwidth;
-            let linears = 2.0 * block.active_weights as f64 * prompt / rate(*format);
+            let moved = (linears.stored + float + activation_bytes(config, *format) * PROMPT_TOKENS as u64) as f64 / bandwidth;
+            let linears = 2.0 * footprint.weights(index).active as f64 * prompt / rate(*format);
             let mixing = mixing_operations(config, *kind) * prompt / (COMPUTE_EFFICIENCY * gpu.bf16_ops);
             prefill += moved.max(linears + mixing) + BLOCK_SECONDS;
         }
@@ -156,12 +157,12 @@ mod tests {
             "num_key_value_heads": 8, "attention_head_dim": 128}"#,
         )
         .unwrap();
-        let footprint = Footprint::new(&config, &Layout::new(&config));
+        let footprint = Footprint::new(&config, std::sync::Arc::new(Layout::new(&config)));
         (config, footprint)
     }
 
     fn uniform(format: Format) -> Plan {
-        Plan { embedding: Format::W8A16, head: format, blocks: vec![format; 52] }
+        Plan { embedding: Format::W8A16, head: format, blocks: vec![format; 52], ..Plan::unquantized(0) }
     }
 
     /// By hand: 4 attention blocks × 2 × 8 × 128 values × 2 bytes = 16 KiB a token; 24 SSM blocks × (128·64·128 states +
@@ -190,12 +191,12 @@ mod tests {
         let gpu = Gpu::find("H100").unwrap();
         let [float, eight, four] =
             [Format::W16A16, Format::W8A8, Format::W4A8].map(|format| Prediction::new(&config, &footprint, &uniform(format), &gpu));
-        let read = (footprint.total_bytes(&uniform(Format::W8A8)) - footprint.embedding(Format::W8A16)) as f64;
+        let read = (footprint.linear_bytes(&uniform(Format::W8A8)) + footprint.head(Format::W8A8)) as f64;
         assert!(eight.decode_seconds > read / gpu.bandwidth, "no faster than the memory");
         assert!(eight.decode_seconds < 2.0 * read / gpu.bandwidth);
         assert!(four.decode_seconds < 0.7 * eight.decode_seconds && eight.decode_seconds < 0.65 * float.decode_seconds);
         assert!(eight.prefill_tokens_per_s > 1.6 * float.prefill_tokens_per_s, "int8 products take half the time");
-        let per_token = 2.0 * footprint.blocks.iter().map(|block| block.weights).sum::<u64>() as f64;
+        let per_token = 2.0 * (0..52).map(|index| footprint.weights(index).stored).sum::<u64>() as f64;
         assert!(float.prefill_tokens_per_s * per_token < gpu.bf16_ops, "no faster than the tensor cores");
     }
 

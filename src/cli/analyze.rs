@@ -1,6 +1,7 @@
 //! `strata analyze`.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use clap::Args;
 use serde::Serialize;
@@ -147,8 +148,8 @@ impl Analyze {
 
 /// The unquantized model, the three phases and the suggested plan on each GPU.
 fn predictions(config: &Config, inventory: &Inventory, gpus: &[Gpu]) -> Result<Vec<PlanPredictions>> {
-    let layout = Layout::new(config);
-    let footprint = Footprint::new(config, &layout);
+    let layout = Arc::new(Layout::new(config));
+    let footprint = Footprint::new(config, Arc::clone(&layout));
     let mut plans = vec![("base".to_owned(), Plan::unquantized(layout.blocks.len()))];
     for name in ["phase1", "phase2", "phase3"] {
         plans.push((name.to_owned(), Recipe::find(name)?.plan(&layout, &[])?));

@@ -79,15 +79,15 @@ impl Document {
 
     /// The session over a model of this configuration.
     pub fn of_config(session: Session, config: Config) -> Result<Self> {
-        let layout = Layout::new(&config);
+        let layout = Arc::new(Layout::new(&config));
         let mut document = Self {
             saved: session.clone(),
             session,
             written: BTreeMap::new(),
             kinds: layout.kinds(),
-            footprint: Arc::new(Footprint::new(&config, &layout)),
+            footprint: Arc::new(Footprint::new(&config, Arc::clone(&layout))),
             config: Arc::new(config),
-            layout: Arc::new(layout),
+            layout,
             drafts: Vec::new(),
             current: 0,
             next_id: 0,

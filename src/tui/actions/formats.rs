@@ -27,19 +27,22 @@ pub fn w4a16(state: &mut State) -> Vec<Effect> {
     set_blocks(state, Format::W4A16)
 }
 
+/// The formats that one steps through; those below 4 bits are in the palette.
+const STEPS: [Format; 5] = [Format::W16A16, Format::W8A16, Format::W8A8, Format::W4A16, Format::W4A8];
+
 /// Gives the blocks the format after that of the block under the cursor.
 pub fn narrower(state: &mut State) -> Vec<Effect> {
     cycle(state, 1)
 }
 
 pub fn wider(state: &mut State) -> Vec<Effect> {
-    cycle(state, Format::ALL.len() - 1)
+    cycle(state, STEPS.len() - 1)
 }
 
 fn cycle(state: &mut State, by: usize) -> Vec<Effect> {
     let current = state.document.draft().plan.blocks[state.layers.cursor];
-    let at = Format::ALL.iter().position(|format| *format == current).unwrap_or(0);
-    set_blocks(state, Format::ALL[(at + by) % Format::ALL.len()])
+    let at = STEPS.iter().position(|format| *format == current).unwrap_or(STEPS.len() - 1);
+    set_blocks(state, STEPS[(at + by) % STEPS.len()])
 }
 
 /// Copies the formats of the selection, or that of the block under the cursor.
