@@ -51,7 +51,7 @@ fn a_cancelled_evaluation_goes_on_without_repeating_finished_rows() {
         }
     };
     let resumed = run(&request, &Monitor::new(listen, CancelToken::default()));
-    assert!(log.into_inner().unwrap().iter().any(|line| line.starts_with("piqa") && line.contains("did not end")));
+    assert!(log.into_inner().unwrap().iter().any(|line| line.starts_with("piqa") && line.contains("earlier evaluation")));
     let whole = run(&EvaluateRequest { journal: None, ..request.clone() }, &Monitor::silent());
     assert_eq!(resumed[0].result.tasks, whole[0].result.tasks);
     for (resumed, whole) in resumed[0].samples.iter().zip(&whole[0].samples) {
@@ -73,8 +73,8 @@ fn a_model_against_itself_has_no_flips_and_no_divergence() {
     assert_eq!((comparison.tasks["piqa"].metric.as_str(), comparison.tasks["hellaswag"].metric.as_str()), ("acc", "acc_norm"));
     assert_eq!((kld.max, kld.top1, kld.rms_probability, kld.tokens), (0.0, 1.0, Some(0.0), 128));
     let perplexity = set.results[0].perplexities.unwrap();
-    assert_eq!(set.results[0].perplexity, Some(perplexity.gptq));
-    assert!(perplexity.llama_cpp < perplexity.gptq, "more context, fewer surprises: {perplexity:?}");
+    assert_eq!(set.results[0].perplexity, perplexity.gptq);
+    assert!(perplexity.llama_cpp < perplexity.gptq.unwrap(), "more context, fewer surprises: {perplexity:?}");
     let json = serde_json::to_value(&set).unwrap();
     assert_eq!(json["schema"], "strata.results/1");
     assert_eq!(json["comparisons"][0]["tasks"]["piqa"]["test"], "exact");
@@ -137,7 +137,7 @@ fn a_model_read_block_by_block_gives_the_same_figures() {
     let (log, whole) = logged(&request);
     assert!(!log.contains("block by block"), "{log}");
     // Room for what waits between two blocks, then none.
-    for (room, spilled) in [(need.largest_block, false), (0, true)] {
+    for (room, spilled) in [(need.resident() - need.streamed() - 1, false), (0, true)] {
         let (log, streamed) = logged(&EvaluateRequest { host_memory: Some(need.streamed() + room), ..request.clone() });
         assert!(log.contains("block by block") && log.contains("scratch file") == spilled, "{log}");
         for (streamed, whole) in streamed.iter().zip(&whole) {
@@ -151,6 +151,18 @@ fn a_model_read_block_by_block_gives_the_same_figures() {
     let error = evaluate(|| Cpu, &refused, &Monitor::silent(), |_| {}).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Input);
     assert!(error.message.contains("may be taken") && error.hint.unwrap().contains("--host-memory"));
+}
+
+#[test]
+fn the_base_of_several_evaluations_is_scored_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = request().models.remove(0);
+    let request = EvaluateRequest { reference: Some(base), limit: Some(4), journal: Some(folder.path().to_owned()), ..request() };
+    let (first, again) = (logged(&request), logged(&request));
+    assert_eq!(first.1[0].result.tasks, again.1[0].result.tasks);
+    let found = |log: &str| log.matches("scored by an earlier evaluation").count();
+    // The variant here is the base itself, whose rows are those of the base.
+    assert_eq!((found(&first.0), found(&again.0)), (2, 4), "a line a task that was scored before");
 }
 
 /// The program with a data folder of its own.
@@ -181,7 +193,7 @@ fn a_killed_evaluation_goes_on() {
     killed.kill().unwrap();
     killed.wait().unwrap();
     let resumed = strata(data.path(), &arguments).output().unwrap();
-    assert!(String::from_utf8_lossy(&resumed.stderr).contains("were scored by an evaluation that did not end"));
+    assert!(String::from_utf8_lossy(&resumed.stderr).contains("were scored by an earlier evaluation"));
     assert!(stdout(&resumed).contains("53.2"), "arc_easy of the whole task, as the harness has it");
     assert_eq!(scored(), 0);
 }
@@ -204,4 +216,48 @@ fn results_are_kept_listed_imported_and_exported() {
     let records: serde_json::Value = serde_json::from_str(&run(&["results", "--json", "--model", "demo"])).unwrap();
     assert_eq!((records["schema"].as_str(), records["records"][0]["schema"].as_str()), (Some("strata.records/1"), Some("strata.record/1")));
     assert_eq!(records["records"][0]["result"]["tasks"]["piqa"]["rows"], 8);
+}
+
+#[test]
+fn files_of_other_engines_are_imported_by_several_processes_at_once() {
+    let data = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = data.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let mut files = vec![
+        write("out/org__model/samples_piqa_2026-01-01T00-00-00.1.jsonl", "{\"doc_id\": 0, \"acc\": 1.0, \"acc_norm\": 0.0}\n"),
+        write(
+            "ppl.txt",
+            "perplexity: calculating perplexity over 4 chunks, n_ctx=512, batch_size=512, n_seq=1\nFinal estimate: PPL = 7.5 +/- 0.1\n",
+        ),
+    ];
+    for index in 0..22 {
+        let text =
+            format!(r#"{{"model_name": "org/m{index}", "results": {{"piqa": {{"acc,none": 0.5}}}}, "padding": "{}"}}"#, "x".repeat(20_000));
+        files.push(write(&format!("results_{index}.json"), &text));
+    }
+    let mut children: Vec<_> = files
+        .chunks(4)
+        .map(|files| {
+            let imports = files.iter().flat_map(|file| ["--import", file.as_str()]);
+            let mut command = strata(data.path(), &["results"]);
+            command.args(imports).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        })
+        .collect();
+    for child in &mut children {
+        assert!(child.wait().unwrap().success());
+    }
+    let run = |arguments: &[&str]| stdout(&strata(data.path(), arguments).output().unwrap());
+    let count = |arguments: &[&str]| {
+        let records: serde_json::Value = serde_json::from_str(&run(&[&["results", "--json"], arguments].concat())).unwrap();
+        records["records"].as_array().unwrap().len()
+    };
+    assert_eq!(count(&[]), files.len(), "nothing is lost and nothing torn");
+    assert_eq!(count(&["--source", "llama-perplexity"]), 1);
+    assert_eq!((count(&["--last", "3"]), count(&["--since", "2100-01-01"]), count(&["--session", "none"])), (3, 0, 0));
+    let table = run(&["results", "--variant", "ppl.txt", "--format", "markdown"]);
+    assert!(table.contains("| llama-perplexity |") && table.contains("| 7.5000 |"), "{table}");
 }

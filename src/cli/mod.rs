@@ -12,6 +12,7 @@ mod progress;
 mod quantize;
 mod replay;
 mod results;
+mod runs;
 mod trace;
 
 use std::io::IsTerminal;
@@ -107,6 +108,8 @@ enum Command {
     Compare(compare::Compare),
     /// Run a session file headless.
     Replay(replay::Replay),
+    /// List, follow, cancel and remove runs: every replay and every job of the workbench is one.
+    Runs(runs::Runs),
     /// List, filter, import and export what was measured.
     Results(results::Results),
     /// Continue a prompt.
@@ -131,6 +134,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Eval(command)) => command.run(&common),
         Some(Command::Compare(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
+        Some(Command::Runs(command)) => command.run(&common),
         Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),
         Some(Command::Trace(command)) => command.run(&common),

@@ -64,6 +64,7 @@ impl<B: Backend> TextReader<'_, B> {
             if let Some(compared) = &mut compared {
                 let reference = backend.upload(compared.reference.logits(index)?, compared.reference.vocabulary())?;
                 rows.extend(backend.divergence(&reference, &logits)?);
+                monitor.divergence(index + 1, rows.iter().map(|row| row.kl).sum::<f64>() / rows.len() as f64);
             }
             monitor.step(index + 1, format!("window {}", index + 1))?;
         }

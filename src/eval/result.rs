@@ -10,6 +10,8 @@ use super::run::Evaluated;
 use super::score::TaskScore;
 use super::speed::{Speed, SpeedPoint};
 use super::statistics::{DivergenceSummary, NoiseFloor, Perplexity};
+use crate::checkpoint::BlockRecord;
+use crate::format::{BlockKind, Format};
 
 /// Schema of [`ResultSet`].
 pub const RESULTS_SCHEMA: &str = "strata.results/1";
@@ -64,6 +66,10 @@ pub struct ModelResult {
     /// The same in both usual conventions.
     #[serde(default)]
     pub perplexities: Option<Perplexity>,
+    /// Relative error of each block's output on the calibration sample, as the variant recorded it; empty for the
+    /// unquantized model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockError>,
     pub speed: Option<Speed>,
     /// Times at every prompt length and batch size that was measured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -73,6 +79,23 @@ pub struct ModelResult {
     pub caches: Vec<CacheBytes>,
     pub memory: Memory,
     pub provenance: Evidence,
+}
+
+/// What a block of a variant lost when it was quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct BlockError {
+    pub index: usize,
+    pub kind: BlockKind,
+    pub format: Format,
+    /// ‖quantized − float‖ / ‖float‖ of its output, same input.
+    pub error: f64,
+}
+
+impl BlockError {
+    /// From what the variant's manifest has of the block.
+    pub fn of(record: &BlockRecord) -> Self {
+        Self { index: record.index, kind: record.kind, format: record.format, error: record.error }
+    }
 }
 
 /// Memory, measured.

@@ -1,13 +1,13 @@
 //! One evaluation of several models: rows, tokens and the reference pass are shared between them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::dataset::DataSource;
 use super::divergence::{Compared, TextReader, TextReading};
 use super::journal::Journal;
 use super::reference::{FOLDER_BYTES, References};
-use super::result::{Evidence, Memory, ModelResult};
+use super::result::{BlockError, Evidence, Memory, ModelResult};
 use super::score::{self, BATCH_TOKENS, Sample, TaskScore};
 use super::speed::{self, Speed, SpeedPoint, SpeedRequest};
 use super::statistics::Perplexity;
@@ -92,24 +92,24 @@ pub fn evaluate<B: Backend>(
     monitor: &Monitor,
     mut each: impl FnMut(Evaluated),
 ) -> Result<()> {
+    let Some(first) = request.reference.iter().chain(&request.models).next() else { return Ok(()) };
+    let demo = checkpoint::open_watched(&first.path, monitor)?.has_demo_tokenizer()?;
+    let questions = load_questions(request, demo, monitor)?;
     let heldout = match &request.text {
         _ if request.windows == 0 => None,
         Some(path) => Some(text::read(path)?),
         None => Some(DEMO_HELDOUT.to_owned()),
     };
-    let mut questions = None;
     let temporary = tempfile::tempdir().map_err(|error| Error::io("making a folder in", &std::env::temp_dir(), &error))?;
     let references = References::new(request.references.clone().unwrap_or_else(|| temporary.path().to_owned()), FOLDER_BYTES);
+    announce(request, &questions, monitor);
     let mut compared: Option<Compared> = None;
     let mut journals = Vec::new();
+    let mut kept_journal = None;
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
         monitor.stage("load", 1);
         let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
-        let questions = match &mut questions {
-            Some(questions) => &*questions,
-            None => questions.insert(load_questions(request, checkpoint.has_demo_tokenizer()?, monitor)?),
-        };
         let host_memory = request.host_memory.or_else(memory::available_bytes).unwrap_or(u64::MAX);
         let batch_tokens = if heldout.is_some() { BATCH_TOKENS.max(request.window_tokens) } else { BATCH_TOKENS };
         let reader = Reader::load(backend(), &checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
@@ -123,15 +123,21 @@ pub fn evaluate<B: Backend>(
                 Err(error) => monitor.warn(format!("{error}: this evaluation could not be resumed")),
             }
         }
-        journals.extend(journal.as_ref().map(|journal| journal.path().to_owned()));
         let is_reference = index == 0 && request.reference.is_some();
+        let path = journal.as_ref().map(|journal| journal.path().to_owned());
+        if is_reference {
+            // It stays: every other evaluation of the reference's variants would score the same rows again.
+            kept_journal = path;
+        } else {
+            journals.extend(path.filter(|path| Some(path) != kept_journal.as_ref()));
+        }
         let evaluation = Evaluation {
             request,
             checkpoint: &checkpoint,
             reader: &reader,
             name: &model.name,
             sha256,
-            questions,
+            questions: &questions,
             text: heldout.as_deref(),
         };
         let (tasks, samples) = evaluation.score(journal, monitor)?;
@@ -224,8 +230,9 @@ impl<B: Backend> Evaluation<'_, B> {
             tasks,
             kld: reading.divergence,
             noise_floor: reading.noise_floor,
-            perplexity: perplexities.map(|perplexity| perplexity.gptq),
+            perplexity: perplexities.and_then(|perplexity| perplexity.gptq),
             perplexities,
+            blocks: checkpoint.variant.as_ref().map_or_else(Vec::new, |variant| variant.blocks.iter().map(BlockError::of).collect()),
             speed,
             speed_points,
             caches: memory::CONTEXTS.map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, context)).to_vec(),
@@ -257,6 +264,43 @@ fn load_questions(request: &EvaluateRequest, demo: bool, monitor: &Monitor) -> R
         Ok((*task, rows))
     };
     request.tasks.iter().map(load).collect()
+}
+
+/// Tokens that are decoded one by one cost about this many times what they cost in a prompt.
+const DECODING: f64 = 12.0;
+/// Characters of a token, about.
+const TOKEN: f64 = 4.0;
+/// Share of a model's evaluation that loading it takes, about.
+const LOADING: f64 = 0.03;
+
+/// Tells the monitor which stages come, and their work in characters that the model reads.
+fn announce(request: &EvaluateRequest, questions: &[(Task, Rows)], monitor: &Monitor) {
+    let mut stages = Vec::new();
+    for (task, rows) in questions {
+        let work: usize = rows
+            .questions
+            .iter()
+            .map(|question| {
+                // A context that choices share is read once.
+                let contexts: BTreeSet<&str> = question.requests.iter().map(|(context, _)| context.as_str()).collect();
+                let continuations = question.requests.iter().map(|(_, continuation)| continuation.len());
+                contexts.into_iter().map(str::len).chain(continuations).sum::<usize>()
+            })
+            .sum();
+        stages.push((task.name().to_owned(), work as f64));
+    }
+    if request.windows > 0 {
+        stages.push(("text".to_owned(), TOKEN * (request.windows * request.window_tokens) as f64));
+    }
+    if let Some(speed) = &request.speed {
+        let points = speed.grid.iter().copied().chain([(speed.prompt_tokens, 1)]);
+        let round: f64 = points.map(|(prompt, sequences)| sequences as f64 * (prompt as f64 + DECODING * speed.decode_tokens as f64)).sum();
+        stages.push(("speed".to_owned(), TOKEN * round * (speed.repetitions + 1) as f64));
+    }
+    let load = LOADING * stages.iter().map(|(_, work)| work).sum::<f64>();
+    stages.insert(0, ("load".to_owned(), load));
+    let models = request.reference.iter().chain(&request.models).count();
+    monitor.plan(std::iter::repeat_n(stages, models).flatten());
 }
 
 fn text_description(request: &EvaluateRequest, windows: usize) -> String {

@@ -200,6 +200,7 @@ fn loglikelihoods<B: Backend>(
         if let Some(known) = known {
             kept += known.len();
             scores.extend(known);
+            monitor.found(scores.len());
         } else {
             let new = score_batch(reader.backend(), &pass.outputs(computed)?, &trees[computed], batch)?;
             computed += 1;
@@ -211,7 +212,7 @@ fn loglikelihoods<B: Backend>(
         monitor.step(scores.len(), format!("{} continuations", scores.len()))?;
     }
     if kept > 0 {
-        monitor.log(format!("{task}: {kept} of {} continuations were scored by an evaluation that did not end", unique.len()));
+        monitor.log(format!("{task}: {kept} of {} continuations were scored by an earlier evaluation", unique.len()));
     }
     Ok(requests.iter().map(|request| unique.binary_search(&request).map_or(f64::NAN, |at| scores[at])).collect())
 }

@@ -79,7 +79,7 @@ impl<'a, B: Backend> Reader<'a, B> {
         let need = MemoryNeed::of(checkpoint, batch_tokens)?;
         monitor.log(format!("{}: {}", checkpoint.name, need.statement(host_memory)));
         if need.resident() <= host_memory {
-            return Ok(Self { weights: Weights::Resident(Hybrid::load(backend, checkpoint)?) });
+            return Ok(Self { weights: Weights::Resident(Hybrid::load(backend, checkpoint)?.stopped_by(monitor.cancel_token())) });
         }
         let held = host_memory.checked_sub(need.streamed()).ok_or_else(|| {
             Error::input(format!("{} cannot be read: {}", checkpoint.name, need.statement(host_memory)))

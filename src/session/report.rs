@@ -3,7 +3,7 @@
 use super::store::Record;
 use crate::eval::memory::CacheBytes;
 use crate::eval::paired::{Comparison, McNemarTest};
-use crate::eval::statistics::{DivergenceSummary, Perplexity};
+use crate::eval::statistics::DivergenceSummary;
 use crate::eval::{ModelResult, Task};
 
 /// Rows of columns, the first row being the heads; numbers are right-aligned. Reads the same on screen and in a file.
@@ -108,17 +108,19 @@ pub fn records(records: &[Record]) -> Table {
     let tasks = tasks_of(&records.iter().map(|record| &record.result).collect::<Vec<_>>());
     let mut heads = vec!["time", "source", "session", "model", "variant", "linears", "bits"];
     heads.extend(tasks.iter().map(|task| task.name()));
-    heads.extend(["mean", "KLD", "ppl", "prefill t/s", "decode t/s", "backend"]);
+    heads.extend(["mean", "KLD", "top1", "ppl (gptq)", "ppl (llama.cpp)", "prefill t/s", "decode t/s", "backend"]);
     let mut table = Table::new(&heads);
     for Record { time, source, session, result, .. } in records {
         let measured = |known: bool, text: String| if known { text } else { "-".to_owned() };
         let mut row = vec![time.clone(), source.clone(), session.clone().unwrap_or_else(|| "-".into())];
         row.extend([result.model.clone(), result.variant.clone()]);
         row.push(measured(result.weight_bytes > 0, bytes(result.weight_bytes)));
-        row.push(measured(result.weight_bytes > 0, format!("{:.2}", result.bits_per_weight)));
+        row.push(measured(result.bits_per_weight > 0.0, format!("{:.2}", result.bits_per_weight)));
         row.extend(scores(&tasks, result));
         row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.2e}", kld.mean)));
+        row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.1}%", 100.0 * kld.top1)));
         row.push(result.perplexity.map_or_else(|| "-".into(), |perplexity| format!("{perplexity:.4}")));
+        row.push(result.perplexities.map_or_else(|| "-".into(), |perplexities| format!("{:.4}", perplexities.llama_cpp)));
         row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
         row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.decode_tokens_per_s)));
         row.push(result.provenance.backend.clone());
@@ -142,8 +144,7 @@ pub fn divergence(results: &[ModelResult]) -> Table {
     }
     for result in results {
         let kld = |of: fn(&DivergenceSummary) -> f64| result.kld.as_ref().map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", of(kld)));
-        let perplexity =
-            |of: fn(&Perplexity) -> f64| result.perplexities.as_ref().map_or_else(|| "-".to_owned(), |p| format!("{:.4}", of(p)));
+        let perplexity = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |perplexity| format!("{perplexity:.4}"));
         table.push(vec![
             result.variant.clone(),
             kld(|kld| kld.mean),
@@ -155,8 +156,8 @@ pub fn divergence(results: &[ModelResult]) -> Table {
             kld(|kld| kld.max),
             result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2}%", 100.0 * kld.top1)),
             result.kld.and_then(|kld| kld.rms_probability).map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms)),
-            perplexity(|perplexity| perplexity.gptq),
-            perplexity(|perplexity| perplexity.llama_cpp),
+            perplexity(result.perplexities.and_then(|perplexities| perplexities.gptq)),
+            perplexity(result.perplexities.map(|perplexities| perplexities.llama_cpp)),
         ]);
     }
     table
