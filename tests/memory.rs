@@ -73,8 +73,8 @@ fn a_checkpoint_larger_than_the_address_space_is_quantized_evaluated_and_traced(
         command.current_dir(env!("CARGO_MANIFEST_DIR")).env("XDG_DATA_HOME", folder.path()).env("XDG_CACHE_HOME", folder.path());
         // An arena reserves 64 MiB of addresses for each thread, whatever it uses of them.
         command.env("MALLOC_ARENA_MAX", "1").env("TMPDIR", folder.path());
-        command.args(["-c", &format!("ulimit -v {LIMIT_KIB} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_strata"), "--threads", "2"]);
-        command.args(arguments).output().unwrap()
+        command.args(["-c", &format!("ulimit -v {LIMIT_KIB} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_strata")]);
+        command.args(arguments).args(["--threads", "2"]).output().unwrap()
     };
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (model, variant, traced) = (model.display().to_string(), path("variant"), path("trace.safetensors"));

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use strata::engine::Event;
-use strata::error::{Error, Result};
+use strata::error::Result;
 use strata::eval::ModelResult;
 use strata::session::store::{Record, Store};
 use strata::session::{html, import, report};
