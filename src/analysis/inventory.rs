@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::Transitions;
 use super::outliers;
 use crate::checkpoint::{BlockSpec, Checkpoint, Layout, LinearSpec};
 use crate::error::Result;
@@ -83,12 +84,15 @@ pub struct Inventory {
     pub suggested_bytes: u64,
     /// Neighbouring blocks that read activations of different bits under the suggested plan.
     pub suggested_transitions: usize,
+    /// In which form each reader of the residual stream takes it: under the variant's own plan when the model is one,
+    /// else under the suggested plan.
+    pub transitions: Transitions,
 }
 
 impl Inventory {
     /// From a configuration alone.
     pub fn of_layout(model: &str, layout: &Layout) -> Self {
-        Self::build(model, layout, vec![None; layout.blocks.len()])
+        Self::build(model, layout, None, vec![None; layout.blocks.len()])
     }
 
     /// With what the weights say; reads every linear once, block by block.
@@ -99,10 +103,11 @@ impl Inventory {
             let ratio = |block| outliers::outlier_ratio(checkpoint, block).map(Some);
             checkpoint.layout.blocks.iter().map(ratio).collect::<Result<_>>()?
         };
-        Ok(Self::build(&checkpoint.name, &checkpoint.layout, outliers))
+        let plan = checkpoint.variant.as_ref().map(|variant| &variant.plan);
+        Ok(Self::build(&checkpoint.name, &checkpoint.layout, plan, outliers))
     }
 
-    fn build(model: &str, layout: &Layout, outliers: Vec<Option<f64>>) -> Self {
+    fn build(model: &str, layout: &Layout, plan: Option<&Plan>, outliers: Vec<Option<f64>>) -> Self {
         let total_parameters = layout.parameters();
         let float_bytes = layout.float_bytes as u64;
         let share = |parameters: u64| parameters as f64 / total_parameters as f64;
@@ -149,6 +154,7 @@ impl Inventory {
             totals,
             suggested_bytes: layout.total_bytes(&suggested_plan),
             suggested_transitions: suggested_plan.activation_transitions(),
+            transitions: Transitions::of(layout, plan.unwrap_or(&suggested_plan)),
             suggested_plan,
         }
     }

@@ -81,7 +81,9 @@ impl Transitions {
         for block in &layout.blocks {
             let form = |int8: bool| if int8 { Form::Int8 } else { Form::Float };
             for wanted in [Form::Int8, Form::Float] {
-                let reads = |name: &str| form(plan.linear(block.index, &block.linear(name).map_or_else(String::new, |l| l.stem.clone())).quantizes_activations());
+                let reads = |name: &str| {
+                    form(plan.linear(block.index, &block.linear(name).map_or_else(String::new, |l| l.stem.clone())).quantizes_activations())
+                };
                 let names: Vec<&str> = residual_readers(block).into_iter().filter(|name| reads(name) == wanted).collect();
                 if !names.is_empty() {
                     push(Some(block), together(&names), wanted);
@@ -144,7 +146,9 @@ mod tests {
         let mut plan = Plan { blocks: vec![Format::W8A8; 4], head: Format::W8A8, ..Plan::unquantized(0) };
         plan.linears.insert("layers.2.mixer.v_proj".into(), Format::W8A16);
         let found = Transitions::of(&layout, &plan);
-        let of = |block| found.edges.iter().filter(|edge| edge.block == Some(block)).map(|edge| (edge.reader.as_str(), edge.reads)).collect::<Vec<_>>();
+        let of = |block| {
+            found.edges.iter().filter(|edge| edge.block == Some(block)).map(|edge| (edge.reader.as_str(), edge.reads)).collect::<Vec<_>>()
+        };
         assert_eq!(of(1), [("shared_experts.up_proj, fc1_latent_proj", Form::Int8), ("router", Form::Float)]);
         assert_eq!(of(2), [("q_proj, k_proj", Form::Int8), ("v_proj", Form::Float)]);
     }
