@@ -50,5 +50,5 @@ fn the_skewed_twin_has_the_demos_logits_and_an_uneven_stream() {
         let column = |c: usize| values.iter().skip(c).step_by(width).map(|x| x * x).sum::<f32>().sqrt();
         spread(&(0..width).map(column).collect::<Vec<_>>())
     };
-    assert!(energy(&twin) > 3.0 * energy(&open("demo").unwrap()), "{} {}", energy(&twin), energy(&open("demo").unwrap()));
+    assert!(energy(&twin) > 1.5 * energy(&open("demo").unwrap()), "{} {}", energy(&twin), energy(&open("demo").unwrap()));
 }

@@ -84,7 +84,7 @@ impl Transitions {
                 let reads = |name: &str| {
                     form(plan.linear(block.index, &block.linear(name).map_or_else(String::new, |l| l.stem.clone())).quantizes_activations())
                 };
-                let names: Vec<&str> = residual_readers(block).into_iter().filter(|name| reads(name) == wanted).collect();
+                let names: Vec<&str> = block.residual_readers().into_iter().filter(|name| reads(name) == wanted).collect();
                 if !names.is_empty() {
                     push(Some(block), together(&names), wanted);
                 }
@@ -97,18 +97,6 @@ impl Transitions {
         let changed = || edges.iter().filter(|edge| edge.transition);
         Self { count: changed().count(), bytes_per_token: changed().map(|edge| edge.bytes_per_token).sum(), edges }
     }
-}
-
-/// Linears of a block that read the residual stream.
-pub fn residual_readers(block: &BlockSpec) -> Vec<&str> {
-    let latent = block.linear("fc1_latent_proj").is_some();
-    let reads = |name: &str| match block.kind {
-        BlockKind::Ssm => name == "in_proj",
-        BlockKind::Mlp => name == "up_proj",
-        BlockKind::Attention => name != "o_proj",
-        BlockKind::Moe => name == "fc1_latent_proj" || (name.ends_with("up_proj") && (!latent || name.starts_with("shared"))),
-    };
-    block.linears.iter().map(|linear| linear.name.as_str()).filter(|name| reads(name)).collect()
 }
 
 /// `q_proj, k_proj`; experts as one.

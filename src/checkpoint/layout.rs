@@ -138,6 +138,32 @@ impl BlockSpec {
             .map(|(name, width)| TensorSpec::new(format!("{}mixer.{name}_scale", self.prefix), &[width]))
     }
 
+    /// Linears that read the residual stream, behind the norm.
+    pub fn residual_readers(&self) -> Vec<&str> {
+        let latent = self.linear("fc1_latent_proj").is_some();
+        self.named(|name| match self.kind {
+            BlockKind::Ssm => name == "in_proj",
+            BlockKind::Mlp => name == "up_proj",
+            BlockKind::Attention => name != "o_proj",
+            BlockKind::Moe => name == "fc1_latent_proj" || (name.ends_with("up_proj") && (!latent || name.starts_with("shared"))),
+        })
+    }
+
+    /// Linears whose outputs are added to the residual stream.
+    pub fn residual_writers(&self) -> Vec<&str> {
+        let latent = self.linear("fc2_latent_proj").is_some();
+        self.named(|name| match self.kind {
+            BlockKind::Ssm => name == "out_proj",
+            BlockKind::Mlp => name == "down_proj",
+            BlockKind::Attention => name == "o_proj",
+            BlockKind::Moe => name == "fc2_latent_proj" || (name.ends_with("down_proj") && (!latent || name.starts_with("shared"))),
+        })
+    }
+
+    fn named(&self, wanted: impl Fn(&str) -> bool) -> Vec<&str> {
+        self.linears.iter().map(|linear| linear.name.as_str()).filter(|name| wanted(name)).collect()
+    }
+
     /// Bytes its linears store under `plan`.
     pub fn planned_bytes(&self, plan: &Plan, float_bytes: usize) -> u64 {
         self.linears.iter().map(|linear| linear.bytes_in(&linear.planned_schemes(plan, self.index), float_bytes)).sum()

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
+use strata::analysis::transitions::Edge;
 use strata::analysis::{Footprint, Gpu, Inventory, Prediction, predict};
 use strata::checkpoint::{self, Checkpoint, Config, Layout, hub};
 use strata::error::{Error, Result};

@@ -457,7 +457,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             let vocabulary = logits.len() * cols / values.len();
             for (x, logits) in values.chunks_exact_mut(cols).zip(logits.chunks_exact(vocabulary)) {
                 let weight = if std::env::var("NOFISHER").is_ok() { 1.0 } else { undecidedness(logits).sqrt() as f32 };
-                x.iter_mut().for_each(|x| *x *= weight);
+                for x in x {
+                    *x *= weight;
+                }
             }
             let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
             for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {

@@ -17,25 +17,6 @@ pub struct Transforms {
     rotation: Option<Mat<f64>>,
 }
 
-/// Linears of a block that read the residual stream (behind the norm), and those that write to it.
-fn readers_and_writers(spec: &BlockSpec) -> (Vec<&str>, Vec<&str>) {
-    let latent = spec.linear("fc1_latent_proj").is_some();
-    let reads = |name: &str| match spec.kind {
-        BlockKind::Ssm => name == "in_proj",
-        BlockKind::Mlp => name == "up_proj",
-        BlockKind::Attention => name != "o_proj",
-        BlockKind::Moe => name == "fc1_latent_proj" || (name.ends_with("up_proj") && (!latent || name.starts_with("shared"))),
-    };
-    let writes = |name: &str| match spec.kind {
-        BlockKind::Ssm => name == "out_proj",
-        BlockKind::Mlp => name == "down_proj",
-        BlockKind::Attention => name == "o_proj",
-        BlockKind::Moe => name == "fc2_latent_proj" || (name.ends_with("down_proj") && (!latent || name.starts_with("shared"))),
-    };
-    let names = || spec.linears.iter().map(|linear| linear.name.as_str());
-    (names().filter(|name| reads(name)).collect(), names().filter(|name| writes(name)).collect())
-}
-
 impl Transforms {
     /// Checks the order that the transforms need: a rotated residual needs folded norms. `second_moment` `[hidden, hidden]`
     /// is that of the normalised stream, needed for the rotation only.
@@ -66,7 +47,7 @@ impl Transforms {
     /// only smoothing needs them.
     pub fn block(&self, checkpoint: &Checkpoint, spec: &BlockSpec, maxima: &Maxima) -> Result<BlockWeights> {
         let mut weights = BlockWeights::read(checkpoint, spec)?;
-        let (readers, writers) = readers_and_writers(spec);
+        let (readers, writers) = (spec.residual_readers(), spec.residual_writers());
         let gate = format!("{}mixer.gate.weight", spec.prefix);
         if spec.kind == BlockKind::Moe && self.has(Transform::FoldNorms) {
             let rows = checkpoint.config.moe.experts;

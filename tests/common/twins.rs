@@ -184,7 +184,7 @@ pub fn skewed(directory: &Path) {
     weights.write(directory, Dtype::F32);
 }
 
-/// Eigenvectors of the second moment of `h / rms(h)` in front of the demo's blocks, over some of the calibration text.
+/// Eigenvectors of the second moment of the stream in front of the demo's blocks, over some of the calibration text.
 fn eigenvectors(demo: &Checkpoint) -> Mat<f64> {
     let sample = Sample::load(demo, &SampleSpec { sequences: 16, ..SampleSpec::default() }).unwrap();
     let batches: Vec<_> = sample.sequences.iter().map(|ids| (ids.clone(), Sequences::new(vec![ids.len()]))).collect();
@@ -195,13 +195,7 @@ fn eigenvectors(demo: &Checkpoint) -> Mat<f64> {
         for h in stream.boundary() {
             let values = strata::backend::Backend::download(&Cpu, h).unwrap();
             let tokens = values.len() / hidden;
-            let rms = |row: usize| {
-                (values[row * hidden..(row + 1) * hidden].iter().map(|x| f64::from(x * x)).sum::<f64>() / hidden as f64).sqrt()
-            };
-            let skew = std::env::var("SKEW").unwrap_or_default();
-            let late = if skew.contains("late") && block + 1 < stream.blocks() { 0.0 } else { 1.0 };
-            let scale: Vec<f64> = (0..tokens).map(|row| if skew.contains("raw") { late } else { late * rms(row).recip() }).collect();
-            let rows = Mat::from_fn(tokens, hidden, |t, c| f64::from(values[t * hidden + c]) * scale[t]);
+            let rows = Mat::from_fn(tokens, hidden, |t, c| f64::from(values[t * hidden + c]));
             moment += rows.transpose() * &rows;
         }
         stream.advance(block).unwrap();
