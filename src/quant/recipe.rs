@@ -13,13 +13,16 @@ use crate::format::{BlockKind, Format, Plan, Selector, Transform};
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
 
 /// The built-in recipes, as the files that a user could have written.
-const BUILT_IN: [&str; 6] = [
+const BUILT_IN: [&str; 9] = [
     include_str!("recipes/phase1.toml"),
     include_str!("recipes/phase2.toml"),
     include_str!("recipes/phase3.toml"),
+    include_str!("recipes/rtn.toml"),
     include_str!("recipes/rtn-w8a8.toml"),
     include_str!("recipes/rtn-w4a8.toml"),
     include_str!("recipes/gptq-w4a16.toml"),
+    include_str!("recipes/quamba2-like.toml"),
+    include_str!("recipes/mambaquant-like.toml"),
 ];
 
 /// How weights are rounded to codes.
@@ -224,7 +227,7 @@ mod tests {
     #[test]
     fn built_in_recipes_are_readable_and_named_as_their_files() {
         let names: Vec<String> = Recipe::built_in().unwrap().into_iter().map(|recipe| recipe.name).collect();
-        assert_eq!(names, ["phase1", "phase2", "phase3", "rtn-w8a8", "rtn-w4a8", "gptq-w4a16"]);
+        assert_eq!(names, ["phase1", "phase2", "phase3", "rtn", "rtn-w8a8", "rtn-w4a8", "gptq-w4a16", "quamba2-like", "mambaquant-like"]);
         assert!(Recipe::find("phase9").unwrap_err().hint.unwrap().contains("phase1, phase2, phase3"));
     }
 
