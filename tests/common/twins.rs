@@ -37,7 +37,9 @@ impl Weights {
         let demo = open("demo").unwrap();
         let tensors = demo
             .tensors()
-            .map(|(name, tensor)| (name.to_owned(), (tensor.shape.to_vec(), tensor.to_f32().unwrap().into_iter().map(f64::from).collect())))
+            .map(|(name, tensor)| {
+                (name.to_owned(), (tensor.shape.to_vec(), tensor.to_f32().unwrap().unwrap().into_iter().map(f64::from).collect()))
+            })
             .collect();
         Self { demo, tensors }
     }
