@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use tokio::sync::watch;
 
-use super::{Event, JobId, Progress};
+use super::{Event, JobId, Progress, observe, playground};
+use super::{ObserveJob, PlaygroundJob};
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
@@ -26,6 +27,10 @@ pub enum Job {
     Generate(Box<GenerateJob>),
     /// Write logits and residual streams.
     Trace(Box<TraceJob>),
+    /// Observe the inputs of every linear; an `Observed` event a block.
+    Observe(Box<ObserveJob>),
+    /// Continue a prompt with two models; a `Spoken` event a token.
+    Playground(Box<PlaygroundJob>),
 }
 
 /// Continue a prompt.
@@ -77,6 +82,8 @@ impl Job {
             }
             Self::Generate(job) => format!("generate with {}", job.model),
             Self::Trace(job) => format!("trace {}", job.model),
+            Self::Observe(job) => format!("observe {}", job.model),
+            Self::Playground(_) => "playground".into(),
         }
     }
 }
@@ -103,6 +110,8 @@ pub(super) fn run(
             evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
         Job::Generate(job) => generate(id, &job, &monitor, send),
+        Job::Observe(job) => observe::observe(id, &Cpu, &job, &monitor, send),
+        Job::Playground(job) => playground::play(id, || Cpu, &job, &monitor, send),
         Job::Trace(job) => {
             trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }

@@ -4,7 +4,10 @@
 //! channel and everything that must not be missed as [`Event`]s. The workbench and the headless commands use the
 //! same engine and the same jobs; neither holds a tensor.
 
+pub mod inspect;
 mod job;
+mod observe;
+pub mod playground;
 mod progress;
 
 use std::collections::HashMap;
@@ -15,6 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
 
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use observe::{BlockInputs, ObserveJob};
+pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::Progress;
 
 use crate::checkpoint::VariantManifest;
@@ -59,6 +64,16 @@ pub enum Event {
         id: JobId,
         piece: String,
         tokens: usize,
+    },
+    /// The inputs of a block's linears were observed.
+    Observed {
+        id: JobId,
+        inputs: Box<BlockInputs>,
+    },
+    /// Both models of a playground said their next token.
+    Spoken {
+        id: JobId,
+        step: Box<PlaygroundStep>,
     },
     Finished {
         id: JobId,
