@@ -123,32 +123,39 @@ fn worst_error(state: &State) -> f64 {
 
 /// Which columns there is room for.
 struct Columns {
-    parameters: bool,
+    /// What the weights say.
     weights: bool,
 }
 
 impl Columns {
     fn new(width: usize) -> Self {
-        Self { parameters: width >= 50, weights: width >= 72 }
+        Self { weights: width >= 72 }
     }
 
     fn head(&self, state: &State) -> Line<'static> {
-        let mut cells = vec![(Column::Number, 7, false), (Column::Kind, 7, true)];
-        if self.parameters {
-            cells.push((Column::Parameters, 7, false));
-        }
-        cells.extend([(Column::Bytes, 9, false), (Column::Format, 9, true), (Column::Error, 9, false)]);
+        // Width, and the place of the title in it: to the right, or so far from the left.
+        let mut cells = vec![
+            (Column::Number, 7, None),
+            (Column::Kind, 7, Some(2)),
+            (Column::Parameters, 9, None),
+            (Column::Bytes, 9, None),
+            (Column::Format, 9, Some(3)),
+            (Column::Error, 9, None),
+        ];
         if self.weights {
-            cells.extend([(Column::Outliers, 11, false), (Column::Risk, 9, true)]);
+            cells.extend([(Column::Outliers, 11, None), (Column::Risk, 9, Some(3))]);
         }
-        let cell = |(column, width, left): (Column, usize, bool)| {
+        let cell = |(column, width, indent): (Column, usize, Option<usize>)| {
             let sorted = state.layers.sort == Some(column);
-            let arrow = if state.layers.descending { "↓" } else { "↑" };
-            let title = format!("{}{}", column.title(), if sorted { arrow } else { "" });
-            let text = if left {
-                format!("{:<width$}", format!("{:>1$}", "", if width > 7 { 3 } else { 2 }) + &title)
-            } else {
-                format!("{title:>width$}")
+            let arrow = match (sorted, state.layers.descending) {
+                (false, _) => "",
+                (true, false) => "↑",
+                (true, true) => "↓",
+            };
+            let title = format!("{}{arrow}", column.title());
+            let text = match indent {
+                Some(indent) => format!("{:<width$}", format!("{:indent$}{title}", "")),
+                None => format!("{title:>width$}"),
             };
             Span::styled(text, state.theme.style(if sorted { Role::Strong } else { Role::Dim }))
         };
@@ -159,8 +166,8 @@ impl Columns {
         let line = match row {
             Row::Kind(kind) => kind_row(state, kind),
             Row::Block(block) => self.block_row(state, block, worst),
-            Row::Module(block, module) => self.module_row(state, block, module, None),
-            Row::Slice(block, module, slice) => self.module_row(state, block, module, Some(slice)),
+            Row::Module(block, module) => Self::module_row(state, block, module, None),
+            Row::Slice(block, module, slice) => Self::module_row(state, block, module, Some(slice)),
         };
         if row == tree::cursor(state) { line.style(state.theme.style(Role::Cursor)) } else { line }
     }
@@ -177,11 +184,7 @@ impl Columns {
             Span::raw(format!("{index:>3}  ")),
             Span::styled(format!("{} {}", block.kind.letter(), short(block.kind)), style(Role::of_kind(block.kind))),
         ];
-        if self.parameters {
-            spans.push(Span::raw(format!("{:>9}", report::count(state.inventory.blocks[index].parameters))));
-        } else {
-            spans.push(Span::raw("  "));
-        }
+        spans.push(Span::raw(format!("{:>9}", report::count(state.inventory.blocks[index].parameters))));
         spans.push(Span::raw(format!(" {:>8} ", report::bytes(tree::bytes(state, plan, index)))));
         let changed = state.document.saved_format(index) != Some(format);
         spans.push(Span::styled(if changed { " ▸" } else { "  " }, style(Role::Changed)));
@@ -210,7 +213,7 @@ impl Columns {
     }
 
     /// A module of an open block, or one of its slices.
-    fn module_row(&self, state: &State, block: usize, place: usize, slice: Option<usize>) -> Line<'static> {
+    fn module_row(state: &State, block: usize, place: usize, slice: Option<usize>) -> Line<'static> {
         let spec = &state.document.layout.blocks[block];
         let modules = tree::modules(spec);
         let module = &modules[place];
@@ -233,10 +236,11 @@ impl Columns {
             (label, linear.rows, module.weights(), module.bytes(plan, block, float_bytes), format, same, scheme)
         };
         let style = |role| state.theme.style(role);
-        let mut spans = vec![Span::raw("      "), dim(state, format!("{:<12}", cut(&label, 12)))];
-        if self.parameters {
-            spans.push(Span::raw(format!("{:>5}", report::count(weights).replace(' ', ""))));
-        }
+        let mut spans = vec![
+            Span::raw("      "),
+            dim(state, format!("{:<11}", cut(&label, 11))),
+            Span::raw(format!("{:>6}", report::count(weights).replace(' ', ""))),
+        ];
         let changed = format != plan.blocks[block];
         let shown = if same { format.to_string() } else { "mixed".to_owned() };
         spans.push(Span::raw(format!(" {:>8} ", report::bytes(bytes))));
