@@ -22,6 +22,7 @@ use crate::monitor::Report;
 use crate::quant::Method;
 use crate::session::Session;
 use crate::tui::document::Document;
+use crate::tui::event_loop;
 use crate::tui::keys;
 use crate::tui::message::{Effect, Msg};
 use crate::tui::state::{BlockLook, State};
@@ -232,7 +233,7 @@ pub fn looked(mut state: State) -> State {
 
 /// With two texts that part at the fifth word.
 pub fn spoken(mut state: State) -> State {
-    state.playground.prompt = "Where does the river go?".into();
+    state.playground.prompt = "Where does the river go".into();
     state.playground.names = ["base".into(), "phase2".into()];
     let texts = [
         ["The", " river", " runs", " down", " to", " the", " sea", "."],
@@ -249,4 +250,14 @@ pub fn spoken(mut state: State) -> State {
     }
     state.playground.divergence = vec![1e-6, 2e-5, 1e-4, 3e-3, 0.2, 0.04, 0.6, 1e-3];
     state
+}
+
+/// Compares what the effects ask to compare, as the loop does.
+pub fn answer(state: &mut State, effects: &[Effect]) {
+    for effect in effects {
+        if let Effect::Compare(request) = effect {
+            let compared = event_loop::compare((**request).clone()).unwrap();
+            update(state, Msg::Compared(Ok(Box::new(compared))));
+        }
+    }
 }

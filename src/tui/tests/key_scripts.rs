@@ -5,13 +5,13 @@ use std::time::Duration;
 use crossterm::event::{KeyCode, KeyEvent, KeyModifiers, MouseButton, MouseEvent, MouseEventKind};
 use proptest::prelude::*;
 
-use super::fixture::{busy, fresh, manifest, press, render, result, text, type_text};
+use super::fixture::{answer, busy, fresh, manifest, press, render, result, text, type_text};
 use crate::engine::inspect::{Look, RoundingError};
 use crate::engine::{Event, Job, JobId};
 use crate::error::{Error, ErrorKind};
 use crate::eval::run::Evaluated;
 use crate::format::Format;
-use crate::quant::Method;
+use crate::quant::{Method, Recipe};
 use crate::tui::command_table::TABLE;
 use crate::tui::document::Document;
 use crate::tui::keymap::Keymap;
@@ -65,7 +65,9 @@ fn presets_plan_beside_history_and_gpu() {
     let mut state = fresh((80, 24));
     press(&mut state, &["P", "3"]);
     assert_eq!(formats(&state), "484848848488", "phase 3");
-    press(&mut state, &["P", "down", "down", "down", "down", "down", "down", "enter"]);
+    press(&mut state, &["P"]);
+    press(&mut state, &vec!["down"; Recipe::built_in().unwrap().len()]);
+    press(&mut state, &["enter"]);
     assert_eq!(formats(&state), "484888848888", "SSM blocks in front of attention stay wide");
     press(&mut state, &["2", "b"]);
     let screen = text(&render(&state, (80, 24)));
@@ -405,23 +407,16 @@ fn the_tour_goes_at_any_key_which_means_what_it_means() {
     assert!(state.popups.is_empty() && state.focus == Pane::Layers);
 }
 
-/// Gives the comparison that the update asks for.
-fn answer_comparison(state: &mut State, effects: &[Effect]) {
-    let Some(Effect::Compare(request)) = effects.iter().find(|effect| matches!(effect, Effect::Compare(_))) else { panic!("{effects:?}") };
-    let compared = crate::tui::event_loop::compare((**request).clone()).unwrap();
-    update(state, Msg::Compared(Ok(Box::new(compared))));
-}
-
 #[test]
 fn two_variants_are_compared_their_flips_read_and_exported() {
     let mut state = busy((80, 24));
     let effects = press(&mut state, &["5", "j", "b", "c"]);
-    answer_comparison(&mut state, &effects);
+    answer(&mut state, &effects);
     let compared = state.compared().unwrap();
     assert_eq!((compared.comparison.base.as_str(), compared.comparison.variant.as_str()), ("base", "phase1"));
     assert!(press(&mut state, &["c", "c"]).is_empty(), "what is known is not computed again");
     let effects = press(&mut state, &["esc", "j", "j", "b", "a", "k", "k", "k", "b", "f"]);
-    answer_comparison(&mut state, &effects);
+    answer(&mut state, &effects);
     let compared = state.compared().unwrap();
     assert_eq!(compared.comparison.variant, "base", "any two rows");
     let flips = compared.comparison.flips.len();

@@ -3,7 +3,7 @@
 use ratatui::buffer::Buffer;
 use ratatui::style::Style;
 
-use super::fixture::{busy, fresh, looked, press, render, spoken, text, type_text};
+use super::fixture::{answer, busy, fresh, looked, press, render, spoken, text, type_text};
 use crate::tui::state::{Pane, State};
 use crate::tui::theme::{BUILT_IN, Theme};
 
@@ -66,11 +66,12 @@ fn describe(style: &Style) -> String {
 fn views() -> Vec<(&'static str, State)> {
     let view = |script: &[&str]| {
         let mut state = looked(spoken(busy((80, 24))));
-        press(&mut state, script);
+        let effects = press(&mut state, script);
+        answer(&mut state, &effects);
         state
     };
     vec![
-        ("layers", view(&["1", "l", "j", "j", "4"])),
+        ("layers", view(&["1", "esc", "l", "j", "j", "4"])),
         ("layers_grouped", view(&["1", "o", "o", "o", "O", "K", "esc"])),
         ("plan", view(&["2"])),
         ("plan_beside", view(&["2", "b", "1"])),
