@@ -162,7 +162,7 @@ fn descend(row: &[f32], codes: &mut [i8], scales: &[f32], scheme: Scheme, hessia
             *slope += error * h;
         }
     }
-    for _ in 0..std::env::var("CD").ok().and_then(|v| v.parse().ok()).unwrap_or(SWEEPS) {
+    for _ in 0..SWEEPS {
         let mut changed = false;
         for c in 0..cols {
             let (scale, curvature) = (scales[c / group], column(c)[c]);

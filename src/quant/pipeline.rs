@@ -456,7 +456,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             let logits = self.backend.download(&logits)?;
             let vocabulary = logits.len() * cols / values.len();
             for (x, logits) in values.chunks_exact_mut(cols).zip(logits.chunks_exact(vocabulary)) {
-                let weight = if std::env::var("NOFISHER").is_ok() { 1.0 } else { undecidedness(logits).sqrt() as f32 };
+                let weight = undecidedness(logits).sqrt() as f32;
                 for x in x {
                     *x *= weight;
                 }
