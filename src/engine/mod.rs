@@ -4,6 +4,7 @@
 //! how far a job is. The workbench and the headless commands use the same engine and the same jobs; neither holds a
 //! tensor.
 
+mod gpu;
 mod job;
 mod progress;
 
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+pub use gpu::{GpuMonitor, GpuReading};
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
 pub use progress::{Progress, Snapshot};
 

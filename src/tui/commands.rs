@@ -25,13 +25,21 @@ pub struct Command {
 impl Command {
     /// Runs the command, or says why it cannot.
     pub fn invoke(&self, state: &mut State) -> Vec<Effect> {
-        match (self.enabled)(state) {
+        match self.possible(state) {
             Ok(()) => (self.run)(state),
             Err(reason) => {
                 state.say(reason);
                 Vec::new()
             }
         }
+    }
+
+    /// An error says why it cannot be done now.
+    pub fn possible(&self, state: &State) -> Result<(), &'static str> {
+        if state.read_only && !LOOKING.contains(&self.id) {
+            return Err("read-only: nothing can be changed");
+        }
+        (self.enabled)(state)
     }
 
     /// Where the keys work, in words.
@@ -42,6 +50,52 @@ impl Command {
         self.panes.iter().map(|pane| pane.title()).collect::<Vec<_>>().join(", ")
     }
 }
+
+/// What a read-only workbench can do. What is not named here may change a session, a file or a job.
+const LOOKING: &[&str] = &[
+    "select",
+    "select-range",
+    "select-kind",
+    "select-all",
+    "clear",
+    "filter",
+    "look",
+    "back",
+    "next-variant",
+    "previous-variant",
+    "sort",
+    "reverse",
+    "differences",
+    "columns-right",
+    "columns-left",
+    "edit-result",
+    "down",
+    "up",
+    "page-down",
+    "page-up",
+    "first",
+    "last",
+    "next-pane",
+    "previous-pane",
+    "pane-layers",
+    "pane-plan",
+    "pane-run",
+    "pane-block",
+    "pane-results",
+    "zoom",
+    "theme",
+    "redraw",
+    "runs",
+    "log-level",
+    "messages",
+    "changes",
+    "open",
+    "recent",
+    "suspend",
+    "quit",
+    "palette",
+    "help",
+];
 
 /// The command of a key: one of the pane before one of everywhere.
 pub fn of_key(key: &str, pane: Pane) -> Option<&'static Command> {
@@ -54,7 +108,7 @@ pub fn of_key(key: &str, pane: Pane) -> Option<&'static Command> {
 pub fn hinted(state: &State) -> Vec<(&'static str, &'static str)> {
     let of_pane = TABLE.iter().filter(|command| command.panes.contains(&state.focus));
     let everywhere = TABLE.iter().filter(|command| command.panes.is_empty());
-    let possible = of_pane.chain(everywhere).filter(|command| (command.enabled)(state).is_ok());
+    let possible = of_pane.chain(everywhere).filter(|command| command.possible(state).is_ok());
     let mut hints: Vec<(u8, &str, &str)> =
         possible.filter_map(|command| command.hint.and_then(|(rank, hint)| Some((rank, *command.keys.first()?, hint)))).collect();
     hints.sort_by_key(|(rank, _, _)| *rank);
@@ -118,6 +172,13 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_a_read_only_workbench_can_do_exists() {
+        for id in LOOKING {
+            assert!(TABLE.iter().any(|command| command.id == *id), "{id}");
         }
     }
 

@@ -88,11 +88,10 @@ fn worst_error(state: &State) -> f64 {
 
 /// The error of a block: from the job that quantizes just this plan, or from what was measured before.
 fn error(state: &State, index: usize) -> Option<(f64, bool)> {
-    use crate::tui::queue::Work;
     let draft = state.document.draft();
-    if let Some(Work::Quantize(target)) = state.queue.running().map(|item| &item.work)
+    if let Some(target) = state.queue.quantizing()
         && target.plan == draft.plan
-        && let Some(error) = state.queue.errors.get(index)
+        && let Some(error) = state.queue.progress.errors.get(index)
     {
         return Some((*error, true));
     }

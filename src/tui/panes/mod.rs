@@ -34,6 +34,7 @@ pub fn caption(state: &State, pane: Pane) -> String {
         }
         Pane::Plan => format!("{} ", state.document.draft().name),
         Pane::Run => match (state.queue.running(), state.queue.waiting()) {
+            _ if state.queue.paused => "paused ".into(),
             (None, _) => "nothing runs ".into(),
             (Some(running), 0) => format!("{} ", running.title),
             (Some(running), waiting) => format!("{}, {waiting} waiting ", running.title),

@@ -5,8 +5,10 @@ mod choose;
 mod confirm;
 mod help;
 mod input;
+mod pager;
 mod palette;
 mod prompt;
+mod runs;
 
 use crossterm::event::KeyEvent;
 use ratatui::Frame;
@@ -17,8 +19,10 @@ use ratatui::widgets::{Block, BorderType, Clear, Paragraph};
 pub use choose::Choose;
 pub use confirm::{Choice, Confirm};
 pub use help::Help;
+pub use pager::Pager;
 pub use palette::Palette;
 pub use prompt::Prompt;
+pub use runs::Runs;
 
 use super::keys;
 use super::message::Effect;
@@ -35,6 +39,8 @@ pub enum Popup {
     Prompt(Prompt),
     Confirm(Confirm),
     Choose(Choose),
+    Pager(Pager),
+    Runs(Runs),
 }
 
 /// What a key did to a popup.
@@ -55,6 +61,8 @@ pub fn key(state: &mut State, event: KeyEvent) -> Vec<Effect> {
         Popup::Prompt(prompt) => prompt.key(&name, state),
         Popup::Confirm(confirm) => confirm.key(&name),
         Popup::Choose(choose) => choose.key(&name),
+        Popup::Pager(pager) => pager.key(&name),
+        Popup::Runs(runs) => runs.key(&name, state),
     };
     match reply {
         Reply::Stay => {
@@ -82,6 +90,8 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
             Popup::Prompt(prompt) => prompt.draw(frame, area, state),
             Popup::Confirm(confirm) => confirm.draw(frame, area, state),
             Popup::Choose(choose) => choose.draw(frame, area, state),
+            Popup::Pager(pager) => pager.draw(frame, area, state),
+            Popup::Runs(runs) => runs.draw(frame, area, state),
         }
     }
 }

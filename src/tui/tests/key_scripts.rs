@@ -130,6 +130,10 @@ fn palette_commands_act_and_impossible_ones_say_why() {
     assert_eq!(state.message.as_ref().unwrap().text, "no job runs");
 }
 
+fn steps(state: &State) -> Vec<Status> {
+    state.queue.runs.iter().flat_map(|run| &run.steps).map(|step| step.status.clone()).collect()
+}
+
 fn submitted(effects: &[Effect]) -> Vec<&Job> {
     effects.iter().filter_map(|effect| if let Effect::Submit(job) = effect { Some(&**job) } else { None }).collect()
 }
@@ -161,7 +165,7 @@ fn a_run_quantizes_then_evaluates_what_was_made() {
     assert_eq!(request.reference.as_ref().unwrap().name, "base");
     let paths: Vec<&str> = request.models.iter().map(|model| model.path.as_str()).collect();
     assert_eq!(paths, ["/v/phase1", "/v/phase2"]);
-    assert!(state.queue.items.iter().all(|item| item.status == Status::Done));
+    assert!(steps(&state).iter().all(|status| *status == Status::Done));
 
     // Results follow the plan: an edit hides them, undoing it brings them back.
     let has_result = |state: &State| {
@@ -182,8 +186,8 @@ fn a_failed_job_shows_its_hint_and_what_needed_it_is_skipped() {
     update(&mut state, Msg::Submitted(Ok(JobId(1))));
     let outcome = Err(Error::run("writing /v failed: no space left").hint("free some disk space"));
     update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome }));
-    assert!(matches!(state.queue.items[0].status, Status::Failed { .. }));
-    assert_eq!(state.queue.items[1].status, Status::Skipped);
+    assert!(matches!(steps(&state)[0], Status::Failed { .. }));
+    assert_eq!(steps(&state)[1], Status::Skipped);
     let screen = text(&render(&state, (80, 24)));
     assert!(screen.contains("no space left") && screen.contains("hint: free some disk space"), "{screen}");
 }
@@ -197,7 +201,7 @@ fn cancelling_asks_and_drops_what_waits() {
     assert_eq!(state.queue.waiting(), 0);
     let cancelled = Error { kind: ErrorKind::Cancelled, message: "cancelled".into(), hint: None };
     assert!(update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled) })).is_empty());
-    assert!(state.queue.items.iter().all(|item| item.status == Status::Cancelled));
+    assert!(steps(&state).iter().all(|status| *status == Status::Cancelled));
 }
 
 #[test]

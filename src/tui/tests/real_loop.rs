@@ -13,8 +13,10 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use super::fixture::{render, text};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
+use crate::session::paths::Places;
 use crate::session::{EvaluateSpec, Session};
 use crate::tui::document::Document;
+use crate::tui::effects::Outside;
 use crate::tui::event_loop::{EventLoop, Signal};
 use crate::tui::keys;
 use crate::tui::state::State;
@@ -43,6 +45,14 @@ impl Screen for MemoryScreen {
     }
 
     fn resume(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn lose(&mut self, _: Option<&Path>) -> Result<()> {
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
         Ok(())
     }
 
@@ -82,20 +92,24 @@ impl Typist {
     }
 }
 
-/// Runs the loop on `session` while `script` types; returns the state at the end and the frames that were drawn.
-fn with_loop(session: Session, store: &Path, script: impl AsyncFnOnce(Typist)) -> (State, usize) {
+/// Runs the loop on `session` while `script` types, with `folder` as the user's; returns the state at the end and the
+/// frames that were drawn.
+fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) -> (State, usize) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let (engine, events) = Engine::start(&EngineOptions { threads: Some(2) }).unwrap();
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
-    state.queue.store = store.to_owned();
+    let places = Places { data: folder.join("data"), state: folder.join("state") };
+    state.queue.store = places.variants();
+    state.queue.journal = Some(places.evaluations());
     let (keys, mut typed) = unbounded_channel();
     let (signal_sender, signals) = unbounded_channel();
     let screen = Rc::new(RefCell::new(String::new()));
     let typist = Typist { keys, signals: signal_sender.clone(), screen: screen.clone() };
     let input = poll_fn(move |context| typed.poll_recv(context));
-    let workbench = EventLoop { state, screen: MemoryScreen { text: screen, frames: 0 }, engine: &engine, events, signals };
+    let outside = Outside::new(places, Vec::new(), false);
+    let workbench = EventLoop { state, screen: MemoryScreen { text: screen, frames: 0 }, engine: &engine, events, signals, outside };
     let outcome = runtime.block_on(async { tokio::join!(workbench.run(input), script(typist)).0 });
-    let (state, screen) = outcome.unwrap();
+    let (state, screen, _) = outcome.unwrap();
     (state, screen.frames)
 }
 
