@@ -126,9 +126,13 @@ impl Outside {
                     Msg::Opened { path, document }
                 });
             }
-            Effect::Restore(lost) => in_background(background, move || Msg::Restored { path: lost.path.clone(), document: restore(&lost) }),
+            Effect::Restore(lost) => in_background(background, move || {
+                let document = restore(&lost);
+                Msg::Restored { lost, document }
+            }),
             Effect::Discard(lost) => {
-                if let Err(error) = lost.discard() {
+                // What was restored is in this process's own folder before the other one goes.
+                if let Err(error) = self.keep_for_recovery(state).and_then(|()| lost.discard()) {
                     return answer(Msg::Trouble(error));
                 }
             }
@@ -215,7 +219,8 @@ impl Outside {
             writer.end(Ending::HandedOver);
         }
         self.go_on_headless(&runs)?;
-        self.leave(state);
+        // What is not saved stays in the recovery folder, and is offered at the next start.
+        self.remember(|remembered| state.remember(remembered));
         let ids: Vec<String> = runs.iter().map(Run::id).collect();
         Ok(format!(
             "{} goes on without a screen; `strata runs follow {}` shows it",

@@ -59,7 +59,7 @@ impl<S: Screen> EventLoop<'_, S> {
         let mut last_frame: Option<Instant> = None;
         let mut last_tick = start;
         let mut autosave: Option<Instant> = None;
-        self.tick(start, &background)?;
+        self.tick(start);
         // Before the first frame, so that nothing jumps; the answers come when they come.
         self.perform(vec![Effect::Inspect, Effect::Recall], &background)?;
         let (mut dirty, mut urgent) = (true, true);
@@ -69,7 +69,7 @@ impl<S: Screen> EventLoop<'_, S> {
                     self.screen.check()?;
                     if self.screen.draw(&self.state).is_err() {
                         input = None;
-                        self.lose_terminal()?;
+                        self.lose_terminal(&background)?;
                     }
                 }
                 last_frame = Some(Instant::now());
@@ -97,7 +97,7 @@ impl<S: Screen> EventLoop<'_, S> {
                     }
                     Some(Signal::Hangup) => {
                         if input.take().is_some() {
-                            self.lose_terminal()?;
+                            self.lose_terminal(&background)?;
                         }
                     }
                     Some(Signal::Terminate) | None => return Ok(self.end(None)),
@@ -115,7 +115,7 @@ impl<S: Screen> EventLoop<'_, S> {
                     // The terminal's end comes as a signal, as an error, or as the end of its input: whichever is first.
                     Some(Err(_)) | None => {
                         input = None;
-                        self.lose_terminal()?;
+                        self.lose_terminal(&background)?;
                     }
                 },
                 answer = answers.recv() => messages.extend(answer),
@@ -128,13 +128,13 @@ impl<S: Screen> EventLoop<'_, S> {
                 }
                 () = timer => {}
             }
-            if !messages.is_empty() || next_tick.is_some_and(|at| at <= Instant::now()) {
-                if last_tick.elapsed() >= TICK {
-                    last_tick = Instant::now();
-                }
-                if let Performed::Quit(farewell) = self.tick(start, &background)? {
-                    return Ok(self.end(farewell));
-                }
+            let second = next_tick.is_some_and(|at| at <= Instant::now());
+            if second {
+                last_tick = Instant::now();
+                messages.push(Msg::Second);
+            }
+            if !messages.is_empty() {
+                self.tick(start);
                 dirty = true;
             }
             for message in messages {
@@ -156,7 +156,9 @@ impl<S: Screen> EventLoop<'_, S> {
     }
 
     /// The terminal is gone. What runs goes on; without anything to do the loop ends.
-    fn lose_terminal(&mut self) -> Result<()> {
+    fn lose_terminal(&mut self, background: &UnboundedSender<Msg>) -> Result<()> {
+        let effects = update(&mut self.state, Msg::TerminalLost);
+        self.perform(effects, background)?;
         let run = self.state.queue.runs.iter().find(|run| !run.is_over()).and_then(|run| run.id.as_deref());
         self.screen.lose(run.map(|id| self.outside.output_of(id)).as_deref())
     }
@@ -173,10 +175,9 @@ impl<S: Screen> EventLoop<'_, S> {
     }
 
     /// Tells the state what time it is.
-    fn tick(&mut self, start: Instant, background: &UnboundedSender<Msg>) -> Result<Performed> {
+    fn tick(&mut self, start: Instant) {
         let resident_bytes = memory::resident_bytes().unwrap_or(0);
-        let effects = update(&mut self.state, Msg::Tick { clock: start.elapsed(), resident_bytes });
-        self.perform(effects, background)
+        update(&mut self.state, Msg::Tick { clock: start.elapsed(), resident_bytes });
     }
 
     /// Carries effects out, in order; what an effect answers may have effects again.

@@ -25,6 +25,10 @@ pub enum Msg {
         clock: Duration,
         resident_bytes: u64,
     },
+    /// Another second has passed while something on the screen depends on the time.
+    Second,
+    /// The terminal is gone; runs go on.
+    TerminalLost,
     Engine(Event),
     /// The engine's answer to [`Effect::Submit`].
     Submitted(Result<JobId>),
@@ -51,7 +55,7 @@ pub enum Msg {
     },
     /// The answer to [`Effect::Restore`].
     Restored {
-        path: Option<PathBuf>,
+        lost: Box<Lost>,
         document: Result<Box<Document>>,
     },
     /// The answer to [`Effect::AskWhatIsRecent`].

@@ -23,7 +23,14 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
         Msg::Tick { clock, resident_bytes } => {
             state.clock = clock;
             state.resident_bytes = resident_bytes;
-            effects = tick(state);
+            state.toasts.retain(|toast| toast.until > clock);
+        }
+        Msg::Second => effects = second(state),
+        Msg::TerminalLost => {
+            // Nobody can let a paused job go on any more.
+            state.popups.clear();
+            state.queue.paused = false;
+            effects.push(Effect::Pause(false));
         }
         Msg::Engine(event) => effects = engine(state, event),
         Msg::Submitted(answer) => state.queue.submitted(answer, state.clock),
@@ -50,9 +57,10 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
             state.queue.take_back();
             state.complain(&error);
         }
-        Msg::Restored { path, document } => match document {
+        Msg::Restored { lost, document } => match document {
             Ok(document) => {
-                replace_document(state, *document, path, &mut effects);
+                replace_document(state, *document, lost.path.clone(), &mut effects);
+                effects.push(Effect::Discard(lost));
                 state.say("restored what was not saved; ctrl-s saves it");
             }
             Err(error) => state.complain(&error.context("not restored")),
@@ -113,11 +121,10 @@ fn key(state: &mut State, event: crossterm::event::KeyEvent) -> Vec<Effect> {
 /// How long leaving waits for the job at hand to stop. What it writes survives being killed at any moment.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-fn tick(state: &mut State) -> Vec<Effect> {
-    let clock = state.clock;
-    state.toasts.retain(|toast| toast.until > clock);
+/// What is looked at once a second.
+fn second(state: &mut State) -> Vec<Effect> {
     let mut effects = Vec::new();
-    if state.leaving.is_some_and(|since| clock.saturating_sub(since) >= PATIENCE) {
+    if state.leaving.is_some_and(|since| state.clock.saturating_sub(since) >= PATIENCE) {
         state.leaving = None;
         effects.push(Effect::HandOver);
     }

@@ -182,27 +182,27 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
     frame.render_widget(line, area);
 }
 
-/// What happened by itself, in the upper right corner.
+/// What happened by itself, in the lower right corner, the latest at the bottom.
 fn draw_toasts(frame: &mut Frame, area: Rect, state: &State) {
-    let mut y = area.y + 1;
-    for toast in &state.toasts {
+    let mut bottom = area.bottom().saturating_sub(3);
+    for toast in state.toasts.iter().rev() {
         let role = match toast.message.level {
             Level::Info => Role::Good,
             Level::Warning => Role::Warning,
             Level::Error => Role::Bad,
         };
-        let inner = (area.width as usize).saturating_sub(8).min(56);
-        let lines = wrap(&toast.message.text, inner);
+        let lines = wrap(&toast.message.text, (area.width as usize).saturating_sub(8).min(56));
         let width = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0) as u16 + 4;
-        let place = Rect { x: area.right().saturating_sub(width + 1), y, width, height: lines.len() as u16 + 2 };
-        if place.bottom() >= area.bottom().saturating_sub(2) {
+        let height = lines.len() as u16 + 2;
+        if bottom < area.y + 2 + height {
             break;
         }
+        bottom -= height;
+        let place = Rect { x: area.right().saturating_sub(width + 2), y: bottom, width, height };
         frame.render_widget(Clear, place);
         let block = Block::bordered().border_type(BorderType::Rounded).border_style(state.theme.style(role));
         let text: Vec<Line> = lines.into_iter().map(|line| Line::raw(format!(" {line}"))).collect();
         frame.render_widget(Paragraph::new(text).block(block).style(state.theme.style(Role::Text)), place);
-        y = place.bottom();
     }
 }
 

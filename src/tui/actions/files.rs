@@ -138,7 +138,8 @@ pub fn quit(state: &mut State) -> Vec<Effect> {
         );
     }
     if unsaved {
-        lines.push("The session has changes that are not saved.".into());
+        let kept = if running { " Left running, they are offered at the next start." } else { "" };
+        lines.push(format!("The session has changes that are not saved.{kept}"));
     }
     if lines.is_empty() {
         return vec![Effect::Quit];

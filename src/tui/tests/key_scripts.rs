@@ -2,11 +2,12 @@
 
 use proptest::prelude::*;
 
-use super::fixture::{busy, fresh, manifest, press, render, result, text, type_text};
+use super::fixture::{busy, fresh, manifest, press, render, result, text, tick, type_text};
 use crate::engine::{Event, Job, JobId};
 use crate::error::{Error, ErrorKind};
 use crate::eval::run::Evaluated;
 use crate::format::Format;
+use crate::session::runs::Ending;
 use crate::tui::command_table::TABLE;
 use crate::tui::document::Document;
 use crate::tui::keys;
@@ -200,8 +201,57 @@ fn cancelling_asks_and_drops_what_waits() {
     assert!(matches!(effects[..], [Effect::Cancel(JobId(1))]), "{effects:?}");
     assert_eq!(state.queue.waiting(), 0);
     let cancelled = Error { kind: ErrorKind::Cancelled, message: "cancelled".into(), hint: None };
-    assert!(update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled) })).is_empty());
+    let effects = update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled) }));
+    assert!(matches!(effects[..], [Effect::EndRun { ending: Ending::Cancelled, .. }]), "{effects:?}");
     assert!(steps(&state).iter().all(|status| *status == Status::Cancelled));
+}
+
+#[test]
+fn leaving_a_job_running_stops_it_and_hands_it_over() {
+    let mut state = busy((80, 24));
+    let effects = press(&mut state, &["q", "l"]);
+    assert!(matches!(effects[..], [Effect::Cancel(JobId(1))]), "{effects:?}");
+    let cancelled = || Error { kind: ErrorKind::Cancelled, message: "cancelled".into(), hint: None };
+    let effects = update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled()) }));
+    assert!(matches!(effects[..], [Effect::HandOver]), "{effects:?}");
+    assert!(steps(&state).iter().all(|status| *status == Status::Waiting), "nothing was cancelled");
+
+    // Where no other process can be started, this one stays and goes on.
+    let effects = update(&mut state, Msg::HandOverFailed(Error::run("no more processes")));
+    assert!(matches!(effects[..], [Effect::OpenRun { .. }, Effect::Submit(_)]), "{effects:?}");
+    assert!(text(&render(&state, (80, 24))).contains("no more processes"));
+
+    // A job that does not stop in time is left to be stopped by the end of the process.
+    let mut state = busy((80, 24));
+    press(&mut state, &["q", "l"]);
+    assert!(update(&mut state, Msg::Second).iter().all(|effect| !matches!(effect, Effect::HandOver)));
+    tick(&mut state, 60);
+    assert!(update(&mut state, Msg::Second).iter().any(|effect| matches!(effect, Effect::HandOver)));
+}
+
+#[test]
+fn what_happens_by_itself_is_said_for_a_while_and_kept_among_the_messages() {
+    let mut state = fresh((80, 24));
+    update(&mut state, Msg::Trouble(Error::run("the disk is full").hint("free some space")));
+    let shown = |state: &State| text(&render(state, (80, 24))).contains("the disk is full (free some space)");
+    assert!(shown(&state));
+    tick(&mut state, 60);
+    assert!(!shown(&state));
+    press(&mut state, &["M"]);
+    assert!(shown(&state));
+}
+
+#[test]
+fn a_read_only_workbench_looks_and_does_not_touch() {
+    let mut state = fresh((80, 24));
+    state.read_only = true;
+    for key in ["4", "R", "A", "ctrl-s"] {
+        assert!(press(&mut state, &[key]).is_empty());
+        assert!(state.message.as_ref().is_some_and(|message| message.text.starts_with("read-only")), "{key}");
+    }
+    press(&mut state, &["j", "s", "2", "j", "5", "s"]);
+    assert!(!state.document.unsaved() && state.layers.cursor == 1 && state.document.current() == 1);
+    assert!(matches!(press(&mut state, &["q"])[..], [Effect::Quit]));
 }
 
 #[test]
@@ -215,7 +265,7 @@ fn quitting_asks_for_unsaved_changes_and_running_jobs() {
     assert!(matches!(press(&mut state, &["q", "y"])[..], [Effect::Quit]));
     let mut state = busy((80, 24));
     press(&mut state, &["q"]);
-    assert!(text(&render(&state, (80, 24))).contains("quantize phase3 is running"));
+    assert!(text(&render(&state, (80, 24))).contains("quantize phase3 is not finished"));
 }
 
 #[test]

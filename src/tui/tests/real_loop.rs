@@ -62,14 +62,14 @@ impl Screen for MemoryScreen {
 }
 
 /// Types keys and reads the screen.
-struct Typist {
+pub struct Typist {
     keys: UnboundedSender<io::Result<Input>>,
     signals: UnboundedSender<Signal>,
     screen: Rc<RefCell<String>>,
 }
 
 impl Typist {
-    fn press(&self, script: &[&str]) {
+    pub fn press(&self, script: &[&str]) {
         for key in script {
             self.keys.send(Ok(Input::Key(keys::event(key)))).unwrap();
         }
@@ -81,8 +81,12 @@ impl Typist {
         }
     }
 
-    async fn sees(&self, what: &str) {
-        for _ in 0..3000 {
+    pub fn text(&self) -> String {
+        self.screen.borrow().clone()
+    }
+
+    pub async fn sees(&self, what: &str) {
+        for _ in 0..12000 {
             if self.screen.borrow().contains(what) {
                 return;
             }
@@ -94,7 +98,7 @@ impl Typist {
 
 /// Runs the loop on `session` while `script` types, with `folder` as the user's; returns the state at the end and the
 /// frames that were drawn.
-fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) -> (State, usize) {
+pub fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) -> (State, usize) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let (engine, events) = Engine::start(&EngineOptions { threads: Some(2) }).unwrap();
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
@@ -114,7 +118,7 @@ fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) 
 }
 
 /// The demo's session, cut down to a second's work.
-fn small_session() -> Session {
+pub fn small_session() -> Session {
     let mut session = Session::demo().unwrap();
     session.calibration.sequences = 1;
     session.calibration.length = 16;
