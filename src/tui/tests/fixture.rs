@@ -163,14 +163,12 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
     ModelResult {
         model: "demo".into(),
         variant: variant.into(),
-        recipe: None,
         weight_bytes,
         bits_per_weight,
         file_bytes: weight_bytes,
         tasks: tasks.into_iter().map(|(task, acc)| (task.to_owned(), score(acc))).collect(),
         kld: (loss > 0.0).then_some(kld),
         perplexity: Some(1.69 + loss),
-        perplexities: None,
         speed: Some(Speed {
             prefill_tokens_per_s: 4000.0 + 1e6 * loss,
             decode_tokens_per_s: 300.0 + 1e5 * loss,
@@ -181,14 +179,7 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
             repetitions: 3,
         }),
         memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000 },
-        provenance: Evidence {
-            tool: "strata".into(),
-            sha256: String::new(),
-            backend: "cpu".into(),
-            threads: 2,
-            processor: String::new(),
-            text: String::new(),
-            limit: None,
-        },
+        provenance: Evidence { tool: "strata".into(), backend: "cpu".into(), threads: 2, ..Evidence::default() },
+        ..ModelResult::default()
     }
 }
