@@ -184,6 +184,7 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
             threads: common.threads,
             ascii: options.ascii,
             theme: options.theme.clone(),
+            host_memory: common.host_memory,
             read_only: options.read_only,
         })?;
         return farewell.map_or(Ok(()), |line| output::line(&line));

@@ -93,7 +93,8 @@ impl Outside {
             Effect::Cancel(id) => engine.cancel(id),
             Effect::Pause(paused) => engine.pause(paused),
             Effect::OpenRun { key, title, session, evaluate } => {
-                let options = ReplayOptions { skip_evaluation: !evaluate, ..ReplayOptions::default() };
+                let options =
+                    ReplayOptions { skip_evaluation: !evaluate, host_memory: state.queue.host_memory, ..ReplayOptions::default() };
                 let id = self.open_run(key, &session, &Request::new(title, state.path.clone(), options), background);
                 return answer(Msg::RunOpened { key, id });
             }

@@ -41,7 +41,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
 use crate::eval::memory;
-use crate::session::paths::Places;
+use crate::session::paths::{self, Places};
 use crate::session::remembered::Remembered;
 use crate::session::{Session, recovery};
 use document::Document;
@@ -63,6 +63,8 @@ pub struct WorkbenchOptions {
     pub ascii: bool,
     /// A built-in theme's name or a theme file.
     pub theme: Option<String>,
+    /// Memory that a model may take.
+    pub host_memory: Option<u64>,
     /// Change no session, no file and no job.
     pub read_only: bool,
 }
@@ -91,6 +93,8 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
         let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
         state.queue.store = places.variants();
         state.queue.journal = Some(places.evaluations());
+        state.queue.references = Some(paths::references_directory());
+        state.queue.host_memory = options.host_memory;
         state.host_bytes = memory::total_bytes();
         state.read_only = options.read_only;
         state.recollect(&remembered);

@@ -155,6 +155,10 @@ pub struct Queue {
     pub store: PathBuf,
     /// The folder where evaluations note what they have scored.
     pub journal: Option<PathBuf>,
+    /// The folder where what the base says of a text is kept.
+    pub references: Option<PathBuf>,
+    /// Memory that a model may take.
+    pub host_memory: Option<u64>,
     pub runs: Vec<Run>,
     /// Place of the run that keys are about.
     pub cursor: usize,
@@ -237,7 +241,11 @@ impl Queue {
             let at = self.runs.iter().position(begun).or_else(|| self.runs.iter().position(|run| !run.is_over()))?;
             let run = &mut self.runs[at];
             let index = run.steps.iter().position(|step| step.status == Status::Waiting)?;
-            let job = job(run, run.steps[index].work, measurements, &self.store, self.journal.as_deref());
+            let mut job = job(run, run.steps[index].work, measurements, &self.store);
+            if let Ok(Some(Job::Evaluate(request))) = &mut job {
+                (request.journal, request.references) = (self.journal.clone(), self.references.clone());
+                request.host_memory = self.host_memory;
+            }
             let step = &mut run.steps[index];
             match job {
                 Ok(Some(job)) => {
@@ -432,7 +440,7 @@ impl Queue {
 }
 
 /// The engine's job; nothing when there is nothing to evaluate.
-fn job(run: &Run, work: Work, measurements: &Measurements, store: &Path, journal: Option<&Path>) -> Result<Option<Job>> {
+fn job(run: &Run, work: Work, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
     let session = &run.session;
     match work {
         Work::Quantize(index) => {
@@ -458,7 +466,6 @@ fn job(run: &Run, work: Work, measurements: &Measurements, store: &Path, journal
             let mut request = session.evaluate.request()?;
             request.reference = Some(ModelToEvaluate { name: "base".into(), path: session.model.name() });
             request.models = run.targets.iter().filter_map(model).collect();
-            request.journal = journal.map(Path::to_owned);
             Ok((!request.models.is_empty()).then(|| Job::Evaluate(Box::new(request))))
         }
     }

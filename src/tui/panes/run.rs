@@ -184,7 +184,7 @@ fn gpu_line(state: &State, gpu: &GpuReading, width: usize) -> Line<'static> {
     let power = gpu.power.map_or_else(String::new, |milliwatts| format!("  {} W", milliwatts / 1000));
     let memory = format!("{} of {}", report::bytes(gpu.used_bytes), report::bytes(gpu.total_bytes));
     let what = format!("{memory}  {}% busy{temperature}{power}", gpu.utilization);
-    let name = cut(gpu.name.trim_start_matches("NVIDIA "), 13);
+    let name = gpu.name.trim_start_matches("NVIDIA ").split(' ').next().unwrap_or_default();
     Line::from(vec![dim(state, format!(" {name:<13} ")), Span::raw(cut(&what, width.saturating_sub(16)))])
 }
 
