@@ -295,6 +295,7 @@ fn restore(lost: &Lost) -> Result<Box<Document>> {
     let mut document = Document::open(lost.session.clone())?;
     let saved = match &lost.path {
         Some(path) => Session::read(path)?,
+        None if lost.session.is_demo() => Session::demo()?,
         None => Session::new(&lost.session.model.id),
     };
     document.mark_saved(&saved);

@@ -91,8 +91,12 @@ impl<S: Screen> EventLoop<'_, S> {
             tokio::select! {
                 biased;
                 signal = self.signals.recv() => match signal {
+                    // A shell that ends lets what it started go on, which is stopped by nothing: there is no terminal.
                     Some(Signal::Continue) => {
-                        self.screen.resume()?;
+                        if input.is_some() && self.screen.resume().is_err() {
+                            input = None;
+                            self.lose_terminal(&background)?;
+                        }
                         (dirty, urgent) = (true, true);
                     }
                     Some(Signal::Hangup) => {

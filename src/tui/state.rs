@@ -254,6 +254,7 @@ impl State {
     pub fn toast(&mut self, level: Level, text: impl Into<String>) {
         let message = Message { level, text: text.into() };
         self.log_message(&message);
+        self.toasts.retain(|toast| toast.message != message);
         self.toasts.push(Toast { message, until: self.clock + TOAST });
         let surplus = self.toasts.len().saturating_sub(TOASTS);
         self.toasts.drain(..surplus);
