@@ -233,11 +233,16 @@ fn a_run_outlives_its_terminal_and_a_later_workbench_shows_it() {
     let home = TempDir::new().unwrap();
     let path = session(home.path());
     let path = path.to_str().unwrap();
-    let mut workbench = Session::open(home.path(), 120, 40, &[path]);
+    // Started by a shell, as most are: its end makes the system send SIGHUP and SIGCONT, and the terminal is gone.
+    let mut command = CommandBuilder::new("sh");
+    command.args(["-c", "\"$0\" \"$1\"; true", env!("CARGO_BIN_EXE_strata"), path]);
+    command.env("XDG_DATA_HOME", home.path().join("data"));
+    command.env("XDG_STATE_HOME", home.path().join("state"));
+    let mut workbench = Session::spawn(120, 40, command);
     workbench.sees("1 Layers");
     workbench.types("R");
     workbench.sees("quantize      ");
-    let mut child = workbench.close();
+    workbench.close().wait().unwrap();
 
     // A second workbench finds the run while it goes on, and follows it.
     let mut second = Session::open(home.path(), 120, 40, &[path]);
@@ -246,10 +251,11 @@ fn a_run_outlives_its_terminal_and_a_later_workbench_shows_it() {
     second.sees("▶ running");
     second.types("\r");
     second.sees("quantize small: started");
-    assert!(child.wait().unwrap().success(), "the first goes on to the end of its run");
     second.sees("evaluate base, small: started");
     second.types("\x1b");
     second.sees("▶ done");
+    let (_, log) = headless(home.path(), &["runs", "follow", "last"]);
+    assert_eq!(log.matches("quantize small: started").count(), 1, "one process did it all: {log}");
     second.types("qq");
     second.ends();
 

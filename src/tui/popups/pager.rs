@@ -46,8 +46,16 @@ impl Pager {
     pub(super) fn draw(&self, frame: &mut Frame, area: Rect, state: &State) {
         let width = area.width.saturating_sub(4).min(110);
         let height = area.height.saturating_sub(4).max(3) as usize;
-        let wrapped: Vec<(Role, String)> =
-            self.lines.iter().flat_map(|(role, line)| wrap(line, width as usize - 4).into_iter().map(|part| (*role, part))).collect();
+        let wrapped: Vec<(Role, String)> = self
+            .lines
+            .iter()
+            .flat_map(|(role, line)| {
+                // A line that fits keeps its indentation.
+                let fits = line.chars().count() <= width as usize - 4;
+                let parts = if fits { vec![line.clone()] } else { wrap(line, width as usize - 4) };
+                parts.into_iter().map(|part| (*role, part))
+            })
+            .collect();
         let room = height.saturating_sub(2);
         let first = self.first.min(wrapped.len().saturating_sub(room));
         let mut lines: Vec<Line> = wrapped[first..(first + room).min(wrapped.len())]
