@@ -5,7 +5,10 @@
 //! tensor.
 
 mod gpu;
+pub mod inspect;
 mod job;
+mod observe;
+pub mod playground;
 mod progress;
 
 use std::collections::HashMap;
@@ -18,6 +21,8 @@ use tokio::sync::mpsc;
 
 pub use gpu::{GpuMonitor, GpuReading};
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use observe::{BlockInputs, ObserveJob};
+pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};
 
 use crate::checkpoint::VariantManifest;
@@ -62,6 +67,16 @@ pub enum Event {
         id: JobId,
         piece: String,
         tokens: usize,
+    },
+    /// The inputs of a block's linears were observed.
+    Observed {
+        id: JobId,
+        inputs: Box<BlockInputs>,
+    },
+    /// Both models of a playground said their next token.
+    Spoken {
+        id: JobId,
+        step: Box<PlaygroundStep>,
     },
     Finished {
         id: JobId,

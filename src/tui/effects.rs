@@ -1,6 +1,7 @@
 //! What the loop does outside the state: jobs, files, folders of runs, other processes.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -8,12 +9,14 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::document::Document;
 use super::known::Known;
-use super::message::{Effect, Msg, SaveOutcome};
-use super::state::State;
+use super::message::{Effect, Msg, SaveOutcome, ToCompare};
+use super::state::{Compared, State};
 use crate::analysis::Inventory;
 use crate::checkpoint;
+use crate::engine::inspect::inspect as inspect_block;
 use crate::engine::{Engine, Event, GpuMonitor};
 use crate::error::{Error, Result};
+use crate::eval::{Task, paired};
 use crate::session::paths::Places;
 use crate::session::recovery::{Lost, Recovery};
 use crate::session::remembered::Remembered;
@@ -148,6 +151,25 @@ impl Outside {
                     Msg::Inspected { model: settings.name(), inventory }
                 });
             }
+            Effect::Look { model, block, cancel } => {
+                let sender = background.clone();
+                tokio::task::spawn_blocking(move || {
+                    let send = |look| drop(sender.send(Msg::Looked { model: model.clone(), block, look }));
+                    let outcome = inspect_block(&model, block, &cancel, |look| send(Ok(Some(look))));
+                    send(outcome.map(|()| None));
+                });
+            }
+            Effect::Compare(request) => in_background(background, move || Msg::Compared(compare(*request).map(Box::new))),
+            Effect::Write { path, text } => {
+                let write = || std::fs::File::create_new(&path)?.write_all(text.as_bytes());
+                let outcome = write().map_err(|error| match error.kind() {
+                    std::io::ErrorKind::AlreadyExists => {
+                        Error::input(format!("{} is there already", path.display())).hint("give another name")
+                    }
+                    _ => Error::io("writing", &path, &error),
+                });
+                return answer(Msg::Written { path, outcome });
+            }
             Effect::Recall => {
                 let (runs, session, layout) = (self.places.runs(), state.document.settings().clone(), state.document.layout.clone());
                 in_background(background, move || {
@@ -167,7 +189,7 @@ impl Outside {
             Effect::ResumeRun(id) => return self.about_run(&id, |run| self.go_on_headless(std::slice::from_ref(run))),
             Effect::LookAtGpus => self.look_at_gpus(background),
             // The loop's own.
-            Effect::Suspend | Effect::Redraw => {}
+            Effect::Suspend | Effect::Redraw | Effect::Copy(_) | Effect::Mouse(_) => {}
         }
         Performed::Nothing
     }
@@ -210,7 +232,7 @@ impl Outside {
 
     /// Ends every run that is not over for this process and starts another that goes on with them.
     fn hand_over(&mut self, state: &State) -> Result<String> {
-        let open: Vec<u64> = state.queue.runs.iter().filter(|run| !run.is_over()).map(|run| run.key).collect();
+        let open: Vec<u64> = state.queue.runs.iter().filter(|run| !run.is_over() && run.can_be_handed_over()).map(|run| run.key).collect();
         let mut runs = Vec::new();
         for key in open {
             let Some(writer) = self.writers.remove(&key) else {
@@ -313,4 +335,24 @@ fn inspect(model: &str, sha256: Option<&str>) -> Result<Inventory> {
         }
     }
     Inventory::of_checkpoint(&checkpoint)
+}
+
+/// Compares two evaluations; the questions that changed sides come along to be read.
+pub fn compare(request: ToCompare) -> Result<Compared> {
+    let [a, b] = &request.samples;
+    let comparison = paired::compare((&request.names[0], a), (&request.names[1], b));
+    let mut questions = std::collections::BTreeMap::new();
+    for task in Task::ALL {
+        let flips: Vec<usize> = comparison.flips.iter().filter(|flip| flip.task == task.name()).map(|flip| flip.index).collect();
+        if flips.is_empty() {
+            continue;
+        }
+        let rows = match &request.data {
+            Some(directory) => task.from_directory(directory, true)?,
+            None => task.embedded()?,
+        };
+        let known = flips.into_iter().filter_map(|index| Some(((task.name().to_owned(), index), rows.questions.get(index)?.clone())));
+        questions.extend(known);
+    }
+    Ok(Compared { samples: request.samples, comparison, questions })
 }

@@ -3,7 +3,7 @@
 //! Its input stream and its screen are parameters, so that tests type keys through it.
 
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, Write};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -189,6 +189,11 @@ impl<S: Screen> EventLoop<'_, S> {
         let mut effects = std::collections::VecDeque::from(effects);
         while let Some(effect) = effects.pop_front() {
             let answer = match effect {
+                Effect::Copy(text) => Msg::Copied(self.screen.copy(&text)),
+                Effect::Mouse(on) => {
+                    self.screen.set_mouse(on)?;
+                    continue;
+                }
                 Effect::Suspend => {
                     self.screen.suspend()?;
                     let (width, height) = self.screen.size()?;
@@ -236,6 +241,7 @@ async fn ready<I>(input: &mut Option<impl Stream<Item = I> + Unpin>) -> Option<I
 fn translate(event: io::Result<Input>) -> Result<Option<Msg>> {
     Ok(match event.map_err(|error| Error::run(format!("reading from the terminal failed: {error}")))? {
         Input::Key(key) if key.kind != KeyEventKind::Release => Some(Msg::Key(key)),
+        Input::Mouse(event) => Some(Msg::Mouse(event)),
         Input::Paste(text) => Some(Msg::Paste(text)),
         Input::Resize(width, height) => Some(Msg::Resize(width, height)),
         _ => None,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::measurements::Measurements;
 use crate::checkpoint::{Layout, STRATA_FILE, VariantManifest};
-use crate::eval::ModelResult;
+use crate::eval::Evaluated;
 use crate::format::Plan;
 use crate::quant::Steps;
 use crate::session::Session;
@@ -18,13 +18,13 @@ struct Row {
     plan: Plan,
     path: PathBuf,
     manifest: VariantManifest,
-    result: Option<ModelResult>,
+    result: Option<Evaluated>,
 }
 
 /// Results of earlier runs.
 #[derive(Debug, Default)]
 pub struct Known {
-    base: Option<ModelResult>,
+    base: Option<Evaluated>,
     /// The oldest first.
     rows: Vec<Row>,
     /// Runs that go on in other processes, and runs that were interrupted.
@@ -58,19 +58,19 @@ impl Known {
             };
             // A recipe file may have changed since.
             if manifest.plan == plan {
-                let result = made.results.iter().find(|result| result.variant == variant.name).cloned();
+                let result = made.results.iter().find(|result| result.result.variant == variant.name).cloned();
                 self.rows.push(Row { steps: recipe.steps(), plan, path: path.clone(), manifest, result });
             }
         }
-        if let Some(base) = made.results.into_iter().find(|result| result.variant == "base") {
+        if let Some(base) = made.results.into_iter().find(|result| result.result.variant == "base") {
             self.base = Some(base);
         }
     }
 
     /// Puts what is known in; what was measured since the start stays.
     pub fn recall(self, measurements: &mut Measurements) {
-        if measurements.base.is_none() {
-            measurements.base = self.base;
+        if let Some(base) = self.base.filter(|_| measurements.base.is_none()) {
+            measurements.base_evaluated(base);
         }
         for row in self.rows {
             let newer = measurements.find(&row.steps, &row.plan).is_some_and(|measured| measured.result.is_some());

@@ -7,17 +7,22 @@
 
 mod actions;
 mod ascii;
+mod background;
+pub mod bench;
 mod changes;
+mod clipboard;
 mod command_table;
 mod commands;
 mod document;
 mod effects;
 mod event_loop;
 mod filter;
+mod keymap;
 mod keys;
 mod known;
 mod measurements;
 mod message;
+mod mouse;
 mod overrides;
 mod panes;
 mod popups;
@@ -28,6 +33,7 @@ pub mod terminal;
 mod tests;
 mod text;
 mod theme;
+mod tree;
 mod update;
 mod view;
 
@@ -79,6 +85,8 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
     let places = Places::user();
     let remembered = Remembered::read(&places.remembered());
     let theme = Theme::find(options.theme.as_deref(), Theme::no_color())?;
+    let ask = options.theme.is_none() && !Theme::no_color();
+    let keymap = keymap::Keymap::of_user()?;
     let document = Document::open(options.session)?;
     let (engine, events) = Engine::start(&EngineOptions { threads: options.threads })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -91,6 +99,14 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
         let signals = signals()?;
         let screen = TerminalScreen::take()?;
         let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
+        state.keymap = keymap;
+        if ask {
+            screen.ask_background()?;
+            state.background.ask(std::time::Duration::ZERO);
+        }
+        if popups::Tour::is_first_run() {
+            state.popups.push(popups::Popup::Tour(popups::Tour));
+        }
         state.queue.store = places.variants();
         state.queue.journal = Some(places.evaluations());
         state.queue.references = Some(paths::references_directory());

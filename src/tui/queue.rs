@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::measurements::Measurements;
 use super::message::Effect;
 use crate::checkpoint::StorageLayout;
-use crate::engine::{Event, Job, JobId, Progress, QuantizeJob};
+use crate::engine::{Event, Job, JobId, ObserveJob, PlaygroundJob, Progress, QuantizeJob};
 use crate::error::{ErrorKind, Result};
 use crate::eval::ModelToEvaluate;
 use crate::format::Plan;
@@ -36,12 +36,15 @@ pub struct Target {
 }
 
 /// What a step does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Work {
     /// Quantize the run's target of this number.
     Quantize(usize),
     /// Evaluate the base and the targets.
     Evaluate,
+    /// Observe the inputs of the model's linears.
+    Observe,
+    Playground(PlaygroundJob),
 }
 
 /// How far a step is.
@@ -75,6 +78,8 @@ pub struct Step {
 /// Whether a run's folder was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Folder {
+    /// It is not worth one.
+    Never,
     Wanted,
     Asked,
     Closed,
@@ -111,6 +116,11 @@ impl Run {
     /// Whether nothing of it runs or waits.
     pub fn is_over(&self) -> bool {
         !matches!(self.status(), Status::Running(_) | Status::Waiting)
+    }
+
+    /// Whether another process can go on with it.
+    pub fn can_be_handed_over(&self) -> bool {
+        self.folder != Folder::Never
     }
 
     /// Whether it has begun and is not over.
@@ -195,6 +205,22 @@ impl Queue {
         self.cursor = self.runs.len() - 1;
     }
 
+    /// Adds one job that is not worth a folder on disk: it shows something and makes nothing.
+    pub fn push_work(&mut self, session: &Session, title: &str, work: Work) {
+        let (began, ended) = (Duration::ZERO, Duration::ZERO);
+        let step = Step { title: title.into(), work, status: Status::Waiting, reused: false, began, ended };
+        self.next_key += 1;
+        self.runs.push(Run {
+            key: self.next_key,
+            title: title.into(),
+            session: session.clone(),
+            targets: Vec::new(),
+            steps: vec![step],
+            id: None,
+            folder: Folder::Never,
+        });
+    }
+
     /// The run whose job runs.
     pub fn running_run(&self) -> Option<&Run> {
         self.runs.iter().find(|run| run.is_running())
@@ -208,7 +234,7 @@ impl Queue {
     /// The variant that is being quantized.
     pub fn quantizing(&self) -> Option<&Target> {
         let (run, step) = self.running_run().zip(self.running())?;
-        if let Work::Quantize(index) = step.work { run.targets.get(index) } else { None }
+        if let Work::Quantize(index) = &step.work { run.targets.get(*index) } else { None }
     }
 
     fn running_mut(&mut self) -> Option<&mut Step> {
@@ -241,7 +267,7 @@ impl Queue {
             let at = self.runs.iter().position(begun).or_else(|| self.runs.iter().position(|run| !run.is_over()))?;
             let run = &mut self.runs[at];
             let index = run.steps.iter().position(|step| step.status == Status::Waiting)?;
-            let mut job = job(run, run.steps[index].work, measurements, &self.store);
+            let mut job = job(run, &run.steps[index].work, measurements, &self.store);
             if let Ok(Some(Job::Evaluate(request))) = &mut job {
                 (request.journal, request.references) = (self.journal.clone(), self.references.clone());
                 request.host_memory = self.host_memory;
@@ -303,7 +329,7 @@ impl Queue {
 
     /// Puts the run under the cursor, which is over, at the end again: what it has finished is found on disk.
     pub fn retry(&mut self) {
-        if !self.selected().is_some_and(Run::is_over) {
+        if !self.selected().is_some_and(|run| run.is_over() && run.can_be_handed_over()) {
             return;
         }
         let run = self.runs.remove(self.cursor);
@@ -322,7 +348,7 @@ impl Queue {
 
     /// Forgets the runs that are over.
     pub fn clear_finished(&mut self) {
-        self.runs.retain(|run| !run.is_over() || run.folder != Folder::Closed);
+        self.runs.retain(|run| !run.is_over() || !matches!(run.folder, Folder::Never | Folder::Closed));
         self.cursor = self.cursor.min(self.runs.len().saturating_sub(1));
     }
 
@@ -342,7 +368,7 @@ impl Queue {
                 let (title, session, evaluate) = (run.title.clone(), Box::new(run.session.clone()), run.evaluates());
                 effects.push(Effect::OpenRun { key: run.key, title, session, evaluate });
             }
-            if run.is_over() && run.folder != Folder::Closed {
+            if run.is_over() && !matches!(run.folder, Folder::Never | Folder::Closed) {
                 run.folder = Folder::Closed;
                 effects.push(Effect::EndRun { key: run.key, ending: run.ending() });
             }
@@ -363,7 +389,7 @@ impl Queue {
     /// Takes the runs back that could not be handed over: they get folders anew.
     pub fn take_back(&mut self) {
         self.held = false;
-        for run in self.runs.iter_mut().filter(|run| !run.is_over()) {
+        for run in self.runs.iter_mut().filter(|run| !run.is_over() && run.can_be_handed_over()) {
             (run.folder, run.id) = (Folder::Wanted, None);
         }
     }
@@ -379,8 +405,8 @@ impl Queue {
                 Report::Paused(paused) => self.line(clock, Level::Info, if paused { "paused" } else { "going on" }.into()),
                 _ => {}
             },
-            // The queue submits no job that generates text.
-            Event::Text { .. } => {}
+            // The workbench submits no job that generates text; what is observed and said is none of the queue's.
+            Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(target) = self.quantizing() else { return };
                 measurements.quantized(&target.steps, target.plan.clone(), path, &manifest);
@@ -390,10 +416,9 @@ impl Queue {
             }
             Event::Evaluated { evaluated, .. } => {
                 let Some(run) = self.running_run() else { return };
-                let result = evaluated.result;
-                match run.targets.iter().find(|target| target.spec.name == result.variant) {
-                    Some(target) => measurements.evaluated(&target.steps, &target.plan, result),
-                    None => measurements.base = Some(result),
+                match run.targets.iter().find(|target| target.spec.name == evaluated.result.variant) {
+                    Some(target) => measurements.evaluated(&target.steps, &target.plan, *evaluated),
+                    None => measurements.base_evaluated(*evaluated),
                 }
             }
             Event::Finished { outcome, .. } => self.finished(outcome, clock),
@@ -401,7 +426,7 @@ impl Queue {
     }
 
     fn finished(&mut self, outcome: Result<()>, clock: Duration) {
-        let held = self.held;
+        let held = self.held && self.running_run().is_some_and(Run::can_be_handed_over);
         let Some(step) = self.running_mut() else { return };
         step.ended = clock;
         let title = step.title.clone();
@@ -440,11 +465,11 @@ impl Queue {
 }
 
 /// The engine's job; nothing when there is nothing to evaluate.
-fn job(run: &Run, work: Work, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
+fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
     let session = &run.session;
     match work {
         Work::Quantize(index) => {
-            let target = &run.targets[index];
+            let target = &run.targets[*index];
             Ok(Some(Job::Quantize(Box::new(QuantizeJob {
                 model: session.model.name(),
                 name: target.spec.name.clone(),
@@ -468,5 +493,7 @@ fn job(run: &Run, work: Work, measurements: &Measurements, store: &Path) -> Resu
             request.models = run.targets.iter().filter_map(model).collect();
             Ok((!request.models.is_empty()).then(|| Job::Evaluate(Box::new(request))))
         }
+        Work::Observe => Ok(Some(Job::Observe(Box::new(ObserveJob { model: session.model.name(), sample: session.calibration.clone() })))),
+        Work::Playground(job) => Ok(Some(Job::Playground(Box::new(job.clone())))),
     }
 }

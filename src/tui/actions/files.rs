@@ -145,7 +145,7 @@ pub fn quit(state: &mut State) -> Vec<Effect> {
         return vec![Effect::Quit];
     }
     let mut choices = Vec::new();
-    if running {
+    if state.queue.runs.iter().any(|run| !run.is_over() && run.can_be_handed_over()) {
         choices.push(Choice::new('l', "leave it running", leave_running));
     }
     if unsaved && state.path.is_some() && !running {

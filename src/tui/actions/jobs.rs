@@ -77,6 +77,7 @@ pub fn can_retry(state: &State) -> Result<(), &'static str> {
     match state.queue.selected() {
         None => Err("there is no run to try again"),
         Some(run) if !run.is_over() => Err("this run is not over"),
+        Some(run) if !run.can_be_handed_over() => Err("ask for this again where you asked for it first"),
         Some(_) => Ok(()),
     }
 }

@@ -15,7 +15,7 @@ fn session() -> Session {
 #[test]
 fn runs_are_paused_put_in_another_order_cancelled_and_tried_again() {
     let folder = tempfile::tempdir().unwrap();
-    let (state, _) = with_loop(session(), folder.path(), async |typist: Typist| {
+    let state = with_loop(session(), folder.path(), async |typist: Typist| {
         typist.press(&["R"]);
         typist.sees("quantize      ").await;
         typist.press(&["p"]);
@@ -58,15 +58,15 @@ fn results_are_there_at_once_when_the_session_is_opened_again() {
         typist.sees("✓ evaluate base, phase1, phase2").await;
         typist.press(&["q"]);
     };
-    let (first, _) = with_loop(small_session(), folder.path(), run);
-    let (second, _) = with_loop(small_session(), folder.path(), async |typist: Typist| {
+    let first = with_loop(small_session(), folder.path(), run);
+    let second = with_loop(small_session(), folder.path(), async |typist: Typist| {
         typist.sees("against base").await;
         typist.press(&["q"]);
     });
     assert_eq!(first.measurements, second.measurements);
 
     // Another sample makes other variants: nothing is known of them.
-    let (other, _) = with_loop(session(), folder.path(), async |typist: Typist| {
+    let other = with_loop(session(), folder.path(), async |typist: Typist| {
         typist.sees("largest weight / rms").await;
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         typist.press(&["q"]);
