@@ -3,7 +3,7 @@
 //! Its input stream and its screen are parameters, so that tests type keys through it.
 
 use std::future::poll_fn;
-use std::io::{self, Write};
+use std::io;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
