@@ -44,7 +44,7 @@ pub fn measure<B: Backend>(model: &Hybrid<B>, text: &[u32], request: SpeedReques
         model.backend.download(&logits)?;
         let after_prompt = Instant::now();
         for token in &next {
-            let logits = model.last_logits(&[*token], &Sequences::steps(1), Some(&mut cache))?;
+            let logits = model.step(&[*token], &mut cache)?;
             model.backend.download(&logits)?;
         }
         if round > 0 {

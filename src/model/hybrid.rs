@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 /// What stands before and behind the blocks: embedding, final norm and head.
 pub struct Ends<B: Backend> {
     embedding: B::Embedding,
-    final_norm: Vec<f32>,
+    final_norm: B::Vector,
     eps: f32,
     head: B::Linear,
 }
@@ -18,7 +18,7 @@ impl<B: Backend> Ends<B> {
     pub fn load(backend: &B, checkpoint: &Checkpoint) -> Result<Self> {
         Ok(Self {
             embedding: backend.prepare_embedding(checkpoint.embedding()?)?,
-            final_norm: checkpoint.read("norm_f.weight")?,
+            final_norm: backend.prepare_vector(checkpoint.read("norm_f.weight")?)?,
             eps: checkpoint.config.norm_eps,
             head: backend.prepare(checkpoint.head()?)?,
         })
@@ -55,6 +55,11 @@ impl<B: Backend> Ends<B> {
 /// What the blocks of a model remember of the tokens they have seen.
 pub struct Cache<B: Backend> {
     blocks: Vec<BlockCache<B>>,
+    sequences: usize,
+    /// The last decoding step, where the device can do it again.
+    step: Option<B::Recording>,
+    /// Whether a step was done: the first compiles and allocates what later ones reuse.
+    warm: bool,
 }
 
 /// A model whose blocks are all on the device.
@@ -80,7 +85,8 @@ impl<B: Backend> Hybrid<B> {
 
     /// An empty cache for `sequences` sequences.
     pub fn cache(&self, sequences: usize) -> Cache<B> {
-        Cache { blocks: self.blocks.iter().map(|block| block.cache(&self.backend, sequences)).collect() }
+        let blocks = self.blocks.iter().map(|block| block.cache(&self.backend, sequences)).collect();
+        Cache { blocks, sequences, step: None, warm: false }
     }
 
     /// The residual stream behind the last block for tokens `ids` of `sequences`, going on from `cache` if given.
@@ -107,6 +113,26 @@ impl<B: Backend> Hybrid<B> {
         let h = self.forward(ids, sequences, cache)?;
         let last: Vec<usize> = sequences.ranges().map(|range| range.end - 1).collect();
         self.ends.logits_at(&self.backend, &h, &last)
+    }
+
+    /// A decoding step: `ids` has a token for each sequence of `cache`. Logits `[sequences, vocabulary]`, which hold until
+    /// the next step.
+    pub fn step(&self, ids: &[u32], cache: &mut Cache<B>) -> Result<B::Tensor> {
+        if let Some(step) = &mut cache.step
+            && let Some(logits) = self.backend.replay(step, ids)?
+        {
+            return Ok(logits);
+        }
+        cache.step = None;
+        let sequences = Sequences::steps(cache.sequences);
+        if cache.warm
+            && let Some((step, logits)) = self.backend.record(&mut || self.last_logits(ids, &sequences, Some(&mut *cache)))?
+        {
+            cache.step = Some(step);
+            return Ok(logits);
+        }
+        cache.warm = true;
+        self.last_logits(ids, &sequences, Some(cache))
     }
 
     /// Logits of the rows `tokens` of `forward`'s result.

@@ -8,11 +8,12 @@ pub mod int_matmul;
 mod mamba;
 mod math;
 mod norm;
+mod router;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 
 use self::int_matmul::{Isa, PackedMatrix, QuantizedRows};
-use super::{AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, Sequences};
+use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences};
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, WeightPart};
 
@@ -90,6 +91,8 @@ impl Backend for Cpu {
     type Tensor = Tensor;
     type Linear = CpuLinear;
     type Embedding = embedding::Embedding;
+    type Vector = Vec<f32>;
+    type Recording = std::convert::Infallible;
     type Activation = CpuActivation;
     type Mamba = mamba::Parameters;
     type SsmCache = mamba::SsmCache;
@@ -111,8 +114,16 @@ impl Backend for Cpu {
         self.download(activation.float.as_ref().ok_or_else(|| missing("float"))?)
     }
 
+    fn rows(&self, tensor: &Tensor) -> usize {
+        tensor.dims()[0]
+    }
+
     fn features(&self, tensor: &Tensor) -> usize {
         width(tensor)
+    }
+
+    fn prepare_vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
     }
 
     fn prepare(&self, weights: LinearWeights) -> Result<CpuLinear> {
@@ -219,7 +230,7 @@ impl Backend for Cpu {
         Ok(CpuActivation { float: emit.float.then_some(x), int8 })
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &[f32], eps: f32, emit: Emit) -> Result<CpuActivation> {
+    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32, emit: Emit) -> Result<CpuActivation> {
         Self::activation(with_values(x, |x| norm::rms(x, weight, eps))?, weight.len(), emit)
     }
 
@@ -256,7 +267,7 @@ impl Backend for Cpu {
         &self,
         y: &Tensor,
         projected: &Tensor,
-        weight: &[f32],
+        weight: &Vec<f32>,
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
@@ -284,6 +295,10 @@ impl Backend for Cpu {
         tensor(out, shape.heads * shape.head_dim)
     }
 
+    fn route(&self, raw: &Tensor, correction: &Vec<f32>, shape: &RouterShape) -> Result<Vec<Assignment>> {
+        with_values(raw, |raw| router::assign(raw, correction, shape))
+    }
+
     fn gather(&self, x: &CpuActivation, tokens: &[usize]) -> Result<CpuActivation> {
         let float = x.float.as_ref().map(|float| self.gather_rows(float, tokens)).transpose()?;
         Ok(CpuActivation { float, int8: x.int8.as_ref().map(|codes| codes.select(tokens)) })
@@ -306,6 +321,14 @@ impl Backend for Cpu {
             }
         })?;
         tensor(sum, cols)
+    }
+
+    fn record(&self, _step: &mut dyn FnMut() -> Result<Tensor>) -> Result<Option<(Self::Recording, Tensor)>> {
+        Ok(None)
+    }
+
+    fn replay(&self, recording: &mut Self::Recording, _ids: &[u32]) -> Result<Option<Tensor>> {
+        match *recording {}
     }
 
     fn gram(&self, x: &CpuActivation) -> Result<Vec<f64>> {
