@@ -1,0 +1,237 @@
+// Causal grouped-query attention without positions, softmax in f32. Caches are rows of `kv_heads·head_dim` in f32 or bf16.
+#include "device.cuh"
+
+namespace {
+
+constexpr int QUERIES = 32;
+constexpr int KEYS = 32;
+constexpr int MAX_DIM = 128;
+constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
+
+template <class C> DEVICE void append(const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values) {
+    const int index = blockIdx.y, i = blockIdx.x;
+    const int begin = sequences ? sequences[4 * index] : index, end = sequences ? sequences[4 * index + 1] : index + 1, slot = sequences ? sequences[4 * index + 2] : index;
+    if (begin + i >= end || lengths[slot] + i >= capacity) return;
+    const i64 from = static_cast<i64>(begin + i) * width, to = (static_cast<i64>(slot) * capacity + lengths[slot] + i) * width;
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        keys[to + c] = narrow<C>(k[from + c]);
+        values[to + c] = narrow<C>(v[from + c]);
+    }
+}
+
+// 32 queries of one head against all keys that they see, 32 at a time, with a running maximum and sum. Threads 4 q … 4 q + 3
+// have query q: every fourth key of a tile, every fourth feature of the output.
+template <class C> DEVICE void attend(const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int d, float* out) {
+    SHARED_ROWS(float, query, QUERIES, MAX_DIM + 1);
+    SHARED_ROWS(float, held, KEYS, MAX_DIM + 1);
+    SHARED_ROWS(float, weight, QUERIES, KEYS + 1);
+    const int* own = queries + 4 * blockIdx.z;
+    const int first = own[0] + blockIdx.x * QUERIES, count = minimum(QUERIES, own[1] - first);
+    if (count <= 0) return;
+    const int head = blockIdx.y, width = kv_heads * d, offset = head / (heads / kv_heads) * d;
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
+    for (int i = threadIdx.x; i < QUERIES * d; i += blockDim.x)
+        query[i / d][i % d] = i / d < count ? q[(static_cast<i64>(first + i / d) * heads + head) * d + i % d] * scale : 0.0f;
+    int total = 0;
+    for (int s = own[2]; s < own[3]; ++s) total += segments[2 * s + 1] - segments[2 * s];
+    const int row = threadIdx.x / 4, part = threadIdx.x % 4;
+    // Query i of a sequence sees all keys but those of the queries behind it.
+    const int visible = total - (own[1] - 1 - (first + row));
+    const int farthest = total - (own[1] - (first + count));
+    float largest = NONE, sum = 0.0f, result[MAX_DIM / 4] = {};
+    int before = 0;  // keys of the segments already done
+    for (int s = own[2]; s < own[3]; ++s) {
+        const int begin = segments[2 * s], length = segments[2 * s + 1] - begin;
+        for (int start = 0; start < length && before + start < farthest; start += KEYS) {
+            const int tile = minimum(KEYS, length - start);
+            __syncthreads();
+            for (int i = threadIdx.x; i < KEYS * d; i += blockDim.x)
+                held[i / d][i % d] = i / d < tile ? widen(keys[static_cast<i64>(begin + start + i / d) * width + offset + i % d]) : 0.0f;
+            __syncthreads();
+            float scores[KEYS / 4] = {};
+            for (int c = 0; c < d; ++c) {
+                const float value = query[row][c];
+#pragma unroll
+                for (int j = 0; j < KEYS / 4; ++j) scores[j] = fmaf(value, held[part + 4 * j][c], scores[j]);
+            }
+            float tile_largest = NONE;
+#pragma unroll
+            for (int j = 0; j < KEYS / 4; ++j) {
+                const int key = part + 4 * j;
+                if (key >= tile || before + start + key >= visible) scores[j] = NONE;
+                tile_largest = fmaxf(tile_largest, scores[j]);
+            }
+            tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 1));
+            tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 2));
+            const float new_largest = fmaxf(largest, tile_largest), correction = expf(largest - new_largest);
+            largest = new_largest;
+            float tile_sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < KEYS / 4; ++j) {
+                const float p = scores[j] == NONE ? 0.0f : expf(scores[j] - largest);
+                weight[row][part + 4 * j] = p;
+                tile_sum += p;
+            }
+            tile_sum += shuffle_xor(tile_sum, 1);
+            tile_sum += shuffle_xor(tile_sum, 2);
+            sum = sum * correction + tile_sum;
+            __syncthreads();
+            for (int i = threadIdx.x; i < KEYS * d; i += blockDim.x)
+                held[i / d][i % d] = i / d < tile ? widen(values[static_cast<i64>(begin + start + i / d) * width + offset + i % d]) : 0.0f;
+            __syncthreads();
+#pragma unroll
+            for (int j = 0; j < MAX_DIM / 4; ++j) result[j] *= correction;
+            for (int key = 0; key < tile; ++key) {
+                const float p = weight[row][key];
+#pragma unroll
+                for (int j = 0; j < MAX_DIM / 4; ++j)
+                    if (part + 4 * j < d) result[j] = fmaf(p, held[key][part + 4 * j], result[j]);
+            }
+        }
+        before += length;
+    }
+    if (row >= count) return;
+#pragma unroll
+    for (int j = 0; j < MAX_DIM / 4; ++j)
+        if (part + 4 * j < d) out[(static_cast<i64>(first + row) * heads + head) * d + part + 4 * j] = __fdiv_rn(result[j], sum);
+}
+
+DEVICE float4 read_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+
+DEVICE float4 read_four(const bf16* at) {
+    const uint2 x = *reinterpret_cast<const uint2*>(at);
+    return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u));
+}
+
+// One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A
+// warp takes 32 keys at a time: for the scores a lane has a key, for the values four features.
+template <class C, int RATIO>
+DEVICE void attend_step(const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[KEYS], float* merged) {
+    constexpr int WARPS = 4;
+    const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int ratio = heads / kv_heads, width = kv_heads * d, length = minimum(lengths[slot], capacity);
+    // Whole tiles of 32 keys, divided among the splits.
+    const int tiles = divide_up(length, KEYS), first_tile = static_cast<int>(static_cast<i64>(tiles) * split / splits), end_tile = static_cast<int>(static_cast<i64>(tiles) * (split + 1) / splits);
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
+    for (int i = threadIdx.x; i < ratio * d; i += blockDim.x) query[i / d][i % d] = q[(static_cast<i64>(slot) * heads + kv_head * ratio) * d + i] * scale;
+    __syncthreads();
+    float largest[RATIO], sum[RATIO], result[RATIO][4];
+#pragma unroll
+    for (int r = 0; r < RATIO; ++r) {
+        largest[r] = NONE, sum[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[r][i] = 0.0f;
+    }
+    const i64 base = static_cast<i64>(slot) * capacity * width + kv_head * d;
+    for (int tile = first_tile + warp; tile < end_tile; tile += WARPS) {
+        const int key = tile * KEYS + lane, count = minimum(KEYS, length - tile * KEYS);
+        float scores[RATIO] = {};
+        if (lane < count) {
+            const C* row = keys + base + static_cast<i64>(key) * width;
+            for (int c = 0; c < d; c += 4) {
+                const float4 k = read_four(row + c);
+#pragma unroll
+                for (int r = 0; r < RATIO; ++r)
+                    if (r < ratio) {
+                        const float4 x = *reinterpret_cast<const float4*>(&query[r][c]);
+                        scores[r] = fmaf(x.x, k.x, fmaf(x.y, k.y, fmaf(x.z, k.z, fmaf(x.w, k.w, scores[r]))));
+                    }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < RATIO; ++r) {
+            if (r >= ratio) break;
+            const float score = lane < count ? scores[r] : NONE, new_largest = fmaxf(largest[r], warp_max(score)), correction = expf(largest[r] - new_largest);
+            const float p = lane < count ? expf(score - new_largest) : 0.0f;
+            weights[warp * RATIO + r][lane] = p;
+            sum[r] = sum[r] * correction + warp_sum(p);
+            largest[r] = new_largest;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) result[r][i] *= correction;
+        }
+        __syncwarp();
+        if (lane * 4 < d)
+            for (int i = 0; i < count; ++i) {
+                const float4 v = read_four(values + base + static_cast<i64>(tile * KEYS + i) * width + lane * 4);
+#pragma unroll
+                for (int r = 0; r < RATIO; ++r)
+                    if (r < ratio) {
+                        const float p = weights[warp * RATIO + r][i];
+                        result[r][0] = fmaf(p, v.x, result[r][0]), result[r][1] = fmaf(p, v.y, result[r][1]);
+                        result[r][2] = fmaf(p, v.z, result[r][2]), result[r][3] = fmaf(p, v.w, result[r][3]);
+                    }
+            }
+        __syncwarp();
+    }
+    // The warps' shares, one query head after another.
+    const int pitch = MAX_DIM + 4;
+#pragma unroll
+    for (int r = 0; r < RATIO; ++r) {
+        if (r >= ratio) break;
+        __syncthreads();
+        float* own = merged + warp * pitch;
+        if (lane == 0) own[0] = largest[r], own[1] = sum[r];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) if (lane * 4 + i < d) own[4 + lane * 4 + i] = result[r][i];
+        __syncthreads();
+        float overall = NONE, total = 0.0f, value = 0.0f;
+        for (int w = 0; w < WARPS; ++w) overall = fmaxf(overall, merged[w * pitch]);
+        for (int w = 0; w < WARPS; ++w) {
+            const float share = expf(merged[w * pitch] - overall);
+            total += share * merged[w * pitch + 1];
+            if (threadIdx.x < d) value += share * merged[w * pitch + 4 + threadIdx.x];
+        }
+        float* to = partial + ((static_cast<i64>(slot) * heads + kv_head * ratio + r) * splits + split) * (d + 2);
+        if (threadIdx.x == 0) to[0] = overall, to[1] = total;
+        if (threadIdx.x < d) to[2 + threadIdx.x] = value;
+    }
+}
+
+template <class C>
+DEVICE void attend_step_any(const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial) {
+    SHARED_ROWS(float, query, 16, MAX_DIM);
+    SHARED_ROWS(float, weights, 4 * 16, KEYS);
+    SHARED(float, merged, 4 * (MAX_DIM + 4));
+    const int ratio = heads / kv_heads;
+    if (ratio <= 4) attend_step<C, 4>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+    else if (ratio <= 8) attend_step<C, 8>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+    else attend_step<C, 16>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+}
+
+}  // namespace
+
+#define ATTENTION(suffix, C)                                                                                                                     \
+    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values)) { \
+        append<C>(k, v, width, sequences, lengths, capacity, keys, values);                                                                     \
+    }                                                                                                                                           \
+    KERNEL(128, attention_##suffix, (const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { \
+        attend<C>(q, keys, values, queries, segments, heads, kv_heads, head_dim, out);                                                          \
+    }                                                                                                                                           \
+    KERNEL(128, attention_decode_##suffix, (const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { \
+        attend_step_any<C>(q, keys, values, lengths, capacity, heads, kv_heads, head_dim, splits, partial);                                     \
+    }
+
+ATTENTION(f32, float)
+ATTENTION(bf16, bf16)
+
+KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        if (sequences) lengths[sequences[4 * i + 2]] += sequences[4 * i + 1] - sequences[4 * i];
+        else lengths[i] += 1;
+    }
+}
+
+KERNEL(128, attention_merge, (const float* partial, int heads, int head_dim, int splits, float* out)) {
+    const int head = blockIdx.x, c = threadIdx.x;
+    if (c >= head_dim) return;
+    const i64 index = static_cast<i64>(blockIdx.y) * heads + head;
+    const float* own = partial + index * splits * (head_dim + 2);
+    float largest = NONE, total = 0.0f, value = 0.0f;
+    for (int s = 0; s < splits; ++s) largest = fmaxf(largest, own[s * (head_dim + 2)]);
+    for (int s = 0; s < splits; ++s) {
+        const float share = expf(own[s * (head_dim + 2)] - largest);
+        total = fmaf(share, own[s * (head_dim + 2) + 1], total);
+        value = fmaf(share, own[s * (head_dim + 2) + 2 + c], value);
+    }
+    out[index * head_dim + c] = __fdiv_rn(value, total);
+}
