@@ -3,7 +3,11 @@
 //! A tensor is a matrix `[tokens, features]` of f32. The tokens of several sequences lie one after another,
 //! without padding; [`Sequences`] says where each begins. Start with [`Backend`].
 
+mod choice;
 pub mod cpu;
+pub mod cuda;
+
+pub use choice::DeviceChoice;
 
 use crate::error::Result;
 use crate::format::LinearWeights;

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use strata::backend::DeviceChoice;
 use strata::checkpoint::DEMO;
 use strata::engine::{Engine, EngineOptions, Event};
 use strata::error::{Error, ErrorKind, Result};
@@ -59,7 +60,7 @@ pub struct Common {
     /// Print one JSON document on stdout.
     #[arg(long, global = true)]
     json: bool,
-    /// Where to compute: `cpu`.
+    /// Where to compute: `cpu`, `cuda:0` (or another GPU), or `emulated` (the GPU's kernels on the processor, to prove them).
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
     /// Seed of the calibration sample and of sampling.
@@ -95,7 +96,7 @@ enum Command {
 /// Runs what the arguments ask for.
 pub fn run(arguments: Arguments) -> Result<()> {
     let common = arguments.common;
-    check_device(&common.device)?;
+    common.device()?.check()?;
     if common.threads == Some(0) {
         return Err(Error::input("--threads 0 computes nothing").hint("leave --threads out to use every processor"));
     }
@@ -125,16 +126,6 @@ pub fn fail(error: &Error) -> ExitCode {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
-    if device == "cpu" {
-        return Ok(());
-    }
-    if device == "cuda" || device.starts_with("cuda:") {
-        return Err(Error::input(format!("--device {device}: this version of strata computes on the CPU only")).hint("leave --device out"));
-    }
-    Err(Error::input(format!("unknown device `{device}`")).hint("the devices are: cpu"))
-}
-
 /// The workbench on a terminal; the demo session, headless, without one.
 fn workbench(options: &Workbench, common: &Common) -> Result<()> {
     let model = options.model.as_deref().unwrap_or(DEMO);
@@ -150,6 +141,7 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
             session,
             session_path: file,
             threads: common.threads,
+            device: common.device()?,
             ascii: options.ascii,
             theme: options.theme.clone(),
         });
@@ -162,8 +154,12 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
 }
 
 impl Common {
+    fn device(&self) -> Result<DeviceChoice> {
+        self.device.parse()
+    }
+
     /// Starts the engine for a headless command.
     fn engine(&self) -> Result<(Engine, UnboundedReceiver<Event>)> {
-        Engine::start(&EngineOptions { threads: self.threads })
+        Engine::start(&EngineOptions { threads: self.threads, device: self.device()? })
     }
 }

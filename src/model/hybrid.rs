@@ -118,12 +118,13 @@ impl<B: Backend> Hybrid<B> {
     /// A decoding step: `ids` has a token for each sequence of `cache`. Logits `[sequences, vocabulary]`, which hold until
     /// the next step.
     pub fn step(&self, ids: &[u32], cache: &mut Cache<B>) -> Result<B::Tensor> {
-        if let Some(step) = &mut cache.step
-            && let Some(logits) = self.backend.replay(step, ids)?
-        {
-            return Ok(logits);
+        if let Some(mut step) = cache.step.take() {
+            if let Some(logits) = self.backend.replay(&mut step, ids)? {
+                cache.step = Some(step);
+                return Ok(logits);
+            }
+            cache.warm = false;
         }
-        cache.step = None;
         let sequences = Sequences::steps(cache.sequences);
         if cache.warm
             && let Some((step, logits)) = self.backend.record(&mut || self.last_logits(ids, &sequences, Some(&mut *cache)))?

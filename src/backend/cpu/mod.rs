@@ -21,6 +21,7 @@ use crate::format::{LinearWeights, WeightPart};
 const GRAM_TOKENS: usize = 256;
 
 /// The machine's processor.
+#[derive(Clone, Copy)]
 pub struct Cpu;
 
 /// Weights of a linear, in parts along the output.
