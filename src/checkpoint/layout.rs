@@ -127,6 +127,17 @@ impl BlockSpec {
         self.linears.iter().map(|linear| linear.stored_bytes(format, float_bytes)).sum()
     }
 
+    /// Static scales of a state-space block's internals: of z, of the convolution's input and output, and of dt.
+    pub fn internal_scales(&self) -> [TensorSpec; 4] {
+        let rows = |slices: &[&str]| {
+            let slice = |name: &&str| self.linear("in_proj")?.slices.iter().find(|slice| slice.name == *name).map(|slice| slice.rows);
+            slices.iter().filter_map(slice).sum::<usize>()
+        };
+        let conv = rows(&["x", "B", "C"]);
+        [("z", rows(&["z"])), ("conv_in", conv), ("conv_out", conv), ("dt", rows(&["dt"]))]
+            .map(|(name, width)| TensorSpec::new(format!("{}mixer.{name}_scale", self.prefix), &[width]))
+    }
+
     /// Bytes its linears store under `plan`.
     pub fn planned_bytes(&self, plan: &Plan, float_bytes: usize) -> u64 {
         self.linears.iter().map(|linear| linear.bytes_in(&linear.planned_schemes(plan, self.index), float_bytes)).sum()

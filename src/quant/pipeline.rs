@@ -19,7 +19,7 @@ use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::FloatBlock;
-use crate::backend::{Backend, Emit, Sequences};
+use crate::backend::{Backend, Emit, Sequences, SsmInternals};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
     VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors, quantization_config, sha256_hex,
@@ -27,7 +27,7 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Format, LinearWeights, Plan, Scheme, Transform};
+use crate::format::{Activations, CacheFormats, Format, LinearWeights, Plan, Scheme, Transform};
 use crate::model::{Block, BlockSource, Stream};
 use crate::monitor::Monitor;
 
@@ -496,6 +496,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 seed: request.sample.seed,
             },
             plan: request.plan.clone(),
+            activations: Activations::default(),
+            cache: CacheFormats::default(),
             sample,
             files,
             blocks: self.state.records.clone(),
@@ -552,6 +554,14 @@ impl BlockSource for QuantizedBlock<'_> {
             Some(quantized) => Ok(quantized.weights(linear.cols)),
             None => Err(Error::run(format!("`{}` was not quantized", linear.stem))),
         }
+    }
+
+    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
+        self.float.internals(block)
+    }
+
+    fn rotates_state(&self) -> bool {
+        self.float.rotates_state()
     }
 }
 

@@ -6,6 +6,7 @@ use super::device::{Arguments, Buffer};
 use super::{Cuda, CudaTensor, lock};
 use crate::backend::{AttentionShape, Sequences};
 use crate::error::{Error, Result};
+use crate::format::{CacheFormat, CacheFormats};
 
 /// Query tokens that a block takes.
 const QUERIES: usize = 32;
@@ -37,6 +38,7 @@ impl Positions {
 /// Keys and values `[slots, capacity, kv_heads·head_dim]` of some sequences.
 pub struct KvCache {
     width: usize,
+    format: CacheFormat,
     positions: Arc<Mutex<Positions>>,
     /// Allocated when first used.
     buffers: Option<Slots>,
@@ -50,9 +52,15 @@ struct Slots {
 }
 
 impl KvCache {
-    pub fn new(shape: &AttentionShape, sequences: usize) -> Self {
+    pub fn new(shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> Self {
         let positions = Positions { lengths: vec![0; sequences], capacity: 0, moves: 0 };
-        Self { width: shape.kv_heads * shape.head_dim, positions: Arc::new(Mutex::new(positions)), buffers: None }
+        let width = shape.kv_heads * shape.head_dim;
+        Self { width, format: formats.kv, positions: Arc::new(Mutex::new(positions)), buffers: None }
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> u64 {
+        self.buffers.as_ref().map_or(0, |slots| (slots.keys.bytes() + slots.values.bytes()) as u64)
     }
 }
 
@@ -114,6 +122,10 @@ impl Cuda {
         sequences: &Sequences,
         cache: &mut KvCache,
     ) -> Result<CudaTensor> {
+        if cache.format != CacheFormat::F32 {
+            return Err(Error::input("the GPU keeps keys and values in f32 only so far")
+                .hint("evaluate this variant with --device cpu, or make one without a quantized key-value cache"));
+        }
         let ranges: Vec<_> = sequences.ranges().collect();
         let longest = ranges.iter().map(std::iter::ExactSizeIterator::len).max().unwrap_or(0);
         self.reserve(cache, longest)?;

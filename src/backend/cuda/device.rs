@@ -186,14 +186,15 @@ impl Memory {
             let (in_use, _) = self.usage();
             let (free, total) = self.device.memory().unwrap_or((0, 0));
             let gib = |bytes: u64| format!("{:.2} GiB", bytes as f64 / (1_u64 << 30) as f64);
-            error.context(format!(
-                "the GPU's memory is exhausted: {} more were asked for, {} are in use, {} of {} are free",
-                gib(size as u64),
-                gib(in_use),
-                gib(free),
-                gib(total)
-            ))
-            .hint("take a narrower format, shorter sequences or fewer of them at a time, a larger GPU, or --device cpu")
+            error
+                .context(format!(
+                    "the GPU's memory is exhausted: {} more were asked for, {} are in use, {} of {} are free",
+                    gib(size as u64),
+                    gib(in_use),
+                    gib(free),
+                    gib(total)
+                ))
+                .hint("take a narrower format, shorter sequences or fewer of them at a time, a larger GPU, or --device cpu")
         })
     }
 

@@ -179,8 +179,11 @@ fn usable(index: usize) -> Result<Description> {
     let found = devices()?;
     let Some(gpu) = found.get(index) else {
         let names: Vec<String> = found.iter().enumerate().map(|(i, gpu)| format!("cuda:{i} ({})", gpu.name)).collect();
-        return Err(Error::input(format!("there is no GPU {index}; the driver shows {}", found.len()))
-            .hint(if names.is_empty() { "leave --device out to compute on the processor".into() } else { names.join(", ") }));
+        return Err(Error::input(format!("there is no GPU {index}; the driver shows {}", found.len())).hint(if names.is_empty() {
+            "leave --device out to compute on the processor".into()
+        } else {
+            names.join(", ")
+        }));
     };
     if gpu.arch < ARCH_MINIMUM {
         return Err(Error::input(format!("{} is sm_{}, and strata's kernels need sm_{ARCH_MINIMUM} or newer", gpu.name, gpu.arch))

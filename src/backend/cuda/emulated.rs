@@ -130,7 +130,12 @@ fn build(kernels: &[Source]) -> Result<PathBuf> {
     let compiler = compiler();
     let folder = super::nvrtc::cache_directory();
     std::fs::create_dir_all(&folder).map_err(|error| Error::io("creating", &folder, &error))?;
-    let shared = || OPTIONS.into_iter().chain([compiler.as_str(), sources::EMULATION_HEADER.text]).chain(sources::HEADERS.iter().map(|header| header.text));
+    let shared = || {
+        OPTIONS
+            .into_iter()
+            .chain([compiler.as_str(), sources::EMULATION_HEADER.text])
+            .chain(sources::HEADERS.iter().map(|header| header.text))
+    };
     let units: Vec<(&Source, PathBuf)> = kernels
         .iter()
         .chain([&sources::EMULATION])
@@ -144,7 +149,9 @@ fn build(kernels: &[Source]) -> Result<PathBuf> {
     }
     let work = tempfile::tempdir_in(&folder).map_err(|error| Error::io("creating a folder in", &folder, &error))?;
     let place = |name: &str| work.path().join(name);
-    let write = |source: &Source| std::fs::write(place(source.name), source.text).map_err(|error| Error::io("writing", &place(source.name), &error));
+    let write = |source: &Source| {
+        std::fs::write(place(source.name), source.text).map_err(|error| Error::io("writing", &place(source.name), &error))
+    };
     let publish = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(|error| Error::io("renaming", from, &error));
     sources::HEADERS.iter().chain([&sources::EMULATION_HEADER]).try_for_each(write)?;
     units.par_iter().filter(|(_, object)| !object.exists()).try_for_each(|(unit, object)| {

@@ -88,8 +88,7 @@ fn folders() -> Vec<PathBuf> {
 /// Python's folders of packages: of the active environment, of every python3 in PATH, of the user and of the system.
 fn site_packages() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = std::env::var_os("PYTHONPATH").map(|paths| std::env::split_paths(&paths).collect()).unwrap_or_default();
-    let mut prefixes: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
+    let mut prefixes: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
     if let Some(paths) = std::env::var_os("PATH") {
         let with_python = std::env::split_paths(&paths).filter(|folder| folder.join("python3").exists());
         prefixes.extend(with_python.filter_map(|folder| folder.parent().map(Path::to_owned)));

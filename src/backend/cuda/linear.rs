@@ -33,6 +33,7 @@ pub struct CudaLinear {
     parts: Vec<Part>,
     bias: Option<Buffer>,
     int8_activations: bool,
+    input_scale: Option<f32>,
     hadamard: Option<usize>,
 }
 
@@ -71,7 +72,7 @@ impl CudaLinear {
         let emit = self.parts.iter().fold(Emit::NONE, |emit, part| {
             emit.and(if part.weights.is_quantized() && self.int8_activations { Emit::INT8 } else { Emit::FLOAT })
         });
-        Emit { hadamard: self.hadamard, ..emit }
+        Emit { scale: self.input_scale.filter(|_| emit.int8), hadamard: self.hadamard, ..emit }
     }
 }
 
@@ -114,11 +115,11 @@ fn pack_int4(codes: &[i8], cols: usize) -> Vec<u8> {
 impl Cuda {
     pub(super) fn prepare_linear(&self, weights: LinearWeights) -> Result<CudaLinear> {
         let (rows, cols) = (weights.rows(), weights.cols);
-        let LinearWeights { parts, bias, int8_activations, hadamard, .. } = weights;
+        let LinearWeights { parts, bias, int8_activations, input_scale, hadamard, .. } = weights;
         let part = |part: WeightPart| Ok(Part { rows: part.rows(cols), weights: self.weights(part, cols)? });
         let parts = parts.into_iter().map(part).collect::<Result<_>>()?;
         let bias = bias.map(|bias| self.upload_values(&bias)).transpose()?;
-        Ok(CudaLinear { rows, cols, parts, bias, int8_activations, hadamard })
+        Ok(CudaLinear { rows, cols, parts, bias, int8_activations, input_scale, hadamard })
     }
 
     fn weights(&self, part: WeightPart, cols: usize) -> Result<Weights> {
@@ -130,10 +131,9 @@ impl Cuda {
             }
             WeightPart::Float(values) => Ok(Weights::F32(self.upload_values(&values)?)),
             WeightPart::Quantized(QuantizedMatrix { scheme, codes, scales, .. }) => match scheme {
-                Scheme::Int8 => Ok(Weights::Int8 {
-                    codes: self.upload_values(&pad_rows(&codes, cols, 0))?,
-                    scales: self.upload_values(&scales)?,
-                }),
+                Scheme::Int8 => {
+                    Ok(Weights::Int8 { codes: self.upload_values(&pad_rows(&codes, cols, 0))?, scales: self.upload_values(&scales)? })
+                }
                 Scheme::Grouped { group, .. } => {
                     let scales: Vec<u16> = scales.iter().map(|scale| bf16::from_f32(*scale).to_bits()).collect();
                     let (codes, scales) = (self.upload_values(&pack_int4(&codes, cols))?, self.upload_values(&scales)?);
@@ -189,7 +189,11 @@ impl Cuda {
         let mut offset = 0;
         for part in &linear.parts {
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
-            if x.tokens <= FEW || part.rows < NARROW { self.few(part, linear, x, &place)? } else { self.many(part, linear, x, &place)? }
+            if x.tokens <= FEW || part.rows < NARROW {
+                self.few(part, linear, x, &place)?
+            } else {
+                self.many(part, linear, x, &place)?
+            }
             offset += part.rows;
         }
         Ok(out)
@@ -297,8 +301,7 @@ impl Cuda {
                 return Err(Error::run("a linear of several parts cannot be added to a residual"));
             }
             let count = x.tokens * part.rows;
-            let arguments =
-                Arguments::default().with(residual.buffer()).with(product.buffer()).with(count).with(place.out.buffer());
+            let arguments = Arguments::default().with(residual.buffer()).with(product.buffer()).with(count).with(place.out.buffer());
             self.launch("add", [count.div_ceil(1024), 1, 1], 256, 0, arguments)?;
         }
         Ok(true)
@@ -318,10 +321,6 @@ impl Place<'_> {
     /// The kernels' last parameters: bias, residual, output, its stride.
     fn tail(&self, arguments: Arguments) -> Arguments {
         let at = |buffer: Option<&Buffer>| buffer.map_or(0, |buffer| buffer.address() + 4 * self.offset as u64);
-        arguments
-            .with(at(self.bias))
-            .with(at(self.residual.map(CudaTensor::buffer)))
-            .with(at(Some(self.out.buffer())))
-            .with(self.out.cols)
+        arguments.with(at(self.bias)).with(at(self.residual.map(CudaTensor::buffer))).with(at(Some(self.out.buffer()))).with(self.out.cols)
     }
 }

@@ -20,8 +20,7 @@ impl Cuda {
     pub(super) fn divergences(&self, reference: &CudaTensor, logits: &CudaTensor) -> Result<Vec<Divergence>> {
         let rows = logits.rows;
         let (kl, tops) = (self.buffer::<f64>(rows)?, self.buffer::<i32>(rows)?);
-        let arguments =
-            Arguments::default().with(reference.buffer()).with(logits.buffer()).with(logits.cols).with(&kl).with(&tops);
+        let arguments = Arguments::default().with(reference.buffer()).with(logits.buffer()).with(logits.cols).with(&kl).with(&tops);
         self.launch("divergence", [rows, 1, 1], 256, 0, arguments)?;
         let tops = tops.download::<i32>(rows)?;
         let both = kl.download::<f64>(rows)?.into_iter().zip(tops);

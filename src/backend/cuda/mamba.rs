@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::device::{Arguments, Buffer};
 use super::{Cuda, CudaTensor, lock};
-use crate::backend::{MambaParameters, MambaShape, Sequences};
+use crate::backend::{MambaParameters, MambaShape, Sequences, SsmInternals};
 use crate::error::{Error, Result};
+use crate::format::{CacheFormat, CacheFormats};
 
 /// Tokens of a chunk of the scan.
 const CHUNK: usize = 64;
@@ -27,20 +28,38 @@ pub struct Parameters {
 pub struct SsmCache {
     sequences: usize,
     window: usize,
+    /// Values of a sequence's state, and how many of them share a scale in int8.
     state: usize,
+    run: usize,
+    formats: CacheFormats,
     /// Allocated when first used.
     buffers: Option<Slots>,
 }
 
 struct Slots {
     windows: Buffer,
-    states: Buffer,
+    states: States,
+}
+
+/// SSM states `[slots, heads, head_dim, state]` as they are kept.
+struct States {
+    format: CacheFormat,
+    values: Buffer,
+    /// int8: a scale for each head and channel.
+    scales: Option<Buffer>,
 }
 
 impl SsmCache {
-    pub fn new(shape: &MambaShape, sequences: usize) -> Self {
+    pub fn new(shape: &MambaShape, sequences: usize, formats: CacheFormats) -> Self {
         let (window, state) = ((shape.kernel - 1) * shape.conv_channels(), shape.inner() * shape.state);
-        Self { sequences, window, state, buffers: None }
+        Self { sequences, window, state, run: shape.state, formats, buffers: None }
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> u64 {
+        self.buffers.as_ref().map_or(0, |slots| {
+            (slots.windows.bytes() + slots.states.values.bytes() + slots.states.scales.as_ref().map_or(0, Buffer::bytes)) as u64
+        })
     }
 }
 
@@ -68,6 +87,10 @@ struct Level {
 
 impl Cuda {
     pub(super) fn mamba_parameters(&self, parameters: &MambaParameters) -> Result<Parameters> {
+        if parameters.internals != SsmInternals::Float || parameters.rotation.is_some() {
+            return Err(Error::input("the GPU computes the inside of Mamba-2 mixers in float and without rotate-state only so far")
+                .hint("run this variant with --device cpu, or make one with float SSM activations"));
+        }
         Ok(Parameters {
             conv_weight: self.upload_values(&parameters.conv_weight)?,
             conv_bias: self.upload_values(&parameters.conv_bias)?,
@@ -77,11 +100,36 @@ impl Cuda {
         })
     }
 
-    fn slots(&self, count: usize, window: usize, state: usize) -> Result<Slots> {
-        let slots = Slots { windows: self.buffer::<f32>(count * window)?, states: self.buffer::<f32>(count * state)? };
+    /// Empty slots for `count` sequences.
+    fn slots(&self, count: usize, window: usize, state: usize, run: usize, format: CacheFormat) -> Result<Slots> {
+        let size = match format {
+            CacheFormat::F32 => 4,
+            CacheFormat::F16 => 2,
+            CacheFormat::Int8 => 1,
+        };
+        let scales = if format == CacheFormat::Int8 { Some(self.buffer::<f32>(count * state / run)?) } else { None };
+        let states = States { format, values: self.buffer::<u8>(count * state * size)?, scales };
+        let slots = Slots { windows: self.buffer::<f32>(count * window)?, states };
         slots.windows.zero()?;
-        slots.states.zero()?;
+        slots.states.values.zero()?;
+        slots.states.scales.iter().try_for_each(Buffer::zero)?;
         Ok(slots)
+    }
+
+    /// Runs `scan` over the states in f32, which is what the chunked scan reads and writes.
+    fn widened(&self, states: &States, rows: usize, run: usize, scan: impl FnOnce(&Buffer) -> Result<CudaTensor>) -> Result<CudaTensor> {
+        let (from, to) = match states.format {
+            CacheFormat::F32 => return scan(&states.values),
+            CacheFormat::F16 => ("state_from_f16", "state_to_f16"),
+            CacheFormat::Int8 => ("state_from_i8", "state_to_i8"),
+        };
+        let wide = self.buffer::<f32>(rows * run)?;
+        let arguments = Arguments::default().with(&states.values).with(states.scales.as_ref()).with(run).with(&wide);
+        self.launch(from, [rows, 1, 1], 64, 0, arguments)?;
+        let y = scan(&wide)?;
+        let arguments = Arguments::default().with(&wide).with(run).with(&states.values).with(states.scales.as_ref());
+        self.launch(to, [rows, 1, 1], 64, 0, arguments)?;
+        Ok(y)
     }
 
     /// See [`crate::backend::Backend::mamba_scan`].
@@ -96,25 +144,40 @@ impl Cuda {
         let Some(cache) = cache else {
             let tables = self.tables(sequences, false)?;
             let (window, state) = ((shape.kernel - 1) * shape.conv_channels(), shape.inner() * shape.state);
-            let slots = if tables.slots > 0 { Some(self.slots(tables.slots, window, state)?) } else { None };
-            return self.scan_sequences(projected, parameters, shape, &tables, slots.as_ref());
+            let slots = if tables.slots > 0 { Some(self.slots(tables.slots, window, state, shape.state, CacheFormat::F32)?) } else { None };
+            let slots = slots.as_ref().map(|slots| (&slots.windows, &slots.states.values));
+            return self.scan_sequences(projected, parameters, shape, &tables, slots);
         };
+        if cache.formats.conv != CacheFormat::F32 {
+            return Err(Error::input("the GPU keeps the convolution's inputs in f32 only so far")
+                .hint("evaluate this variant with --device cpu, or make one with a float convolution cache"));
+        }
         if cache.sequences != sequences.count() {
             return Err(Error::run(format!("a cache of {} sequences was given {}", cache.sequences, sequences.count())));
         }
         if cache.buffers.is_none() {
-            cache.buffers = Some(self.slots(cache.sequences, cache.window, cache.state)?);
+            cache.buffers = Some(self.slots(cache.sequences, cache.window, cache.state, cache.run, cache.formats.state)?);
         }
         let slots = cache.buffers.as_ref().ok_or_else(|| Error::run("a cache lost its buffers"))?;
         if sequences.tokens() == sequences.count() {
             return self.scan_step(projected, parameters, shape, sequences.count(), slots);
         }
         let tables = self.tables(sequences, true)?;
-        self.scan_sequences(projected, parameters, shape, &tables, Some(slots))
+        let rows = cache.sequences * cache.state / cache.run;
+        self.widened(&slots.states, rows, cache.run, |states| {
+            self.scan_sequences(projected, parameters, shape, &tables, Some((&slots.windows, states)))
+        })
     }
 
     /// One token a sequence.
-    fn scan_step(&self, projected: &CudaTensor, parameters: &Parameters, shape: &MambaShape, count: usize, slots: &Slots) -> Result<CudaTensor> {
+    fn scan_step(
+        &self,
+        projected: &CudaTensor,
+        parameters: &Parameters,
+        shape: &MambaShape,
+        count: usize,
+        slots: &Slots,
+    ) -> Result<CudaTensor> {
         let (channels, inner) = (shape.conv_channels(), shape.inner());
         let (xbc, y) = (self.tensor(count, channels)?, self.tensor(count, inner)?);
         let arguments = Arguments::default()
@@ -141,10 +204,15 @@ impl Cuda {
             .with(shape.head_dim)
             .with(shape.groups)
             .with(shape.state)
-            .with(&slots.states)
-            .with(None::<&Buffer>)
+            .with(&slots.states.values)
+            .with(slots.states.scales.as_ref())
             .with(y.buffer());
-        self.launch("ssm_step_f32", [shape.heads, shape.head_dim.div_ceil(16), count], 128, 0, arguments)?;
+        let kernel = match slots.states.format {
+            CacheFormat::F32 => "ssm_step_f32",
+            CacheFormat::F16 => "ssm_step_f16",
+            CacheFormat::Int8 => "ssm_step_i8",
+        };
+        self.launch(kernel, [shape.heads, shape.head_dim.div_ceil(16), count], 128, 0, arguments)?;
         Ok(y)
     }
 
@@ -154,7 +222,7 @@ impl Cuda {
         parameters: &Parameters,
         shape: &MambaShape,
         tables: &Tables,
-        slots: Option<&Slots>,
+        slots: Option<(&Buffer, &Buffer)>,
     ) -> Result<CudaTensor> {
         let (channels, inner, tokens) = (shape.conv_channels(), shape.inner(), projected.rows);
         let (xbc, y) = (self.tensor(tokens, channels)?, self.tensor(tokens, inner)?);
@@ -170,11 +238,11 @@ impl Cuda {
                 .with(channels)
                 .with(shape.kernel)
                 .with(&level.sequences)
-                .with(slots.map(|slots| &slots.windows))
+                .with(slots.map(|(windows, _)| windows))
                 .with(xbc.buffer());
             let blocks = [channels.div_ceil(CONV_CHANNELS), level.longest.div_ceil(CONV_TOKENS), level.count];
             self.launch("conv", blocks, 128, 0, arguments)?;
-            if let Some(slots) = slots {
+            if let Some((windows, _)) = slots {
                 let arguments = Arguments::default()
                     .with(projected.buffer())
                     .with(projected.cols)
@@ -182,7 +250,7 @@ impl Cuda {
                     .with(channels)
                     .with(shape.kernel)
                     .with(&level.sequences)
-                    .with(&slots.windows);
+                    .with(windows);
                 self.launch("conv_window", [channels.div_ceil(CONV_CHANNELS), level.count, 1], 128, 0, arguments)?;
             }
             let arguments = Arguments::default()
@@ -218,7 +286,7 @@ impl Cuda {
                 .with(shape.heads)
                 .with(shape.head_dim)
                 .with(shape.state)
-                .with(slots.map(|slots| &slots.states));
+                .with(slots.map(|(_, states)| states));
             self.launch("ssd_pass", [states_size.div_ceil(256), shape.heads, level.count], 256, 0, arguments)?;
             let arguments = Arguments::default()
                 .with(xbc.buffer())

@@ -16,9 +16,10 @@ mod mamba;
 pub mod nvrtc;
 mod recording;
 pub mod sources;
-pub mod verify;
 mod tensor;
+pub mod verify;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::device::{Arguments, Buffer, Device, Grid, Memory, Pinned, Plain};
@@ -27,7 +28,7 @@ pub use self::recording::CudaRecording;
 pub use self::tensor::{CudaActivation, CudaTensor};
 use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences};
 use crate::error::{Error, Result};
-use crate::format::LinearWeights;
+use crate::format::{CacheFormats, LinearWeights};
 
 /// A GPU that models run on. Clones share it.
 #[derive(Clone)]
@@ -37,6 +38,8 @@ pub struct Cuda {
     tables: Arc<Mutex<Option<Arc<mamba::Tables>>>>,
     /// What a recording under way needs to keep.
     recording: Arc<Mutex<Option<recording::Notes>>>,
+    /// Static scales on the device, by their bits.
+    scales: Arc<Mutex<HashMap<u32, Arc<Buffer>>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -55,7 +58,7 @@ impl Cuda {
     }
 
     pub fn on(device: Arc<dyn Device>) -> Self {
-        Self { memory: Memory::new(device), tables: Arc::default(), recording: Arc::default() }
+        Self { memory: Memory::new(device), tables: Arc::default(), recording: Arc::default(), scales: Arc::default() }
     }
 
     pub fn device(&self) -> &dyn Device {
@@ -83,6 +86,17 @@ impl Cuda {
         } else {
             buffer.upload(values)?;
         }
+        Ok(buffer)
+    }
+
+    /// A static scale on the device, uploaded once.
+    fn static_scale(&self, scale: f32) -> Result<Arc<Buffer>> {
+        let mut scales = lock(&self.scales);
+        if let Some(buffer) = scales.get(&scale.to_bits()) {
+            return Ok(Arc::clone(buffer));
+        }
+        let buffer = Arc::new(self.upload_values(&[scale])?);
+        scales.insert(scale.to_bits(), Arc::clone(&buffer));
         Ok(buffer)
     }
 
@@ -119,6 +133,7 @@ impl Backend for Cuda {
     type Recording = CudaRecording;
     type Activation = CudaActivation;
     type Mamba = mamba::Parameters;
+    type Projection = CudaTensor;
     type SsmCache = mamba::SsmCache;
     type KvCache = attention::KvCache;
 
@@ -206,8 +221,16 @@ impl Backend for Cuda {
         self.mamba_parameters(&parameters)
     }
 
-    fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> mamba::SsmCache {
-        mamba::SsmCache::new(shape, sequences)
+    fn ssm_cache(&self, _: &mamba::Parameters, shape: &MambaShape, sequences: usize, formats: CacheFormats) -> mamba::SsmCache {
+        mamba::SsmCache::new(shape, sequences, formats)
+    }
+
+    fn ssm_cache_bytes(&self, cache: &mamba::SsmCache) -> u64 {
+        cache.bytes()
+    }
+
+    fn project(&self, in_proj: &CudaLinear, x: &CudaActivation, _: &mamba::Parameters, _: &MambaShape) -> Result<CudaTensor> {
+        self.product(in_proj, x, None)
     }
 
     fn mamba_scan(
@@ -225,6 +248,7 @@ impl Backend for Cuda {
         &self,
         y: &CudaTensor,
         projected: &CudaTensor,
+        _: &mamba::Parameters,
         weight: &Buffer,
         shape: &MambaShape,
         eps: f32,
@@ -241,8 +265,12 @@ impl Backend for Cuda {
         self.emitted("gated_norm", y.rows, y.cols, emit, arguments)
     }
 
-    fn kv_cache(&self, shape: &AttentionShape, sequences: usize) -> attention::KvCache {
-        attention::KvCache::new(shape, sequences)
+    fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> attention::KvCache {
+        attention::KvCache::new(shape, sequences, formats)
+    }
+
+    fn kv_cache_bytes(&self, cache: &attention::KvCache) -> u64 {
+        cache.bytes()
     }
 
     fn attention(

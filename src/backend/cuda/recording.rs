@@ -52,8 +52,7 @@ impl Cuda {
         self.memory.end_private();
         let (result, graph) = recorded?;
         graph.launch()?;
-        let recording =
-            CudaRecording { graph, notes, result: Some(result.clone()), private, memory: Arc::clone(&self.memory) };
+        let recording = CudaRecording { graph, notes, result: Some(result.clone()), private, memory: Arc::clone(&self.memory) };
         Ok(Some((recording, result)))
     }
 

@@ -71,11 +71,12 @@ impl Cuda {
     pub(super) fn emitted(&self, kernel: &str, tokens: usize, cols: usize, emit: Emit, arguments: Arguments) -> Result<CudaActivation> {
         let float = if emit.float { Some(self.tensor(tokens, cols)?) } else { None };
         let int8 = if emit.int8 { Some(self.codes(tokens, cols)?) } else { None };
+        let scale = emit.scale.map(|scale| self.static_scale(scale)).transpose()?;
         let arguments = arguments
             .with(float.as_ref().map(CudaTensor::buffer))
             .with(int8.as_ref().map(|int8| &int8.codes))
             .with(int8.as_ref().map(|int8| &int8.scales))
-            .with(None::<&Buffer>)
+            .with(scale.as_deref())
             .with(emit.hadamard.unwrap_or(0));
         self.launch(kernel, [tokens, 1, 1], ROW_THREADS, 4 * cols, arguments)?;
         Ok(CudaActivation { tokens, cols, float, int8, bf16: Mutex::default() })
@@ -123,13 +124,8 @@ impl Cuda {
         let int8 = match &x.int8 {
             Some(from) => {
                 let (rows, to) = (self.indices(tokens)?, self.codes(tokens.len(), x.cols)?);
-                let arguments = Arguments::default()
-                    .with(&from.codes)
-                    .with(&from.scales)
-                    .with(&rows)
-                    .with(x.cols)
-                    .with(&to.codes)
-                    .with(&to.scales);
+                let arguments =
+                    Arguments::default().with(&from.codes).with(&from.scales).with(&rows).with(x.cols).with(&to.codes).with(&to.scales);
                 self.launch("gather_codes", [tokens.len(), 1, 1], 256, 0, arguments)?;
                 Some(to)
             }
@@ -142,8 +138,7 @@ impl Cuda {
         let out = self.tensor(into.rows, into.cols)?;
         out.buffer().copy_from(0, into.buffer(), 0, 4 * into.rows * into.cols)?;
         let (rows, weights) = (self.indices(tokens)?, self.upload_values(weights)?);
-        let arguments =
-            Arguments::default().with(out.buffer()).with(x.buffer()).with(&rows).with(&weights).with(tokens.len()).with(x.cols);
+        let arguments = Arguments::default().with(out.buffer()).with(x.buffer()).with(&rows).with(&weights).with(tokens.len()).with(x.cols);
         self.launch("scatter_add", [x.cols.div_ceil(256), 1, 1], 256, 0, arguments)?;
         Ok(out)
     }

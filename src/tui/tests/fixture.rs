@@ -129,6 +129,8 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
             seed: 0,
         },
         plan: draft.plan.clone(),
+        activations: crate::format::Activations::default(),
+        cache: crate::format::CacheFormats::default(),
         sample: SampleRecord {
             sequences: 1,
             tokens: 1,
