@@ -39,7 +39,7 @@ std::map<std::string, Kernel>& kernels() {
     return all;
 }
 
-thread_local int order = 0;
+std::atomic<int> order{0};
 
 #if defined(__x86_64__)
 // Saves what a call preserves, changes stacks, restores.
