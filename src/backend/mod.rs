@@ -382,12 +382,30 @@ pub trait Backend: Send + Sync + 'static {
     /// done: a cache has moved since, and the step must be recorded again.
     fn replay(&self, recording: &mut Self::Recording, ids: &[u32]) -> Result<Option<Self::Tensor>>;
 
+    /// Seconds that `run` takes on the device: the mean of `repeats`, after one that is not counted.
+    fn time(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        run()?;
+        let start = std::time::Instant::now();
+        for _ in 0..repeats {
+            run()?;
+        }
+        Ok(start.elapsed().as_secs_f64() / repeats as f64)
+    }
+    /// Seconds that copying `bytes` bytes within the device's memory takes.
+    fn copy_seconds(&self, bytes: usize) -> Result<f64>;
+    /// Most memory of the device that was in use since [`Backend::reset_peak`]; `None` where it is the process's.
+    fn peak_bytes(&self) -> Option<u64>;
+    /// Gives unused memory back and begins to watch anew.
+    fn reset_peak(&self) -> Result<()>;
+
     /// `Σ_t x_t x_tᵀ` `[features, features]` of the float form of an activation, in f64.
     fn gram(&self, x: &Self::Activation) -> Result<Vec<f64>>;
 
     /// For each (row, token) of `targets`: the log-probability of `token` under that row of logits, and whether it is
     /// the most probable one.
     fn log_probabilities(&self, logits: &Self::Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>>;
+    /// Index of the first largest logit of each row.
+    fn argmax(&self, logits: &Self::Tensor) -> Result<Vec<u32>>;
     /// Divergence of every row of `logits` from the same row of `reference`.
     fn divergence(&self, reference: &Self::Tensor, logits: &Self::Tensor) -> Result<Vec<Divergence>>;
 }

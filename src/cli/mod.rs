@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line is what prints")]
 
 mod analyze;
+mod bench;
 mod compare;
 mod doctor;
 mod eval;
@@ -89,6 +90,8 @@ enum Command {
     Generate(generate::Generate),
     /// Logits and residual streams for given token ids, as safetensors.
     Trace(trace::Trace),
+    /// Speed of kernels and of models with random weights on this machine; --verify proves the kernels.
+    Bench(bench::Bench),
     /// What this machine has: processor features, memory, folders, terminal.
     Doctor(doctor::Doctor),
 }
@@ -110,6 +113,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),
         Some(Command::Trace(command)) => command.run(&common),
+        Some(Command::Bench(command)) => command.run(&common),
         Some(Command::Doctor(command)) => command.run(&common),
     }
 }

@@ -126,9 +126,7 @@ impl Engine {
                 // A panic in a job is that job's failure; the panic hook has told where it was.
                 let run = || match device {
                     DeviceChoice::Cpu => job::run(&Cpu, id, job, &cancel, &progress_sender, &send),
-                    DeviceChoice::Cuda(index) => {
-                        job::run(computer.cuda(|| Cuda::new(index))?, id, job, &cancel, &progress_sender, &send)
-                    }
+                    DeviceChoice::Cuda(index) => job::run(computer.cuda(|| Cuda::new(index))?, id, job, &cancel, &progress_sender, &send),
                     DeviceChoice::Emulated => job::run(computer.cuda(Cuda::emulated)?, id, job, &cancel, &progress_sender, &send),
                 };
                 let run = AssertUnwindSafe(|| pool.install(run));

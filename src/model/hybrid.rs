@@ -4,7 +4,7 @@ use super::block::{Block, BlockCache};
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::format::CacheFormats;
+use crate::format::{CacheFormats, LinearWeights};
 
 /// What stands before and behind the blocks: embedding, final norm and head.
 pub struct Ends<B: Backend> {
@@ -17,12 +17,14 @@ pub struct Ends<B: Backend> {
 impl<B: Backend> Ends<B> {
     /// Loads embedding, final norm and head of `checkpoint`.
     pub fn load(backend: &B, checkpoint: &Checkpoint) -> Result<Self> {
-        Ok(Self {
-            embedding: backend.prepare_embedding(checkpoint.embedding()?)?,
-            final_norm: backend.prepare_vector(checkpoint.read("norm_f.weight")?)?,
-            eps: checkpoint.config.norm_eps,
-            head: backend.prepare(checkpoint.head()?)?,
-        })
+        let norm = checkpoint.read("norm_f.weight")?;
+        Self::new(backend, checkpoint.embedding()?, norm, checkpoint.config.norm_eps, checkpoint.head()?)
+    }
+
+    /// Ends with these weights: embedding table `[vocabulary, hidden]`, final norm, head.
+    pub fn new(backend: &B, table: LinearWeights, final_norm: Vec<f32>, eps: f32, head: LinearWeights) -> Result<Self> {
+        let (embedding, final_norm) = (backend.prepare_embedding(table)?, backend.prepare_vector(final_norm)?);
+        Ok(Self { embedding, final_norm, eps, head: backend.prepare(head)? })
     }
 
     /// The residual stream in front of the first block, `[tokens, hidden]`.
@@ -73,6 +75,11 @@ pub struct Hybrid<B: Backend> {
 }
 
 impl<B: Backend> Hybrid<B> {
+    /// A model of these parts.
+    pub fn new(backend: B, ends: Ends<B>, blocks: Vec<Block<B>>, vocabulary: usize, caches: CacheFormats) -> Self {
+        Self { backend, ends, blocks, vocabulary, caches }
+    }
+
     /// Loads every block of `checkpoint`.
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
         let ends = Ends::load(&backend, checkpoint)?;
@@ -157,6 +164,11 @@ impl<B: Backend> Hybrid<B> {
     /// Logits of the rows `tokens` of `forward`'s result.
     pub fn logits_at(&self, h: &B::Tensor, tokens: &[usize]) -> Result<B::Tensor> {
         self.ends.logits_at(&self.backend, h, tokens)
+    }
+
+    /// Bytes of weights that a decoding step reads: blocks and head. (Of a mixture it reads the chosen experts only.)
+    pub fn read_bytes(&self) -> u64 {
+        self.resident_bytes() - self.backend.embedding_bytes(&self.ends.embedding)
     }
 
     /// Bytes of weights on the device.

@@ -355,6 +355,25 @@ impl Backend for Cpu {
         match *recording {}
     }
 
+    fn copy_seconds(&self, bytes: usize) -> Result<f64> {
+        use rayon::prelude::*;
+        const PIECE: usize = 1 << 22;
+        let (from, mut to) = (vec![1_u8; bytes], vec![0_u8; bytes]);
+        self.time(3, &mut || {
+            to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+            std::hint::black_box(&to);
+            Ok(())
+        })
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn gram(&self, x: &CpuActivation) -> Result<Vec<f64>> {
         let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
         let cols = width(x);
@@ -371,6 +390,11 @@ impl Backend for Cpu {
     fn log_probabilities(&self, logits: &Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
         let width = width(logits);
         with_values(logits, |logits| norm::log_probabilities(logits, width, targets))
+    }
+
+    fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
+        let width = width(logits);
+        with_values(logits, |logits| logits.chunks_exact(width).map(|row| norm::argmax(row) as u32).collect())
     }
 
     fn divergence(&self, reference: &Tensor, logits: &Tensor) -> Result<Vec<Divergence>> {

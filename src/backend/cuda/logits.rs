@@ -27,8 +27,7 @@ impl Cuda {
         Ok(both.map(|(kl, top)| Divergence { kl, same_top: top != 0 }).collect())
     }
 
-    /// Index of the first largest logit of each row.
-    pub fn argmax(&self, logits: &CudaTensor) -> Result<Vec<u32>> {
+    pub(super) fn first_largest(&self, logits: &CudaTensor) -> Result<Vec<u32>> {
         let out = self.buffer::<u32>(logits.rows)?;
         let arguments = Arguments::default().with(logits.buffer()).with(logits.cols).with(&out);
         self.launch("argmax", [logits.rows, 1, 1], 256, 0, arguments)?;

@@ -70,7 +70,7 @@ impl Cuda {
         self.memory.usage()
     }
 
-    pub fn memory(&self) -> &Memory {
+    pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }
 
@@ -312,6 +312,27 @@ impl Backend for Cuda {
         self.replay_step(recording, ids)
     }
 
+    fn time(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        run()?;
+        self.time_recorded(repeats, run)
+    }
+
+    fn copy_seconds(&self, bytes: usize) -> Result<f64> {
+        let (from, to) = (self.buffer::<u8>(bytes)?, self.buffer::<u8>(bytes)?);
+        from.zero()?;
+        self.time(5, &mut || to.copy_from(0, &from, 0, bytes))
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.memory.usage().1)
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        self.memory.release()?;
+        self.memory.reset_peak();
+        Ok(())
+    }
+
     fn gram(&self, x: &CudaActivation) -> Result<Vec<f64>> {
         let x = x.float()?;
         let sum = self.buffer::<f64>(x.cols * x.cols)?;
@@ -324,6 +345,10 @@ impl Backend for Cuda {
 
     fn log_probabilities(&self, logits: &CudaTensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
         self.probabilities(logits, targets)
+    }
+
+    fn argmax(&self, logits: &CudaTensor) -> Result<Vec<u32>> {
+        self.first_largest(logits)
     }
 
     fn divergence(&self, reference: &CudaTensor, logits: &CudaTensor) -> Result<Vec<Divergence>> {

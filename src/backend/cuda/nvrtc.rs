@@ -67,12 +67,27 @@ impl Nvrtc {
 
     /// Compiles one kernel file to machine code for `arch` (90 for sm_90).
     pub fn compile(&self, source: &Source, arch: u32) -> Result<Vec<u8>> {
+        self.compile_with(source, arch, &[]).map(|(cubin, _)| cubin)
+    }
+
+    /// What each kernel of a file takes of a multiprocessor of `arch`, as the assembler tells.
+    pub fn resources(&self, source: &Source, arch: u32) -> Result<Vec<KernelResources>> {
+        let (_, log) = self.compile_with(source, arch, &["--ptxas-options=-v"])?;
+        let resources = parse_resources(&log);
+        if resources.is_empty() {
+            return Err(Error::run(format!("NVRTC tells nothing about {}", source.name)).hint("NVRTC 12.0 and newer do"));
+        }
+        Ok(resources)
+    }
+
+    /// Machine code and the compiler's log.
+    fn compile_with(&self, source: &Source, arch: u32, more: &[&str]) -> Result<(Vec<u8>, String)> {
         let text = |text: &str| CString::new(text).map_err(|_| Error::run(format!("{} holds a zero byte", source.name)));
         let (body, name) = (text(source.text)?, text(source.name)?);
         let headers = sources::HEADERS.iter().map(|header| Ok((text(header.name)?, text(header.text)?))).collect::<Result<Vec<_>>>()?;
         let header_names: Vec<*const c_char> = headers.iter().map(|(name, _)| name.as_ptr()).collect();
         let header_texts: Vec<*const c_char> = headers.iter().map(|(_, text)| text.as_ptr()).collect();
-        let options = options(arch).iter().map(|option| text(option)).collect::<Result<Vec<_>>>()?;
+        let options = options(arch).iter().map(String::as_str).chain(more.iter().copied()).map(text).collect::<Result<Vec<_>>>()?;
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let mut program = ptr::null_mut();
         // SAFETY: every pointer is to a zero-terminated string that outlives the call, counts match their arrays, and
@@ -90,11 +105,11 @@ impl Nvrtc {
                 return Err(Error::run(format!("NVRTC takes no program (error {created})")));
             }
             let compiled = (self.compile)(program, options.len() as c_int, options.as_ptr());
+            let log = Self::read(program, self.log_size, self.log).unwrap_or_default();
+            let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned()).unwrap_or_default();
             let outcome = if compiled == 0 {
-                Self::read(program, self.cubin_size, self.cubin)
+                Self::read(program, self.cubin_size, self.cubin).map(|cubin| (cubin, log))
             } else {
-                let log = Self::read(program, self.log_size, self.log).unwrap_or_default();
-                let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned()).unwrap_or_default();
                 Err(Error::run(format!("{} does not compile for sm_{arch} with NVRTC {}:\n{log}", source.name, self.version))
                     .hint("please report this with the log above"))
             };
@@ -142,6 +157,40 @@ impl Nvrtc {
     }
 }
 
+/// What a kernel takes of a multiprocessor.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct KernelResources {
+    pub name: String,
+    /// Of each thread.
+    pub registers: u32,
+    /// Stored to and loaded from local memory because registers ran out.
+    pub spill_bytes: u32,
+    /// Declared statically.
+    pub shared_bytes: u32,
+}
+
+/// Reads the assembler's verbose output: per kernel a line that names it, one with its spills, one with its registers.
+fn parse_resources(log: &str) -> Vec<KernelResources> {
+    let number = |text: &str, before: &str| -> u32 {
+        let Some(end) = text.find(before) else { return 0 };
+        text[..end].trim_end().rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+    };
+    let mut found: Vec<KernelResources> = Vec::new();
+    for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            let name = rest.split('\'').next().unwrap_or_default().to_owned();
+            found.push(KernelResources { name, registers: 0, spill_bytes: 0, shared_bytes: 0 });
+        } else if let Some(kernel) = found.last_mut() {
+            if line.contains("bytes spill stores") {
+                kernel.spill_bytes = number(line, " bytes spill stores") + number(line, " bytes spill loads");
+            } else if line.contains("Used ") && line.contains(" registers") {
+                (kernel.registers, kernel.shared_bytes) = (number(line, " registers"), number(line, " bytes smem"));
+            }
+        }
+    }
+    found
+}
+
 /// What NVRTC is asked for. Products and sums are only fused where a kernel says so, so that integer linears give the
 /// CPU's bits.
 pub fn options(arch: u32) -> Vec<String> {
@@ -153,4 +202,20 @@ pub fn cache_directory() -> PathBuf {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
     base.or_else(home).unwrap_or_else(std::env::temp_dir).join("strata").join("kernels")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resources_are_read_from_the_assemblers_output() {
+        let log = "ptxas info    : Compiling entry function 'add' for 'sm_90'\nptxas info    : Function properties for add\n    \
+            16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\nptxas info    : Used 44 registers, used 1 barriers, \
+            1024 bytes smem, 400 bytes cmem[0]\nptxas info    : Compiling entry function 'b' for 'sm_90'\n    0 bytes stack frame, 0 \
+            bytes spill stores, 0 bytes spill loads\nptxas info    : Used 8 registers\n";
+        let resources =
+            |name: &str, registers, spill_bytes, shared_bytes| KernelResources { name: name.into(), registers, spill_bytes, shared_bytes };
+        assert_eq!(parse_resources(log), [resources("add", 44, 20, 1024), resources("b", 8, 0, 0)]);
+    }
 }

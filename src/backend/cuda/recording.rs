@@ -56,6 +56,30 @@ impl Cuda {
         Ok(Some((recording, result)))
     }
 
+    /// Seconds that one of `repeats` recorded runs takes.
+    pub(super) fn time_recorded(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        let private = self.memory.begin_private();
+        *lock(&self.recording) = Some(Notes::default());
+        let recorded = self.device().begin_recording().and_then(|()| {
+            let ran = (0..repeats).try_for_each(|_| run());
+            let graph = self.device().end_recording();
+            ran?;
+            graph
+        });
+        let notes = lock(&self.recording).take();
+        self.memory.end_private();
+        let timed = recorded.and_then(|graph| {
+            graph.launch()?;
+            self.device().synchronize()?;
+            self.device().mark()?;
+            graph.launch()?;
+            self.device().mark()
+        });
+        self.memory.drop_private(private);
+        drop(notes);
+        Ok(timed? / 1e3 / repeats as f64)
+    }
+
     pub(super) fn replay_step(&self, recording: &mut CudaRecording, ids: &[u32]) -> Result<Option<CudaTensor>> {
         let stays = |positions: &Mutex<Positions>, moves| {
             let positions = lock(positions);

@@ -8,7 +8,7 @@ use crate::backend::{Assignment, Emit, RouterShape};
 use crate::error::{Error, Result};
 
 /// Threads of the kernels that work row by row (norms and what emits).
-const ROW_THREADS: usize = 512;
+const ROW_THREADS: usize = 1024;
 
 /// `[rows, cols]` in f32.
 #[derive(Clone)]
@@ -78,7 +78,7 @@ impl Cuda {
             .with(int8.as_ref().map(|int8| &int8.scales))
             .with(scale.as_deref())
             .with(emit.hadamard.unwrap_or(0));
-        self.launch(kernel, [tokens, 1, 1], ROW_THREADS, 4 * cols, arguments)?;
+        self.launch(kernel, [tokens, 1, 1], ROW_THREADS, 4 * (cols + cols.div_ceil(32)), arguments)?;
         Ok(CudaActivation { tokens, cols, float, int8, bf16: Mutex::default() })
     }
 
