@@ -1,9 +1,11 @@
-// Causal grouped-query attention without positions, softmax in f32. Caches are rows of `kv_heads·head_dim` in f32 or bf16.
+// Causal grouped-query attention without positions, softmax in f32. Whole sequences run on the tensor cores with halves
+// (`halves.cuh`). Caches are rows of `kv_heads·head_dim` in f32 or bf16.
 #include "device.cuh"
+#include "halves.cuh"
 
 namespace {
 
-constexpr int QUERIES = 32;
+constexpr int QUERIES = 64;
 constexpr int KEYS = 32;
 constexpr int MAX_DIM = 128;
 constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
@@ -19,81 +21,113 @@ template <class C> DEVICE void append(const float* k, const float* v, int width,
     }
 }
 
-// 32 queries of one head against all keys that they see, 32 at a time, with a running maximum and sum. Threads 4 q … 4 q + 3
-// have query q: every fourth key of a tile, every fourth feature of the output.
+// 64 queries of one head against all keys that they see, 32 at a time, with a running maximum and sum; warp w has the queries from
+// 16 w on, a lane the rows lane / 4 and lane / 4 + 8 of them.
 template <class C> DEVICE void attend(const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int d, float* out) {
-    SHARED_ROWS(float, query, QUERIES, MAX_DIM + 1);
-    SHARED_ROWS(float, held, KEYS, MAX_DIM + 1);
-    SHARED_ROWS(float, weight, QUERIES, KEYS + 1);
+    DYNAMIC_SHARED(u8, shared);
+    auto& query = *reinterpret_cast<Halves<QUERIES, MAX_DIM>*>(shared);
+    auto& key = *reinterpret_cast<Halves<KEYS, MAX_DIM>*>(shared + sizeof(Halves<QUERIES, MAX_DIM>));
+    auto& value = *reinterpret_cast<Halves<MAX_DIM, KEYS>*>(shared + sizeof(Halves<QUERIES, MAX_DIM>) + sizeof(Halves<KEYS, MAX_DIM>));  // [feature][key]
     const int* own = queries + 4 * blockIdx.z;
     const int first = own[0] + blockIdx.x * QUERIES, count = minimum(QUERIES, own[1] - first);
     if (count <= 0) return;
-    const int head = blockIdx.y, width = kv_heads * d, offset = head / (heads / kv_heads) * d;
+    const int head = blockIdx.y, width = kv_heads * d, offset = head / (heads / kv_heads) * d, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int padded = (d + 15) & ~15;
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
-    for (int i = threadIdx.x; i < QUERIES * d; i += blockDim.x)
-        query[i / d][i % d] = i / d < count ? q[(static_cast<i64>(first + i / d) * heads + head) * d + i % d] * scale : 0.0f;
+    for (int i = threadIdx.x; i < QUERIES * MAX_DIM / 2; i += blockDim.x) {
+        const int row = i / (MAX_DIM / 2), c = i % (MAX_DIM / 2) * 2;
+        const float* at = q + (static_cast<i64>(first + row) * heads + head) * d + c;
+        put(query, row, c, row < count && c < d ? at[0] * scale : 0.0f, row < count && c + 1 < d ? at[1] * scale : 0.0f);
+    }
     int total = 0;
     for (int s = own[2]; s < own[3]; ++s) total += segments[2 * s + 1] - segments[2 * s];
-    const int row = threadIdx.x / 4, part = threadIdx.x % 4;
     // Query i of a sequence sees all keys but those of the queries behind it.
-    const int visible = total - (own[1] - 1 - (first + row));
+    const int row = warp * 16 + lane / 4, visible = total - (own[1] - 1 - (first + row));
     const int farthest = total - (own[1] - (first + count));
-    float largest = NONE, sum = 0.0f, result[MAX_DIM / 4] = {};
+    float largest[2] = {NONE, NONE}, sum[2] = {0.0f, 0.0f}, result[MAX_DIM / 8][4] = {};
     int before = 0;  // keys of the segments already done
     for (int s = own[2]; s < own[3]; ++s) {
         const int begin = segments[2 * s], length = segments[2 * s + 1] - begin;
         for (int start = 0; start < length && before + start < farthest; start += KEYS) {
             const int tile = minimum(KEYS, length - start);
             __syncthreads();
-            for (int i = threadIdx.x; i < KEYS * d; i += blockDim.x)
-                held[i / d][i % d] = i / d < tile ? widen(keys[static_cast<i64>(begin + start + i / d) * width + offset + i % d]) : 0.0f;
+            transfer<KEYS * MAX_DIM / 2>(
+                [&](int i) -> Pair {
+                    const int k = i / (MAX_DIM / 2), c = i % (MAX_DIM / 2) * 2;
+                    const C* at = keys + static_cast<i64>(begin + start + k) * width + offset + c;
+                    return {k < tile && c < d ? widen(at[0]) : 0.0f, k < tile && c + 1 < d ? widen(at[1]) : 0.0f};
+                },
+                [&](int i, Pair x) { put(key, i / (MAX_DIM / 2), i % (MAX_DIM / 2) * 2, x.first, x.second); });
+            transfer<KEYS * MAX_DIM / 2>(
+                [&](int i) -> Pair {
+                    const int c = i % MAX_DIM, k = i / MAX_DIM * 2;
+                    const C* at = values + static_cast<i64>(begin + start + k) * width + offset + c;
+                    return {k < tile && c < d ? widen(at[0]) : 0.0f, k + 1 < tile && c < d ? widen(at[width]) : 0.0f};
+                },
+                [&](int i, Pair x) { put(value, i % MAX_DIM, i / MAX_DIM * 2, x.first, x.second); });
             __syncthreads();
-            float scores[KEYS / 4] = {};
-            for (int c = 0; c < d; ++c) {
-                const float value = query[row][c];
+            float scores[KEYS / 8][4] = {};
+            for (int c = 0; c < padded; c += 16) {
+                u32 high[4], low[4];
+                load_left<MAX_DIM>(high, query.high, warp * 16, c);
+                load_left<MAX_DIM>(low, query.low, warp * 16, c);
 #pragma unroll
-                for (int j = 0; j < KEYS / 4; ++j) scores[j] = fmaf(value, held[part + 4 * j][c], scores[j]);
+                for (int n = 0; n < KEYS / 16; ++n) accumulate(scores + 2 * n, high, low, key, n * 16, c);
             }
-            float tile_largest = NONE;
 #pragma unroll
-            for (int j = 0; j < KEYS / 4; ++j) {
-                const int key = part + 4 * j;
-                if (key >= tile || before + start + key >= visible) scores[j] = NONE;
-                tile_largest = fmaxf(tile_largest, scores[j]);
+            for (int side = 0; side < 2; ++side) {
+                float tile_largest = NONE;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int k = n * 8 + lane % 4 * 2 + i;
+                        float& score = scores[n][side * 2 + i];
+                        if (k >= tile || before + start + k >= visible + side * 8) score = NONE;
+                        tile_largest = fmaxf(tile_largest, score);
+                    }
+                tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 1));
+                tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 2));
+                const float new_largest = fmaxf(largest[side], tile_largest), correction = expf(largest[side] - new_largest);
+                largest[side] = new_largest;
+                float tile_sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float& score = scores[n][side * 2 + i];
+                        score = score == NONE ? 0.0f : expf(score - new_largest);
+                        tile_sum += score;
+                    }
+                tile_sum += shuffle_xor(tile_sum, 1);
+                tile_sum += shuffle_xor(tile_sum, 2);
+                sum[side] = sum[side] * correction + tile_sum;
+#pragma unroll
+                for (int n = 0; n < MAX_DIM / 8; ++n) result[n][side * 2] *= correction, result[n][side * 2 + 1] *= correction;
             }
-            tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 1));
-            tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 2));
-            const float new_largest = fmaxf(largest, tile_largest), correction = expf(largest - new_largest);
-            largest = new_largest;
-            float tile_sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < KEYS / 4; ++j) {
-                const float p = scores[j] == NONE ? 0.0f : expf(scores[j] - largest);
-                weight[row][part + 4 * j] = p;
-                tile_sum += p;
-            }
-            tile_sum += shuffle_xor(tile_sum, 1);
-            tile_sum += shuffle_xor(tile_sum, 2);
-            sum = sum * correction + tile_sum;
-            __syncthreads();
-            for (int i = threadIdx.x; i < KEYS * d; i += blockDim.x)
-                held[i / d][i % d] = i / d < tile ? widen(values[static_cast<i64>(begin + start + i / d) * width + offset + i % d]) : 0.0f;
-            __syncthreads();
+            for (int k = 0; k < KEYS / 16; ++k) {
+                // Results of a product are the left side of the next as they lie.
+                u32 high[4], low[4];
 #pragma unroll
-            for (int j = 0; j < MAX_DIM / 4; ++j) result[j] *= correction;
-            for (int key = 0; key < tile; ++key) {
-                const float p = weight[row][key];
+                for (int word = 0; word < 4; ++word) {
+                    const float* from = scores[2 * k + word / 2] + word % 2 * 2;
+                    halve(from[0], from[1], high[word], low[word]);
+                }
 #pragma unroll
-                for (int j = 0; j < MAX_DIM / 4; ++j)
-                    if (part + 4 * j < d) result[j] = fmaf(p, held[key][part + 4 * j], result[j]);
+                for (int n = 0; n < MAX_DIM / 16; ++n)
+                    if (n * 16 < d) accumulate(result + 2 * n, high, low, value, n * 16, k * 16);
             }
         }
         before += length;
     }
-    if (row >= count) return;
 #pragma unroll
-    for (int j = 0; j < MAX_DIM / 4; ++j)
-        if (part + 4 * j < d) out[(static_cast<i64>(first + row) * heads + head) * d + part + 4 * j] = __fdiv_rn(result[j], sum);
+    for (int n = 0; n < MAX_DIM / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int c = n * 8 + lane % 4 * 2 + i % 2, at = row + i / 2 * 8;
+            if (at < count && c < d) out[(static_cast<i64>(first + at) * heads + head) * d + c] = __fdiv_rn(result[n][i], sum[i / 2]);
+        }
 }
 
 DEVICE float4 read_four(const float* at) { return *reinterpret_cast<const float4*>(at); }

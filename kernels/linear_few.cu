@@ -209,13 +209,21 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     }
     const bool wide = x_stride % 4 == 0 && cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
     float sums[SETS][4] = {};
-    for (int segment = warp; segment * 4 * INPUTS < width; segment += WARPS) {
-        const int at = (segment * 4 + quad) * INPUTS;  // this lane's first input
+    constexpr int AHEAD = KIND == BF16 ? 4 : 2;
+    for (int start = warp; start * 4 * INPUTS < width; start += WARPS * AHEAD) {
+      uint4 above_held[AHEAD], below_held[AHEAD];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+          const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;
+          above_held[i] = at < width ? load_once(upper + at / INPUTS * 16) : zero();
+          below_held[i] = at < width ? load_once(lower + at / INPUTS * 16) : zero();
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;  // this lane's first input
         const bool inside = at < width;
-        const uint4 above_bytes = inside ? load_once(upper + at / INPUTS * 16) : zero();
-        const uint4 below_bytes = inside ? load_once(lower + at / INPUTS * 16) : zero();
-        const u32 above[4] = {above_bytes.x, above_bytes.y, above_bytes.z, above_bytes.w};
-        const u32 below[4] = {below_bytes.x, below_bytes.y, below_bytes.z, below_bytes.w};
+        const u32 above[4] = {above_held[i].x, above_held[i].y, above_held[i].z, above_held[i].w};
+        const u32 below[4] = {below_held[i].x, below_held[i].y, below_held[i].z, below_held[i].w};
         float above_scale = 1.0f, below_scale = 1.0f;
         if (KIND == INT4) {
             // A lane's 32 inputs lie in one group. The scale goes into the weight: code·scale is exact in f32.
@@ -266,6 +274,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
                 if (KIND == INT4) mma_bf16(sums[set], scaled_low[0], scaled_low[1], scaled_low[2], scaled_low[3], b0, b1);
             }
         }
+      }
     }
     // Columns 4 t … 4 t + 2 of a set are the parts of its token t; quads 2 t and 2 t + 1 hold them.
 #pragma unroll

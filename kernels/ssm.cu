@@ -7,7 +7,6 @@ namespace {
 
 constexpr int ROWS = 16;  // of a block
 constexpr int WARPS = 4;
-constexpr int CHUNKS = 2;  // of 128 states: at most 256
 
 struct Four {
     float v[4];
@@ -50,15 +49,29 @@ DEVICE void write(i8* at, const Four& x, float scale) {
 template <class State> constexpr bool scaled = false;
 template <> constexpr bool scaled<i8> = true;
 
-template <class State>
+// CHUNKS: vectors of four states that a lane has of a row, 128 states each.
+template <class State, int CHUNKS>
 DEVICE void step(const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int size, State* state, float* state_scales, float* y) {
+    constexpr int OWN = ROWS / WARPS;
     const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int inner = heads * head_dim, channels = inner + 2 * groups * size, group = head / (heads / groups);
-    const float raw = projected[static_cast<i64>(slot) * stride + inner + channels + head];
-    const float dt = fminf(fmaxf(softplus(raw + dt_bias[head]), dt_min), dt_max);
-    const float decay = expf(dt * a[head]);
     const float* row = xbc + static_cast<i64>(slot) * channels;
-    Four b[CHUNKS], c[CHUNKS];
+    const i64 first = (static_cast<i64>(slot) * heads + head) * head_dim;
+    // Everything that is read from memory is under way before the first of it is used.
+    Four s[OWN][CHUNKS], b[CHUNKS], c[CHUNKS];
+    float x[OWN];
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        if (p >= head_dim) continue;
+        x[own] = row[head * head_dim + p];
+        const float scale = scaled<State> ? state_scales[first + p] : 1.0f;
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            const int n = chunk * 128 + lane * 4;
+            if (n < size) s[own][chunk] = read(state + (first + p) * size + n, scale);
+        }
+    }
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         const int n = chunk * 128 + lane * 4;
@@ -66,35 +79,35 @@ DEVICE void step(const float* xbc, const float* projected, int stride, const flo
         b[chunk] = read(row + inner + group * size + n, 1.0f);
         c[chunk] = read(row + inner + (groups + group) * size + n, 1.0f);
     }
-    for (int p = blockIdx.y * ROWS + warp; p < minimum(head_dim, static_cast<int>(blockIdx.y + 1) * ROWS); p += WARPS) {
-        const float x = row[head * head_dim + p];
-        const i64 index = (static_cast<i64>(slot) * heads + head) * head_dim + p;
-        State* own = state + index * size;
-        const float scale = scaled<State> ? state_scales[index] : 1.0f;
-        Four s[CHUNKS];
+    const float raw = projected[static_cast<i64>(slot) * stride + inner + channels + head];
+    const float dt = fminf(fmaxf(softplus(raw + dt_bias[head]), dt_min), dt_max);
+    const float decay = expf(dt * a[head]);
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        if (p >= head_dim) break;
         float sum = 0.0f, largest = 0.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            const int n = chunk * 128 + lane * 4;
-            if (n >= size) continue;
-            s[chunk] = read(own + n, scale);
+            if (chunk * 128 + lane * 4 >= size) continue;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                s[chunk].v[i] = s[chunk].v[i] * decay + dt * x * b[chunk].v[i];
-                sum = fmaf(s[chunk].v[i], c[chunk].v[i], sum);
-                if (scaled<State>) largest = fmaxf(largest, fabsf(s[chunk].v[i]));
+                float& value = s[own][chunk].v[i];
+                value = value * decay + dt * x[own] * b[chunk].v[i];
+                sum = fmaf(value, c[chunk].v[i], sum);
+                if (scaled<State>) largest = fmaxf(largest, fabsf(value));
             }
         }
         sum = warp_sum(sum);
-        const float new_scale = scaled<State> ? __fdiv_rn(warp_max(largest), 127.0f) : 1.0f;
+        const float scale = scaled<State> ? __fdiv_rn(warp_max(largest), 127.0f) : 1.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const int n = chunk * 128 + lane * 4;
-            if (n < size) write(own + n, s[chunk], new_scale);
+            if (n < size) write(state + (first + p) * size + n, s[own][chunk], scale);
         }
         if (lane == 0) {
-            if (scaled<State>) state_scales[index] = new_scale;
-            y[static_cast<i64>(slot) * inner + head * head_dim + p] = sum + d[head] * x;
+            if (scaled<State>) state_scales[first + p] = scale;
+            y[static_cast<i64>(slot) * inner + head * head_dim + p] = sum + d[head] * x[own];
         }
     }
 }
@@ -104,7 +117,8 @@ DEVICE void step(const float* xbc, const float* projected, int stride, const flo
 #define STEP(name, State)                                                                                                                       \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
                        float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) {       \
-        step<State>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y);        \
+        if (state_size <= 128) step<State, 1>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y); \
+        else step<State, 2>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y); \
     }
 
 STEP(ssm_step_f32, float)

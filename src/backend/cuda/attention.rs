@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::format::{CacheFormat, CacheFormats};
 
 /// Query tokens that a block takes.
-const QUERIES: usize = 32;
+const QUERIES: usize = 64;
 /// Keys that a block of a decoding step goes through, at least.
 const SPLIT_KEYS: usize = 64;
 /// Query heads of a key-value head that the decoding kernel takes.
@@ -109,7 +109,7 @@ impl Cuda {
             .with(shape.kv_heads)
             .with(shape.head_dim)
             .with(out.buffer());
-        self.launch("attention_f32", [longest.div_ceil(QUERIES), shape.heads, count], 128, 0, arguments)?;
+        self.launch("attention_f32", [longest.div_ceil(QUERIES), shape.heads, count], 128, 65536, arguments)?;
         Ok(out)
     }
 

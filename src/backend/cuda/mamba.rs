@@ -277,7 +277,7 @@ impl Cuda {
                 .with(shape.groups)
                 .with(shape.state)
                 .with(&states);
-            self.launch("ssd_state", [shape.heads, level.chunk_count, 1], 256, 0, arguments)?;
+            self.launch("ssd_state", [shape.heads, level.chunk_count, 1], 128, 49408, arguments)?;
             let arguments = Arguments::default()
                 .with(&states)
                 .with(decay.buffer())
@@ -300,7 +300,7 @@ impl Cuda {
                 .with(shape.groups)
                 .with(shape.state)
                 .with(y.buffer());
-            self.launch("ssd_output", [shape.heads, level.chunk_count, 1], 256, 0, arguments)?;
+            self.launch("ssd_output", [shape.heads, level.chunk_count, 1], 128, 81920, arguments)?;
         }
         Ok(y)
     }
