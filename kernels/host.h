@@ -108,7 +108,7 @@ struct Registration {
 
 inline void __syncthreads() { strata::block_barrier(); }
 inline void __syncwarp() { strata::warp_barrier(); }
-inline void __threadfence() {}
+template <class T> T __ldg(const T* from) { return *from; }
 
 inline u32 float_bits(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
 inline float bits_float(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }

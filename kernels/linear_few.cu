@@ -209,72 +209,72 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     }
     const bool wide = x_stride % 4 == 0 && cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
     float sums[SETS][4] = {};
-    constexpr int AHEAD = KIND == BF16 ? 4 : 2;
+    constexpr int AHEAD = 2;
     for (int start = warp; start * 4 * INPUTS < width; start += WARPS * AHEAD) {
-      uint4 above_held[AHEAD], below_held[AHEAD];
+        uint4 above_held[AHEAD], below_held[AHEAD];
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-          const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;
-          above_held[i] = at < width ? load_once(upper + at / INPUTS * 16) : zero();
-          below_held[i] = at < width ? load_once(lower + at / INPUTS * 16) : zero();
-      }
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;  // this lane's first input
-        const bool inside = at < width;
-        const u32 above[4] = {above_held[i].x, above_held[i].y, above_held[i].z, above_held[i].w};
-        const u32 below[4] = {below_held[i].x, below_held[i].y, below_held[i].z, below_held[i].w};
-        float above_scale = 1.0f, below_scale = 1.0f;
-        if (KIND == INT4) {
-            // A lane's 32 inputs lie in one group. The scale goes into the weight: code·scale is exact in f32.
-            above_scale = inside && at < cols ? widen(group_scales[static_cast<i64>(upper_row) * groups + at / group]) : 0.0f;
-            below_scale = inside && at < cols ? widen(group_scales[static_cast<i64>(lower_row) * groups + at / group]) : 0.0f;
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;
+            above_held[i] = at < width ? load_once(upper + at / INPUTS * 16) : zero();
+            below_held[i] = at < width ? load_once(lower + at / INPUTS * 16) : zero();
         }
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; pair += 2) {
-            // Inputs offset, offset + 1 and offset + 2, offset + 3 from `at`.
-            int offset = pair * 2;
-            u32 a[4];
-            u32 scaled_high[4], scaled_low[4];
-            if (KIND == BF16) {
-                a[0] = above[pair], a[1] = below[pair], a[2] = above[pair + 1], a[3] = below[pair + 1];
-            } else if (KIND == INT8) {
-                const u32 first = above[pair / 2] ^ 0x80808080u, second = below[pair / 2] ^ 0x80808080u;
-                a[0] = widen_codes(first, 0), a[1] = widen_codes(second, 0), a[2] = widen_codes(first, 2), a[3] = widen_codes(second, 2);
-            } else {
-                const int word = pair / 2 % 4;
-                const bool high = pair / 2 >= 4;
-                const u32 first = (above[word] >> (high ? 4 : 0) & 0x0f0f0f0fu) ^ 0x08080808u, second = (below[word] >> (high ? 4 : 0) & 0x0f0f0f0fu) ^ 0x08080808u;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const u32 from = i % 2 ? second : first;
-                    const float scale = i % 2 ? below_scale : above_scale;
-                    const int byte = i / 2 * 2;
-                    const float one = (bits_float(0x4b000000u | (from >> 8 * byte & 0xff)) - 8388616.0f) * scale;
-                    const float two = (bits_float(0x4b000000u | (from >> (8 * byte + 8) & 0xff)) - 8388616.0f) * scale;
-                    scaled_high[i] = pack_bf16(one, two);
-                    scaled_low[i] = pack_bf16(one - bits_float(scaled_high[i] << 16), two - bits_float(scaled_high[i] & 0xffff0000u));
-                }
-                a[0] = scaled_high[0], a[1] = scaled_high[1], a[2] = scaled_high[2], a[3] = scaled_high[3];
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;  // this lane's first input
+            const bool inside = at < width;
+            const u32 above[4] = {above_held[i].x, above_held[i].y, above_held[i].z, above_held[i].w};
+            const u32 below[4] = {below_held[i].x, below_held[i].y, below_held[i].z, below_held[i].w};
+            float above_scale = 1.0f, below_scale = 1.0f;
+            if (KIND == INT4) {
+                // A lane's 32 inputs lie in one group. The scale goes into the weight: code·scale is exact in f32.
+                above_scale = inside && at < cols ? widen(group_scales[static_cast<i64>(upper_row) * groups + at / group]) : 0.0f;
+                below_scale = inside && at < cols ? widen(group_scales[static_cast<i64>(lower_row) * groups + at / group]) : 0.0f;
             }
 #pragma unroll
-            for (int set = 0; set < SETS; ++set) {
-                if (set * 2 >= tile.count) continue;
-                float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                const int first = at + offset;
-                if (present[set] && wide && first < cols) {
-                    const float4 four = *reinterpret_cast<const float4*>(inputs[set] + first);
-                    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-                } else if (present[set]) {
+            for (int pair = 0; pair < PAIRS; pair += 2) {
+                // Inputs offset, offset + 1 and offset + 2, offset + 3 from `at`.
+                int offset = pair * 2;
+                u32 a[4];
+                u32 scaled_high[4], scaled_low[4];
+                if (KIND == BF16) {
+                    a[0] = above[pair], a[1] = below[pair], a[2] = above[pair + 1], a[3] = below[pair + 1];
+                } else if (KIND == INT8) {
+                    const u32 first = above[pair / 2] ^ 0x80808080u, second = below[pair / 2] ^ 0x80808080u;
+                    a[0] = widen_codes(first, 0), a[1] = widen_codes(second, 0), a[2] = widen_codes(first, 2), a[3] = widen_codes(second, 2);
+                } else {
+                    const int word = pair / 2 % 4;
+                    const bool high = pair / 2 >= 4;
+                    const u32 first = (above[word] >> (high ? 4 : 0) & 0x0f0f0f0fu) ^ 0x08080808u, second = (below[word] >> (high ? 4 : 0) & 0x0f0f0f0fu) ^ 0x08080808u;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) if (first + i < cols) values[i] = inputs[set][first + i];
+                    for (int i = 0; i < 4; ++i) {
+                        const u32 from = i % 2 ? second : first;
+                        const float scale = i % 2 ? below_scale : above_scale;
+                        const int byte = i / 2 * 2;
+                        const float one = (bits_float(0x4b000000u | (from >> 8 * byte & 0xff)) - 8388616.0f) * scale;
+                        const float two = (bits_float(0x4b000000u | (from >> (8 * byte + 8) & 0xff)) - 8388616.0f) * scale;
+                        scaled_high[i] = pack_bf16(one, two);
+                        scaled_low[i] = pack_bf16(one - bits_float(scaled_high[i] << 16), two - bits_float(scaled_high[i] & 0xffff0000u));
+                    }
+                    a[0] = scaled_high[0], a[1] = scaled_high[1], a[2] = scaled_high[2], a[3] = scaled_high[3];
                 }
-                const u32 b0 = split(values[0], values[1], part), b1 = split(values[2], values[3], part);
-                mma_bf16(sums[set], a[0], a[1], a[2], a[3], b0, b1);
-                if (KIND == INT4) mma_bf16(sums[set], scaled_low[0], scaled_low[1], scaled_low[2], scaled_low[3], b0, b1);
+#pragma unroll
+                for (int set = 0; set < SETS; ++set) {
+                    if (set * 2 >= tile.count) continue;
+                    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    const int first = at + offset;
+                    if (present[set] && wide && first < cols) {
+                        const float4 four = *reinterpret_cast<const float4*>(inputs[set] + first);
+                        values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+                    } else if (present[set]) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) if (first + i < cols) values[i] = inputs[set][first + i];
+                    }
+                    const u32 b0 = split(values[0], values[1], part), b1 = split(values[2], values[3], part);
+                    mma_bf16(sums[set], a[0], a[1], a[2], a[3], b0, b1);
+                    if (KIND == INT4) mma_bf16(sums[set], scaled_low[0], scaled_low[1], scaled_low[2], scaled_low[3], b0, b1);
+                }
             }
         }
-      }
     }
     // Columns 4 t … 4 t + 2 of a set are the parts of its token t; quads 2 t and 2 t + 1 hold them.
 #pragma unroll

@@ -167,9 +167,10 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
     SHARED(float, sums, MAX_GROUPS);
     SHARED(float, factors, MAX_GROUPS);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    read_row(y + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) { row[place(c)] = value; });
-    __syncthreads();
-    read_row(projected + static_cast<i64>(blockIdx.x) * projected_stride, cols, [&](int c, float value) { row[place(c)] *= silu(value); });
+    y += static_cast<i64>(blockIdx.x) * cols;
+    projected += static_cast<i64>(blockIdx.x) * projected_stride;
+#pragma unroll 4
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) row[place(c)] = __ldg(y + c) * silu(__ldg(projected + c));
     __syncthreads();
     // Each group is a few warps', each of which adds up a part.
     const int groups = cols / group, sharing = maximum(1, warps / groups);
@@ -188,9 +189,11 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
         factors[index] = __fdiv_rn(1.0f, __fsqrt_rn(sum / static_cast<float>(group) + eps));
     }
     __syncthreads();
-    int largest = 0;
+    int largest = 0, shift = -1;
+    if ((group & (group - 1)) == 0)
+        for (shift = 0; 1 << shift < group;) ++shift;
     read_row(weight, cols, [&](int c, float value) {
-        const float result = row[place(c)] * factors[c / group] * value;
+        const float result = row[place(c)] * factors[shift < 0 ? c / group : c >> shift] * value;
         row[place(c)] = result;
         largest = maximum(largest, magnitude(result));
     });

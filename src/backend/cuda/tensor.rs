@@ -7,8 +7,14 @@ use super::{Cuda, lock, missing, padded};
 use crate::backend::{Assignment, Emit, RouterShape};
 use crate::error::{Error, Result};
 
-/// Threads of the kernels that work row by row (norms and what emits).
-const ROW_THREADS: usize = 1024;
+/// Threads of a kernel that goes row by row: with few rows each has a multiprocessor to itself, with many they share one.
+fn row_threads(tokens: usize, cols: usize) -> usize {
+    match (tokens > 64, cols > 4096) {
+        (false, true) => 1024,
+        (false, false) | (true, true) => 512,
+        (true, false) => 256,
+    }
+}
 
 /// `[rows, cols]` in f32.
 #[derive(Clone)]
@@ -78,7 +84,7 @@ impl Cuda {
             .with(int8.as_ref().map(|int8| &int8.scales))
             .with(scale.as_deref())
             .with(emit.hadamard.unwrap_or(0));
-        self.launch(kernel, [tokens, 1, 1], ROW_THREADS, 4 * (cols + cols.div_ceil(32)), arguments)?;
+        self.launch(kernel, [tokens, 1, 1], row_threads(tokens, cols), 4 * (cols + cols.div_ceil(32)), arguments)?;
         Ok(CudaActivation { tokens, cols, float, int8, bf16: Mutex::default() })
     }
 
