@@ -235,13 +235,13 @@ DEVICE void attend_step_any(const float* q, const C* keys, const C* values, cons
 }  // namespace
 
 #define ATTENTION(suffix, C)                                                                                                                     \
-    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values)) { \
+    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values)) { depend(); \
         append<C>(k, v, width, sequences, lengths, capacity, keys, values);                                                                     \
     }                                                                                                                                           \
-    KERNEL(128, attention_##suffix, (const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { \
+    KERNEL(128, attention_##suffix, (const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
         attend<C>(q, keys, values, queries, segments, heads, kv_heads, head_dim, out);                                                          \
     }                                                                                                                                           \
-    KERNEL(128, attention_decode_##suffix, (const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { \
+    KERNEL(128, attention_decode_##suffix, (const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { depend(); \
         attend_step_any<C>(q, keys, values, lengths, capacity, heads, kv_heads, head_dim, splits, partial);                                     \
     }
 
@@ -249,6 +249,7 @@ ATTENTION(f32, float)
 ATTENTION(bf16, bf16)
 
 KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
+    depend();
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
         if (sequences) lengths[sequences[4 * i + 2]] += sequences[4 * i + 1] - sequences[4 * i];
         else lengths[i] += 1;
@@ -256,6 +257,7 @@ KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
 }
 
 KERNEL(128, attention_merge, (const float* partial, int heads, int head_dim, int splits, float* out)) {
+    depend();
     const int head = blockIdx.x, c = threadIdx.x;
     if (c >= head_dim) return;
     const i64 index = static_cast<i64>(blockIdx.y) * heads + head;

@@ -11,6 +11,7 @@ constexpr int TOKENS = 256;  // whose products are summed in f32 before they go 
 
 // out += xᵀ x; tiles above the diagonal are computed and mirrored.
 KERNEL(256, gram, (const float* x, int tokens, int cols, double* out)) {
+    depend();
     SHARED_ROWS(float, left, DEPTH, SIDE);
     SHARED_ROWS(float, right, DEPTH, SIDE);
     if (blockIdx.x < blockIdx.y) return;
@@ -46,6 +47,7 @@ KERNEL(256, gram, (const float* x, int tokens, int cols, double* out)) {
 }
 
 KERNEL(128, abs_max, (const float* x, int tokens, int cols, float* out)) {
+    depend();
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= cols) return;
     float largest = out[c];
@@ -55,6 +57,7 @@ KERNEL(128, abs_max, (const float* x, int tokens, int cols, float* out)) {
 
 // Counts of |x| in `bins` equal bins from 0 to `limit`; the last one also has what lies beyond.
 KERNEL(256, histogram, (const float* x, int count, float limit, int bins, unsigned* out)) {
+    depend();
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
         atomicAdd(out + minimum(static_cast<int>(fminf(__fdiv_rn(fabsf(x[i]), limit), 1.0f) * static_cast<float>(bins)), bins - 1), 1u);
 }

@@ -46,6 +46,7 @@ template <class F> DEVICE void each(F f) {
 
 // out = P (H[order, order] + damping·1) P for the first `size` rows and columns, the identity behind.
 KERNEL(256, cholesky_load, (const double* hessian, const int* order, const double* damping, int size, int n, double* out)) {
+    depend();
     const int col = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
     if (col >= n) return;
     double value = row == col ? 1.0 : 0.0;
@@ -55,6 +56,7 @@ KERNEL(256, cholesky_load, (const double* hessian, const int* order, const doubl
 
 // Factors the diagonal block and inverts its factor into `inverses[k]`; `failed` becomes 1 where a pivot is not positive.
 KERNEL(256, cholesky_diagonal, (double* a, int n, int k, double* inverses, int* failed)) {
+    depend();
     SHARED_ROWS(double, l, SIDE, SIDE + 1);
     double* block = a + static_cast<i64>(k) * SIDE * n + k * SIDE;
     for (int i = threadIdx.x; i < SIDE * SIDE; i += blockDim.x) l[i / SIDE][i % SIDE] = block[static_cast<i64>(i / SIDE) * n + i % SIDE];
@@ -90,6 +92,7 @@ KERNEL(256, cholesky_diagonal, (double* a, int n, int k, double* inverses, int* 
 
 // Blocks below the diagonal one: a ← a·L⁻ᵀ. Grid: the blocks below.
 KERNEL(256, cholesky_panel, (double* a, int n, int k, const double* inverses)) {
+    depend();
     double* block = a + static_cast<i64>(k + 1 + blockIdx.x) * SIDE * n + k * SIDE;
     double sums[4][4] = {};
     multiply<false>(sums, block, n, inverses + static_cast<i64>(k) * SIDE * SIDE, SIDE, SIDE);
@@ -98,6 +101,7 @@ KERNEL(256, cholesky_panel, (double* a, int n, int k, const double* inverses)) {
 
 // What is right of and below the panel: a ← a − P Pᵀ, lower blocks only. Grid: (blocks below, blocks below).
 KERNEL(256, cholesky_update, (double* a, int n, int k)) {
+    depend();
     if (blockIdx.x > blockIdx.y) return;
     const double* left = a + static_cast<i64>(k + 1 + blockIdx.y) * SIDE * n + k * SIDE;
     const double* right = a + static_cast<i64>(k + 1 + blockIdx.x) * SIDE * n + k * SIDE;
@@ -109,6 +113,7 @@ KERNEL(256, cholesky_update, (double* a, int n, int k)) {
 
 // Block row k of X = L⁻¹, from the rows above: X_kc = −L_kk⁻¹ Σ_j L_kj X_jc. Grid: (k + 1).
 KERNEL(256, triangular_inverse, (const double* l, const double* inverses, int n, int k, double* x)) {
+    depend();
     const int c = blockIdx.x;
     const double* inverse = inverses + static_cast<i64>(k) * SIDE * SIDE;
     double* block = x + static_cast<i64>(k) * SIDE * n + c * SIDE;
@@ -130,6 +135,7 @@ KERNEL(256, triangular_inverse, (const double* l, const double* inverses, int n,
 
 // Rows of U = P X P in f32, each divided by its diagonal element, which stays; zeros below the diagonal. Grid: (⌈size/256⌉, size).
 KERNEL(256, cholesky_factor, (const double* x, int size, int n, float* factor)) {
+    depend();
     const int col = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
     if (col >= size) return;
     const double* own = x + static_cast<i64>(size - 1 - row) * n;

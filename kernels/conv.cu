@@ -24,6 +24,7 @@ DEVICE float input(const float* tokens, int stride, const float* window, int cha
 }  // namespace
 
 KERNEL(128, conv, (const float* projected, int stride, int inner, const float* weight, const float* bias, int channels, int kernel, const int* sequences, const float* windows, float* out)) {
+    depend();
     const Sequence own = sequence(sequences, blockIdx.z);
     const int c = blockIdx.x * blockDim.x + threadIdx.x, length = own.end - own.begin, first = blockIdx.y * TOKENS;
     if (c >= channels || first >= length) return;
@@ -50,6 +51,7 @@ KERNEL(128, conv, (const float* projected, int stride, int inner, const float* w
 }
 
 KERNEL(128, conv_window, (const float* projected, int stride, int inner, int channels, int kernel, const int* sequences, float* windows)) {
+    depend();
     const Sequence own = sequence(sequences, blockIdx.y);
     const int c = blockIdx.x * blockDim.x + threadIdx.x, length = own.end - own.begin;
     if (c >= channels || own.to < 0) return;
@@ -64,6 +66,7 @@ KERNEL(128, conv_window, (const float* projected, int stride, int inner, int cha
 }
 
 KERNEL(128, conv_step, (const float* projected, int stride, int inner, const float* weight, const float* bias, int channels, int kernel, float* windows, float* out)) {
+    depend();
     const int c = blockIdx.x * blockDim.x + threadIdx.x, slot = blockIdx.y;
     if (c >= channels) return;
     float* window = windows + static_cast<i64>(slot) * (kernel - 1) * channels + c;

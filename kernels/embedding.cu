@@ -2,16 +2,19 @@
 #include "device.cuh"
 
 KERNEL(256, embed_f32, (const float* table, const int* ids, int cols, float* out)) {
+    depend();
     const float* row = table + static_cast<i64>(ids[blockIdx.x]) * cols;
     for (int c = threadIdx.x; c < cols; c += blockDim.x) out[static_cast<i64>(blockIdx.x) * cols + c] = row[c];
 }
 
 KERNEL(256, embed_bf16, (const bf16* table, const int* ids, int cols, float* out)) {
+    depend();
     const bf16* row = table + static_cast<i64>(ids[blockIdx.x]) * ld(cols);
     for (int c = threadIdx.x; c < cols; c += blockDim.x) out[static_cast<i64>(blockIdx.x) * cols + c] = widen(row[c]);
 }
 
 KERNEL(256, embed_int8, (const i8* table, const float* table_scales, const int* ids, int cols, float* out)) {
+    depend();
     const int id = ids[blockIdx.x];
     const i8* row = table + static_cast<i64>(id) * ld(cols);
     for (int c = threadIdx.x; c < cols; c += blockDim.x)
@@ -19,6 +22,7 @@ KERNEL(256, embed_int8, (const i8* table, const float* table_scales, const int* 
 }
 
 KERNEL(256, embed_int4, (const u8* table, const bf16* table_scales, int group, const int* ids, int cols, float* out)) {
+    depend();
     const int id = ids[blockIdx.x];
     const u8* row = table + static_cast<i64>(id) * (ld(cols) / 2);
     const bf16* scales = table_scales + static_cast<i64>(id) * (cols / group);

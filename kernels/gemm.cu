@@ -99,6 +99,7 @@ template <class Sum, class F> DEVICE void store_tile(const Sum (&sums)[4][4][4],
 }  // namespace
 
 KERNEL(256, gemm_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     int sums[4][4][4] = {};
     product_tile(shared, reinterpret_cast<const u8*>(w), reinterpret_cast<const u8*>(x), tokens, rows, ld(cols), sums);
@@ -108,6 +109,7 @@ KERNEL(256, gemm_w8a8, (const i8* w, const float* w_scales, const i8* x, const f
 }
 
 KERNEL(256, gemm_bf16, (const bf16* w, const bf16* x, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     float sums[4][4][4] = {};
     product_tile(shared, reinterpret_cast<const u8*>(w), reinterpret_cast<const u8*>(x), tokens, rows, ld(cols) * 2, sums);
@@ -180,6 +182,7 @@ template <int PARTS> DEVICE void int4_tile(u8* shared, const u8* w, const bf16* 
 }  // namespace
 
 KERNEL(256, gemm_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     float totals[4][4][4] = {};
     if (group == 128) int4_tile<1>(shared, w, w_scales, x, tokens, rows, cols, totals);
@@ -251,6 +254,7 @@ template <bool INT4> DEVICE void widening_tile(u8* shared, const u8* w, const bf
 }  // namespace
 
 KERNEL(256, gemm_w8a16, (const i8* w, const float* w_scales, const bf16* x, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     float sums[4][4][4] = {};
     widening_tile<false>(shared, reinterpret_cast<const u8*>(w), nullptr, 1, x, tokens, rows, cols, sums);
@@ -258,6 +262,7 @@ KERNEL(256, gemm_w8a16, (const i8* w, const float* w_scales, const bf16* x, int 
 }
 
 KERNEL(256, gemm_w4a16, (const u8* w, const bf16* w_scales, int group, const bf16* x, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     float sums[4][4][4] = {};
     widening_tile<true>(shared, w, w_scales, group, x, tokens, rows, cols, sums);
@@ -266,6 +271,7 @@ KERNEL(256, gemm_w4a16, (const u8* w, const bf16* w_scales, int group, const bf1
 
 // f32 without tensor cores: 64 tokens by 64 rows, each thread 4 by 4.
 KERNEL(256, gemm_f32, (const float* w, const float* x, int x_stride, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+    depend();
     constexpr int SIDE = 64, DEPTH = 16;
     SHARED_ROWS(float, inputs, DEPTH, SIDE + 4);
     SHARED_ROWS(float, weights, DEPTH, SIDE + 4);

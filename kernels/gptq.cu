@@ -55,6 +55,7 @@ DEVICE float search(const float* values, const double* importance, int count, in
 
 // One scale for whole rows (int8): `scales[row]`. A warp a row; grid (⌈rows/4⌉).
 KERNEL(128, gptq_row_scales, (const float* w, const double* importance, int rows, int cols, float low, float high, float* scales)) {
+    depend();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= rows) return;
     const float scale = search(w + static_cast<i64>(row) * cols, importance, cols, 0, low, high);
@@ -65,6 +66,7 @@ KERNEL(128, gptq_row_scales, (const float* w, const double* importance, int rows
 // `group` > 0: scales `[rows, cols / group]` are found here; 0: scales `[rows]` are given. Codes go to their own columns
 // `order[column]` of `codes` `[rows, cols]`; errors to `errors` `[rows, 128]`. `factor` null: rounding only. A warp a row.
 KERNEL(128, gptq_block, (const float* w, const float* factor, const double* importance, const int* order, int rows, int cols, int first, int width, int group, float low, float high, float* scales, i8* codes, float* errors)) {
+    depend();
     SHARED_ROWS(float, values, WARPS, WIDTH);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x * WARPS + warp;
     if (row >= rows) return;
@@ -103,6 +105,7 @@ KERNEL(128, gptq_block, (const float* w, const float* factor, const double* impo
 
 // w[:, first + width…] −= errors · factor[first…, :], the errors of a block one after another. Grid (⌈columns behind/64⌉, ⌈rows/64⌉).
 KERNEL(256, gptq_update, (float* w, const float* factor, const float* errors, int rows, int cols, int first, int width)) {
+    depend();
     constexpr int SIDE = 64, DEPTH = 32;
     SHARED_ROWS(float, left, DEPTH, SIDE + 1);
     SHARED_ROWS(float, right, DEPTH, SIDE);
@@ -138,6 +141,7 @@ KERNEL(256, gptq_update, (float* w, const float* factor, const float* errors, in
 
 // Columns into rounding order: out[row, j] = w[row, order[j]]. Grid (⌈cols/256⌉, rows).
 KERNEL(256, gptq_permute, (const float* w, const int* order, int cols, float* out)) {
+    depend();
     const int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col < cols) out[static_cast<i64>(blockIdx.y) * cols + col] = w[static_cast<i64>(blockIdx.y) * cols + order[col]];
 }

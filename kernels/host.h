@@ -88,6 +88,9 @@ struct Registration {
 
 }  // namespace strata
 
+// Launches run one after another here.
+inline void depend() {}
+
 #define KERNEL(threads, name, parameters)                                            \
     static void name parameters;                                                     \
     static const strata::Registration name##_registration(#name, threads, &name);   \

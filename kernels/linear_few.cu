@@ -47,6 +47,7 @@ DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
 }  // namespace
 
 KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
     constexpr int UNROLL = 4;
     SHARED(int, partial, WARPS * ROWS * TOKENS);
     const Tile tile = tile_of_block(tokens, tiles);
@@ -155,6 +156,7 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i
 }  // namespace
 
 KERNEL(256, few_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
     SHARED(float, products, 2 * 32 * ROWS * TOKENS);
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count == 0) return;
@@ -299,22 +301,26 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
 }  // namespace
 
 KERNEL(256, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count > 0) few_float<BF16>(w, nullptr, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
 }
 
 KERNEL(256, few_w8a16, (const i8* w, const float* w_scales, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count > 0) few_float<INT8>(w, w_scales, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
 }
 
 KERNEL(256, few_w4a16, (const u8* w, const bf16* w_scales, int group, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count > 0) few_float<INT4>(w, w_scales, group, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
 }
 
 // f32 weights, two rows a warp.
 KERNEL(256, few_f32, (const float* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
     const Tile tile = tile_of_block(tokens, tiles);
     const int lane = threadIdx.x % 32;
     for (int row = tile.row + threadIdx.x / 32; row < minimum(tile.row + ROWS, rows); row += WARPS) {

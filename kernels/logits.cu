@@ -57,6 +57,7 @@ DEVICE double log_sum(const float* row, int cols, float max) {
 }  // namespace
 
 KERNEL(256, log_probability, (const float* logits, int cols, const int* rows, const int* tokens, double* log_probability, int* is_top)) {
+    depend();
     const float* row = logits + static_cast<i64>(rows[blockIdx.x]) * cols;
     const int token = tokens[blockIdx.x];
     const Top top = largest(row, cols);
@@ -67,6 +68,7 @@ KERNEL(256, log_probability, (const float* logits, int cols, const int* rows, co
 }
 
 KERNEL(256, divergence, (const float* reference, const float* logits, int cols, double* kl, int* same_top)) {
+    depend();
     const float* p = reference + static_cast<i64>(blockIdx.x) * cols;
     const float* q = logits + static_cast<i64>(blockIdx.x) * cols;
     const Top p_top = largest(p, cols), q_top = largest(q, cols);
@@ -83,6 +85,7 @@ KERNEL(256, divergence, (const float* reference, const float* logits, int cols, 
 }
 
 KERNEL(256, argmax, (const float* logits, int cols, int* out)) {
+    depend();
     const Top top = largest(logits + static_cast<i64>(blockIdx.x) * cols, cols);
     if (threadIdx.x == 0) out[blockIdx.x] = top.index;
 }

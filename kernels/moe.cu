@@ -22,6 +22,7 @@ DEVICE int first_largest(const float* values, int count) {
 // One warp a token. Experts are chosen by sigmoid(logit) + correction among the best `top_groups` groups, a group's score being
 // the sum of its two best; weighted by sigmoid(logit), normalised if asked, times `scaling`; and put out in ascending order.
 KERNEL(32, route, (const float* logits, const float* correction, int tokens, int experts, int chosen, int groups, int top_groups, int normalize, float scaling, int* experts_out, float* weights_out, int* tiles, int* x_rows)) {
+    depend();
     DYNAMIC_SHARED(float, scores);
     float* choice = scores + experts;
     float* group_scores = choice + experts;
@@ -82,6 +83,7 @@ KERNEL(32, route, (const float* logits, const float* correction, int tokens, int
 }
 
 KERNEL(256, combine, (const float* x, const int* pairs, const float* weights, int chosen, int cols, float* out)) {
+    depend();
     const int c = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
     if (c >= cols) return;
     float sum = 0.0f;

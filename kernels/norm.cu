@@ -144,6 +144,7 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
 }  // namespace
 
 KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, EMIT_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(float, row);
     SHARED(float, partial, THREADS / 32);
     float sum = 0.0f;
@@ -163,6 +164,7 @@ KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols
 }
 
 KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_stride, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(float, row);
     SHARED(float, sums, MAX_GROUPS);
     SHARED(float, factors, MAX_GROUPS);
@@ -201,6 +203,7 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
 }
 
 KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
@@ -212,6 +215,7 @@ KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
 }
 
 KERNEL(1024, emit, (const float* x, int cols, EMIT_PARAMETERS)) {
+    depend();
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {

@@ -22,6 +22,7 @@ DEVICE int heads_of_block(int heads, int groups) {
 }  // namespace
 
 KERNEL(32, ssd_decay, (const float* projected, int stride, int dt_offset, const float* a, const float* dt_bias, float dt_min, float dt_max, int heads, const int* chunks, float* dt, float* decay)) {
+    depend();
     const int head = blockIdx.x * blockDim.x + threadIdx.x;
     if (head >= heads) return;
     float sum = 0.0f;
@@ -36,6 +37,7 @@ KERNEL(32, ssd_decay, (const float* projected, int stride, int dt_offset, const 
 
 // states[chunk, head] = Σ_t exp(D_end − D_t)·dt_t·x_t ⊗ B_t: warp w has the channels from 16 w on, of 64 at a time.
 KERNEL(128, ssd_state, (const float* xbc, const float* dt, const float* decay, const int* chunks, int heads, int head_dim, int groups, int state_size, float* states)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     auto& inputs = *reinterpret_cast<Halves<64, CHUNK>*>(shared);                       // [channel][token]
     auto& b = *reinterpret_cast<Halves<SLAB, CHUNK>*>(shared + sizeof(Halves<64, CHUNK>));  // [state][token]
@@ -101,6 +103,7 @@ KERNEL(128, ssd_state, (const float* xbc, const float* dt, const float* decay, c
 }
 
 KERNEL(256, ssd_pass, (float* states, const float* decay, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int state_size, float* cache)) {
+    depend();
     const int at = blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y, size = head_dim * state_size;
     if (at >= size) return;
     const int* own = sequence_chunks + 4 * blockIdx.z;
@@ -127,6 +130,7 @@ KERNEL(256, ssd_pass, (float* states, const float* decay, const int* chunks, con
 // Warp w has the tokens from 16 w on. `products` stay in registers for all heads of the block; with a head's decays they are the
 // left side of the product with x as they lie.
 KERNEL(128, ssd_output, (const float* xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
+    depend();
     DYNAMIC_SHARED(u8, shared);
     auto& c = *reinterpret_cast<Halves<CHUNK, SLAB>*>(shared);                             // [token][state]
     auto& right = *reinterpret_cast<Halves<CHUNK, SLAB>*>(shared + sizeof(Halves<CHUNK, SLAB>));  // B [token][state], then S [channel][state]

@@ -116,7 +116,7 @@ DEVICE void step(const float* xbc, const float* projected, int stride, const flo
 
 #define STEP(name, State)                                                                                                                       \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
-                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) {       \
+                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { depend();       \
         if (state_size <= 128) step<State, 1>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y); \
         else step<State, 2>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y); \
     }
@@ -127,7 +127,7 @@ STEP(ssm_step_i8, i8)
 
 // States between f32, in which the scan over a sequence leaves them, and what stores them. A block a row of `size`.
 #define CONVERT(name, State)                                                                                                                    \
-    KERNEL(64, state_to_##name, (const float* from, int size, State* to, float* scales)) {                                                      \
+    KERNEL(64, state_to_##name, (const float* from, int size, State* to, float* scales)) { depend();                                                      \
         SHARED(float, largest, 2);                                                                                                              \
         const i64 row = blockIdx.x;                                                                                                             \
         const int n = threadIdx.x * 4;                                                                                                          \
@@ -140,7 +140,7 @@ STEP(ssm_step_i8, i8)
         if (n < size) write(to + row * size + n, x, scale);                                                                                     \
         if (scaled<State> && threadIdx.x == 0) scales[row] = scale;                                                                             \
     }                                                                                                                                           \
-    KERNEL(64, state_from_##name, (const State* from, const float* scales, int size, float* to)) {                                              \
+    KERNEL(64, state_from_##name, (const State* from, const float* scales, int size, float* to)) { depend();                                              \
         const i64 row = blockIdx.x;                                                                                                             \
         const int n = threadIdx.x * 4;                                                                                                          \
         if (n < size) write(to + row * size + n, read(from + row * size + n, scaled<State> ? scales[row] : 1.0f), 1.0f);                        \

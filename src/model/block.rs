@@ -266,6 +266,11 @@ impl<B: Backend> Block<B> {
         }
     }
 
+    /// Whether a decoding step through it can be recorded: the experts of a mixture are launched as the router chose.
+    pub fn is_recordable(&self) -> bool {
+        !matches!(self.mixer, Mixer::Moe(_))
+    }
+
     /// Bytes that the block's linears take on the device.
     pub fn resident_bytes(&self, backend: &B) -> u64 {
         let bytes = |linear| backend.resident_bytes(linear);

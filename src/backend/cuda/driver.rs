@@ -32,6 +32,8 @@ pub struct Gpu {
     name: String,
     arch: u32,
     multiprocessors: usize,
+    /// Whether launches may overlap: from sm_90 on, and in recordings from CUDA 12.3 on.
+    overlaps: bool,
     context: sys::CUcontext,
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
@@ -228,6 +230,7 @@ impl Gpu {
             name,
             arch,
             multiprocessors,
+            overlaps: arch >= 90 && Libraries::get().driver.as_ref().is_ok_and(|driver| driver.version >= 12030),
             context,
             stream,
             modules,
@@ -415,9 +418,26 @@ impl Device for Gpu {
     unsafe fn launch(&self, kernel: &str, grid: Grid, arguments: &mut [*mut c_void]) -> Result<()> {
         self.enter()?;
         let function = self.function(kernel, grid.shared)?;
-        let triple = |values: [u32; 3]| (values[0], values[1], values[2]);
-        // SAFETY: the caller's promise.
-        unsafe { result::launch_kernel(function, triple(grid.blocks), triple(grid.threads), grid.shared, self.stream, arguments) }
+        // The launch may get ready while the one before still runs; every kernel begins by waiting for it.
+        let mut overlapped = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks[0],
+            gridDimY: grid.blocks[1],
+            gridDimZ: grid.blocks[2],
+            blockDimX: grid.threads[0],
+            blockDimY: grid.threads[1],
+            blockDimZ: grid.threads[2],
+            sharedMemBytes: grid.shared,
+            hStream: self.stream,
+            attrs: &raw mut overlapped,
+            numAttrs: u32::from(self.overlaps),
+        };
+        // SAFETY: the caller's promise; the configuration lives until the call returns.
+        unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut()).result() }
             .map_err(|error| failed(&format!("launching `{kernel}` on {grid:?}"), error))
     }
 

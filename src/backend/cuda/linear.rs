@@ -11,6 +11,8 @@ use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart};
 
 /// Tokens that matrix-vector kernels take; more go through matrix products.
 const FEW: usize = 16;
+/// The same for bf16 weights: their matrix-vector kernel multiplies f32 activations, at three times the arithmetic.
+const FEW_BF16: usize = 4;
 
 /// Linears of fewer outputs always take the matrix-vector kernels, which read f32 activations exactly: routers choose
 /// experts by small differences, and so little work gains nothing from a matrix product.
@@ -189,7 +191,8 @@ impl Cuda {
         let mut offset = 0;
         for part in &linear.parts {
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
-            if x.tokens <= FEW || part.rows < NARROW {
+            let few = if matches!(part.weights, Weights::Bf16(_)) { FEW_BF16 } else { FEW };
+            if x.tokens <= few || part.rows < NARROW {
                 self.few(part, linear, x, &place)?
             } else {
                 self.many(part, linear, x, &place)?
