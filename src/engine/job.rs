@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Event, JobId};
+use super::{Event, JobId, ObserveJob, PlaygroundJob, observe, playground};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
@@ -24,6 +24,10 @@ pub enum Job {
     Generate(Box<GenerateJob>),
     /// Write logits and residual streams.
     Trace(Box<TraceJob>),
+    /// Observe the inputs of every linear; an `Observed` event a block.
+    Observe(Box<ObserveJob>),
+    /// Continue a prompt with two models; a `Spoken` event a token.
+    Playground(Box<PlaygroundJob>),
 }
 
 /// Continue a prompt.
@@ -75,6 +79,8 @@ impl Job {
             }
             Self::Generate(job) => format!("generate with {}", job.model),
             Self::Trace(job) => format!("trace {}", job.model),
+            Self::Observe(job) => format!("observe {}", job.model),
+            Self::Playground(_) => "playground".into(),
         }
     }
 }
@@ -96,6 +102,8 @@ pub(super) fn run<B: Backend + Clone>(
             evaluate(|| backend.clone(), &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
         Job::Generate(job) => generate(backend, id, &job, &monitor, send),
+        Job::Observe(job) => observe::observe(id, backend, &job, &monitor, send),
+        Job::Playground(job) => playground::play(id, || backend.clone(), &job, &monitor, send),
         Job::Trace(job) => {
             trace::trace(backend, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }

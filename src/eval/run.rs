@@ -218,6 +218,7 @@ impl<B: Backend> Evaluation<'_, B> {
         (speed, speed_points): (Option<Speed>, Vec<SpeedPoint>),
     ) -> Result<ModelResult> {
         let checkpoint = self.checkpoint;
+        let formats = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();
         let perplexities = Perplexity::of(&reading.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
         Ok(ModelResult {
@@ -235,7 +236,9 @@ impl<B: Backend> Evaluation<'_, B> {
             blocks: checkpoint.variant.as_ref().map_or_else(Vec::new, |variant| variant.blocks.iter().map(BlockError::of).collect()),
             speed,
             speed_points,
-            caches: memory::CONTEXTS.map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, context)).to_vec(),
+            caches: memory::CONTEXTS
+                .map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, formats, context))
+                .to_vec(),
             memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.reader.resident_bytes() },
             provenance: Evidence {
                 tool: TOOL.into(),

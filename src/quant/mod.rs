@@ -12,6 +12,7 @@ mod sample;
 mod transform;
 mod weights;
 
+pub use gptq::round_clipped;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::work_directory;
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
