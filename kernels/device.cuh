@@ -21,14 +21,17 @@ typedef unsigned int u32;
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
-// First in every kernel: the launch behind may get ready now, and everything before this one is done and seen. What waits
-// for less than its predecessor must not exist: each kernel waits for all.
+// First in every kernel, in front of it at most `prefetch`: the launch behind may get ready now, and everything before this one
+// is done and seen. What waits for less than its predecessor must not exist: each kernel waits for all.
 DEVICE void depend() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// Brings the line at this address into the second-level cache. What no launch writes, weights, may be asked for before `depend`.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }

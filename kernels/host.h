@@ -90,6 +90,7 @@ struct Registration {
 
 // Launches run one after another here.
 inline void depend() {}
+inline void prefetch(const void*) {}
 
 #define KERNEL(threads, name, parameters)                                            \
     static void name parameters;                                                     \

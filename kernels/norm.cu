@@ -34,6 +34,11 @@ DEVICE int block_max(int x, int* partial) {
     return largest;
 }
 
+// Asks for a norm's weight while the launch in front still runs.
+DEVICE void prefetch_weight(const float* weight, int cols) {
+    for (int c = threadIdx.x * 32; c < cols; c += blockDim.x * 32) prefetch(weight + c);
+}
+
 DEVICE bool aligned(const void* a) { return reinterpret_cast<u64>(a) % 16 == 0; }
 
 // Calls `use(c, value)` for every c below `cols` that is this thread's, with the value at from[c]. A warp's values of one vector
@@ -144,6 +149,7 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
 }  // namespace
 
 KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, EMIT_PARAMETERS)) {
+    prefetch_weight(weight, cols);
     depend();
     DYNAMIC_SHARED(float, row);
     SHARED(float, partial, THREADS / 32);
@@ -164,6 +170,7 @@ KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols
 }
 
 KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_stride, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
+    prefetch_weight(weight, cols);
     depend();
     DYNAMIC_SHARED(float, row);
     SHARED(float, sums, MAX_GROUPS);
