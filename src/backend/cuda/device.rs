@@ -396,6 +396,7 @@ impl Argument for Option<&Buffer> {
 
 impl Arguments {
     #[must_use]
+    #[allow(clippy::needless_pass_by_value, reason = "arguments are references and numbers")]
     pub fn with(mut self, argument: impl Argument) -> Self {
         self.values.push(argument.bits());
         self

@@ -122,7 +122,7 @@ fn hash<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text.as_bytes());
     }
-    hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect()
+    super::nvrtc::short_hash(hash)
 }
 
 /// Builds `kernels` into the user's cache, unit by unit what is not there yet, and returns the library's path.

@@ -193,9 +193,9 @@ impl Cuda {
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
             let few = if matches!(part.weights, Weights::Bf16(_)) { FEW_BF16 } else { FEW };
             if x.tokens <= few || part.rows < NARROW {
-                self.few(part, linear, x, &place)?
+                self.few(part, linear, x, &place)?;
             } else {
-                self.many(part, linear, x, &place)?
+                self.many(part, linear, x, &place)?;
             }
             offset += part.rows;
         }

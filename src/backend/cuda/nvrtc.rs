@@ -124,9 +124,8 @@ impl Nvrtc {
         let mut count = 0;
         // SAFETY: the caller's promise; the buffer has the size that was asked for.
         unsafe {
-            let mut out = Vec::new();
             if size(program, &raw mut count) == 0 {
-                out.resize(count, 0);
+                let mut out = vec![0; count];
                 if bytes(program, out.as_mut_ptr().cast()) == 0 {
                     return Ok(out);
                 }
@@ -143,7 +142,7 @@ impl Nvrtc {
             hash.update([0]);
         }
         hash.update(format!("{:?} nvrtc {}", options(arch), self.version));
-        let hash: String = hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect();
+        let hash = short_hash(hash);
         let path = cache.join(format!("{}-sm_{arch}-{hash}.cubin", source.name.trim_end_matches(".cu")));
         if let Ok(bytes) = std::fs::read(&path) {
             return Ok(bytes);
@@ -195,6 +194,12 @@ fn parse_resources(log: &str) -> Vec<KernelResources> {
 /// CPU's bits.
 pub fn options(arch: u32) -> Vec<String> {
     vec![format!("--gpu-architecture=sm_{arch}"), "--std=c++17".into(), "--fmad=false".into(), "-default-device".into()]
+}
+
+/// The first 64 bits of a hash, for the names of cached files.
+pub(super) fn short_hash(hash: Sha256) -> String {
+    let first = hash.finalize().first_chunk::<8>().copied().unwrap_or_default();
+    format!("{:016x}", u64::from_be_bytes(first))
 }
 
 /// The folder of compiled kernels in the user's cache.

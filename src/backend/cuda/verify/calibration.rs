@@ -173,7 +173,7 @@ fn gptq(lab: &Lab, rows: usize, cols: usize, group: usize, compensate: bool) -> 
     let order: Vec<i32> = (0..cols).map(|j| (j ^ 1) as i32).collect();
     let (input, columns, weights) = (lab.put(&w)?, lab.put(&order)?, lab.put(&importance)?);
     let (work, shares) = (lab.poisoned::<f32>(rows * cols)?, lab.put(&share)?);
-    let groups = if group > 0 { cols / group } else { 1 };
+    let groups = cols.checked_div(group).unwrap_or(1);
     let (scales, codes, errors) = (lab.poisoned::<f32>(rows * groups)?, lab.poisoned::<i8>(rows * cols)?, lab.poisoned::<f32>(rows * 128)?);
     let arguments = Arguments::default().with(&input).with(&columns).with(cols).with(&work);
     lab.launch("gptq_permute", [cols.div_ceil(256), rows, 1], 256, 0, arguments)?;

@@ -160,7 +160,7 @@ impl Prepared {
     }
 
     fn arguments(&self) -> Arguments {
-        let arguments = self.buffers.iter().fold(Arguments::default(), |arguments, buffer| arguments.with(buffer));
+        let arguments = self.buffers.iter().fold(Arguments::default(), Arguments::with);
         match self.group {
             Some(group) => arguments.with(group),
             None => arguments,
@@ -197,7 +197,7 @@ impl Input {
     }
 
     fn arguments(&self, arguments: Arguments) -> Arguments {
-        let arguments = self.buffers.iter().fold(arguments, |arguments, buffer| arguments.with(buffer));
+        let arguments = self.buffers.iter().fold(arguments, Arguments::with);
         match self.stride {
             Some(stride) => arguments.with(stride),
             None => arguments,

@@ -24,13 +24,16 @@ pub const BF16_WEIGHTS: f64 = 4e-3;
 /// Results that are stored in f16, bf16 or int8 may fall on the other side of a rounding.
 pub const STORED: f64 = 1e-2;
 
+/// Runs a check; returns its error.
+type Run = Box<dyn Fn(&Lab) -> Result<f64> + Send + Sync>;
+
 /// One kernel on one shape.
 pub struct Check {
     pub kernel: &'static str,
     pub shape: String,
     /// Largest error that passes, as a share of the largest reference value.
     pub tolerance: f64,
-    run: Box<dyn Fn(&Lab) -> Result<f64> + Send + Sync>,
+    run: Run,
 }
 
 impl Check {

@@ -140,7 +140,9 @@ fn transform(row: &mut [f32], block: usize) {
             half *= 2;
         }
         let scale = 1.0 / (block.len() as f32).sqrt();
-        block.iter_mut().for_each(|x| *x *= scale);
+        for x in block.iter_mut() {
+            *x *= scale;
+        }
     }
 }
 
@@ -200,7 +202,7 @@ fn finish_norm(out: &Emitted, mut expected: Vec<f64>, tokens: usize, cols: usize
         for block in expected.chunks_exact_mut(hadamard) {
             let before = block.to_vec();
             for (i, x) in block.iter_mut().enumerate() {
-                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 *x = before.iter().enumerate().map(|(j, x)| sign(j) * x).sum::<f64>() / (hadamard as f64).sqrt();
             }
         }
