@@ -121,7 +121,7 @@ impl Typist {
 /// Runs the loop on `session` while `script` types, with `folder` as the user's; returns the state at the end.
 pub fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) -> State {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2) }).unwrap();
+    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2), ..EngineOptions::default() }).unwrap();
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
     let places = Places { data: folder.join("data"), state: folder.join("state") };
     state.queue.store = places.variants();
