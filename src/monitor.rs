@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+use crate::format::Format;
 
 /// One report of a running job. Counters are absolute, so a lost report costs nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +18,8 @@ pub enum Report {
     Step { done: usize, note: String },
     /// A block was quantized: relative output error and the bytes its linears now take.
     Block { index: usize, error: f64, bytes: u64 },
+    /// A unit's loss was measured: the model's divergence, in nats a token, with only this unit of block `index` quantized.
+    Measured { index: usize, unit: String, format: Format, kld: f64 },
     /// A line for the log.
     Log(String),
     /// A line for the log that the user should not miss.
@@ -70,6 +73,11 @@ impl<'a> Monitor<'a> {
     /// Reports a quantized block.
     pub fn block(&self, index: usize, error: f64, bytes: u64) {
         (self.sink)(Report::Block { index, error, bytes });
+    }
+
+    /// Reports a measured loss.
+    pub fn measured(&self, index: usize, unit: &str, format: Format, kld: f64) {
+        (self.sink)(Report::Measured { index, unit: unit.into(), format, kld });
     }
 
     /// Writes a log line.

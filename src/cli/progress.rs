@@ -66,7 +66,7 @@ impl Follow {
             }
             Report::Log(line) => self.say(line),
             Report::Warning(line) => self.say(&format!("warning: {line}")),
-            Report::Block { .. } => {}
+            Report::Block { .. } | Report::Measured { .. } => {}
         }
     }
 

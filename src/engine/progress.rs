@@ -44,7 +44,7 @@ impl Progress {
                 self.note.clone_from(note);
                 self.resident_bytes = memory::resident_bytes().unwrap_or(0);
             }
-            Report::Block { .. } | Report::Log(_) | Report::Warning(_) => {}
+            Report::Block { .. } | Report::Measured { .. } | Report::Log(_) | Report::Warning(_) => {}
         }
     }
 
