@@ -36,7 +36,7 @@ impl Sensitivity {
 pub struct FormatFit {
     pub format: Format,
     pub bytes: u64,
-    /// Input groups that the block's int4 linears take; empty for other formats.
+    /// Input groups that the block's linears take below 8 bits; empty for other formats.
     pub groups: Vec<usize>,
     /// Linears whose width no group divides: they take int8 instead.
     pub fallbacks: Vec<String>,
@@ -169,17 +169,17 @@ fn suggest(layout: &Layout) -> Plan {
         BlockKind::Ssm if sensitivity(layout, block.index) < Sensitivity::High => Format::W4A8,
         _ => Format::W8A8,
     };
-    Plan { embedding: Format::W8A16, head: Format::W8A8, blocks: layout.blocks.iter().map(format).collect() }
+    Plan { embedding: Format::W8A16, head: Format::W8A8, blocks: layout.blocks.iter().map(format).collect(), ..Plan::unquantized(0) }
 }
 
 fn fit(block: &BlockSpec, format: Format, float_bytes: usize) -> FormatFit {
-    let falls_back = |linear: &&LinearSpec| format.weight_bits() == 4 && Scheme::for_width(4, linear.cols) == Scheme::Int8;
+    let falls_back = |linear: &&LinearSpec| format.weight_bits() < 8 && Scheme::for_width(format, 2, linear.cols) == Scheme::Int8;
     let mut groups: Vec<usize> = block
         .linears
         .iter()
         .flat_map(|linear| linear.schemes(format))
         .filter_map(|scheme| match scheme {
-            Scheme::Int4 { group } => Some(group),
+            Scheme::Grouped { group, .. } => Some(group),
             _ => None,
         })
         .collect();

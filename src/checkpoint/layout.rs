@@ -3,7 +3,7 @@
 //! Names here are canonical: without the `backbone.` or `model.` in front.
 
 use super::config::Config;
-use crate::format::{BlockKind, Format, Plan, Scheme, Transform};
+use crate::format::{BlockKind, Format, NamePattern, Plan, Scheme, Transform};
 
 /// Rows of a linear that have a meaning, and may have a format, of their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,20 +55,25 @@ impl LinearSpec {
         self.online.filter(|(transform, _)| transforms.contains(transform)).map(|(_, block)| block)
     }
 
-    /// The scheme of each slice when the linear's block has `format`.
+    /// The scheme of each slice when the whole linear has `format`.
     pub fn schemes(&self, format: Format) -> Vec<Scheme> {
-        self.slices
-            .iter()
-            .map(|slice| {
-                let bits = if format.weight_bits() < slice.min_bits { slice.min_bits } else { format.weight_bits() };
-                Scheme::for_width(bits, self.cols)
-            })
-            .collect()
+        self.slices.iter().map(|slice| Scheme::for_width(format, slice.min_bits, self.cols)).collect()
+    }
+
+    /// The scheme of each slice under `plan`; `block` is the index of the linear's block.
+    pub fn planned_schemes(&self, plan: &Plan, block: usize) -> Vec<Scheme> {
+        let scheme = |slice: &SliceSpec| Scheme::for_width(plan.slice(block, &self.stem, slice.name), slice.min_bits, self.cols);
+        self.slices.iter().map(scheme).collect()
+    }
+
+    /// Bytes stored in `schemes`, one a slice; scales included, bias not.
+    fn bytes_in(&self, schemes: &[Scheme], float_bytes: usize) -> u64 {
+        self.slices.iter().zip(schemes).map(|(slice, scheme)| scheme.stored_bytes(slice.rows, self.cols, float_bytes)).sum()
     }
 
     /// Bytes stored under `format`, scales included, bias not.
     pub fn stored_bytes(&self, format: Format, float_bytes: usize) -> u64 {
-        self.slices.iter().zip(self.schemes(format)).map(|(slice, scheme)| scheme.stored_bytes(slice.rows, self.cols, float_bytes)).sum()
+        self.bytes_in(&self.schemes(format), float_bytes)
     }
 
     /// Weights, bias not counted.
@@ -122,6 +127,11 @@ impl BlockSpec {
         self.linears.iter().map(|linear| linear.stored_bytes(format, float_bytes)).sum()
     }
 
+    /// Bytes its linears store under `plan`.
+    pub fn planned_bytes(&self, plan: &Plan, float_bytes: usize) -> u64 {
+        self.linears.iter().map(|linear| linear.bytes_in(&linear.planned_schemes(plan, self.index), float_bytes)).sum()
+    }
+
     /// The linear with this name inside the mixer.
     pub fn linear(&self, name: &str) -> Option<&LinearSpec> {
         self.linears.iter().find(|linear| linear.name == name)
@@ -164,6 +174,17 @@ impl Layout {
         }
     }
 
+    /// Canonical names that `pattern` matches, of linears and of slices of linears, each with the index of its block.
+    pub fn named(&self, pattern: &NamePattern) -> Vec<(String, usize)> {
+        let slices = |linear: &LinearSpec| {
+            let named = linear.slices.iter().filter(|slice| !slice.name.is_empty());
+            named.map(|slice| format!("{}.{}", linear.stem, slice.name)).collect::<Vec<_>>()
+        };
+        let names = |linear: &LinearSpec| std::iter::once(linear.stem.clone()).chain(slices(linear)).collect::<Vec<_>>();
+        let of_block = |block: &BlockSpec| block.linears.iter().flat_map(names).map(|name| (name, block.index)).collect::<Vec<_>>();
+        self.blocks.iter().flat_map(of_block).filter(|(name, _)| pattern.matches(name)).collect()
+    }
+
     /// Kinds of the blocks in order.
     pub fn kinds(&self) -> Vec<BlockKind> {
         self.blocks.iter().map(|block| block.kind).collect()
@@ -177,7 +198,7 @@ impl Layout {
 
     /// Bytes that the linears of the blocks store under `plan` (scales included).
     pub fn linear_bytes(&self, plan: &Plan) -> u64 {
-        self.blocks.iter().zip(&plan.blocks).map(|(block, format)| block.linear_bytes(*format, self.float_bytes)).sum()
+        self.blocks.iter().map(|block| block.planned_bytes(plan, self.float_bytes)).sum()
     }
 
     /// Bytes of the whole model under `plan`: linears, embedding, head and what stays in float.
@@ -289,7 +310,10 @@ mod tests {
         let layout = Layout::new(&config);
         assert_eq!(layout.parameters(), 8_100_852_736);
         let base = layout.total_bytes(&Plan::unquantized(52));
-        let ratio = |embedding, head, block| layout.total_bytes(&Plan { embedding, head, blocks: vec![block; 52] }) as f64 / base as f64;
+        let ratio = |embedding, head, block| {
+            let plan = Plan { embedding, head, blocks: vec![block; 52], ..Plan::unquantized(0) };
+            layout.total_bytes(&plan) as f64 / base as f64
+        };
         assert!(ratio(Format::W8A16, Format::W8A8, Format::W8A8) <= 0.505);
         assert!(ratio(Format::W4A16, Format::W4A8, Format::W4A8) <= 0.265);
     }

@@ -16,7 +16,7 @@ pub use layout::{BlockSpec, Layout, LinearSpec, SliceSpec, TensorSpec};
 pub use safetensors::Dtype;
 pub use shards::{INDEX_FILE, RawTensor, SINGLE_FILE, Shards, sha256_hex};
 pub use variant::{
-    BlockRecord, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL, VARIANT_SCHEMA, VariantManifest, linear_tensors,
+    BlockRecord, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors,
     quantization_config,
 };
 
@@ -174,7 +174,7 @@ impl Checkpoint {
     /// (a block's index, or `None` for the head).
     pub fn linear(&self, linear: &LinearSpec, block: Option<usize>) -> Result<LinearWeights> {
         let bias = if linear.bias { Some(self.read(&format!("{}.bias", linear.stem))?) } else { None };
-        let format = self.variant.as_ref().map(|variant| block.map_or(variant.plan.head, |index| variant.plan.blocks[index]));
+        let format = self.variant.as_ref().map(|variant| block.map_or(variant.plan.head, |index| variant.plan.linear(index, &linear.stem)));
         let mut weights = LinearWeights {
             cols: linear.cols,
             parts: Vec::new(),
@@ -224,12 +224,14 @@ impl Checkpoint {
     fn stored_parts(&self, stem: &str, rows: usize, cols: usize) -> Option<Result<StoredPart>> {
         let part = |scheme| StoredPart { stem: stem.to_owned(), scheme, rows, cols };
         let packed = format!("{stem}.weight_packed");
-        if self.find(&packed).is_some() {
-            return Some(self.expect(&packed, &[rows, cols.div_ceil(8)]).and_then(|_| {
+        if let Some(tensor) = self.find(&packed) {
+            // Groups divide the width by 32, so that rows end with a word and the width in words tells the bits.
+            let bits = tensor.shape.last().map_or(0, |words| 32 * words / cols).clamp(2, 4) as u8;
+            return Some(self.expect(&packed, &[rows, packing::words_in_row(cols, bits)]).and_then(|_| {
                 let scale = self.find(&format!("{stem}.weight_scale")).map(|tensor| tensor.shape.to_vec()).unwrap_or_default();
                 match (scale.as_slice(), cols) {
                     ([scale_rows, groups], cols) if *scale_rows == rows && *groups > 0 && cols.is_multiple_of(*groups) => {
-                        Ok(part(Scheme::Int4 { group: cols / groups }))
+                        Ok(part(Scheme::Grouped { bits, group: cols / groups }))
                     }
                     _ => Err(Error::input(format!("{}: `{stem}.weight_scale` has shape {scale:?}, expected [{rows}, groups]", self.name))),
                 }
@@ -351,9 +353,9 @@ impl StoredPart {
         let codes = match scheme {
             Scheme::Float => return Ok(WeightPart::Float(checkpoint.read(&format!("{}.weight", self.stem))?)),
             Scheme::Int8 => tensor("weight")?.bytes.iter().map(|byte| byte.cast_signed()).collect(),
-            Scheme::Int4 { .. } => {
+            Scheme::Grouped { bits, .. } => {
                 let words: Vec<u32> = tensor("weight_packed")?.bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-                packing::unpack_int4(&words, cols)
+                packing::unpack(&words, cols, bits)
             }
         };
         Ok(WeightPart::Quantized(QuantizedMatrix { scheme, rows, cols, codes, scales: scales()? }))

@@ -18,7 +18,7 @@ pub const STRATA_FILE: &str = "strata.toml";
 pub const VARIANT_SCHEMA: &str = "strata.variant/1";
 /// What made a variant. The revision counts changes of what the quantizer writes, so that variants of an older
 /// one are not taken for today's.
-pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 2");
+pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 3");
 
 /// Who can read a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,17 +119,31 @@ pub type OwnedTensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
 /// The tensors that store the quantized parts of a linear; `stem` is the stored name without suffix. One part is
 /// stored under the linear's own name, several under the names of `slices`, which must be as many.
-/// Float parts are left out: they are copied from the source as they are.
-pub fn linear_tensors(stem: &str, linear: &LinearSpec, weights: &[WeightPart]) -> Vec<OwnedTensor> {
+/// A linear that is float as a whole is left out: its tensor is the source's. Float slices take `float_bytes` an element.
+pub fn linear_tensors(stem: &str, linear: &LinearSpec, weights: &[WeightPart], float_bytes: usize) -> Vec<OwnedTensor> {
     let whole = weights.len() == 1;
     let mut tensors = Vec::new();
     for (part, slice) in weights.iter().zip(&linear.slices) {
-        if let WeightPart::Quantized(matrix) = part {
-            let stem = if whole { stem.to_owned() } else { format!("{stem}.{}", slice.name) };
-            matrix_tensors(&stem, matrix, &mut tensors);
+        let stem = if whole { stem.to_owned() } else { format!("{stem}.{}", slice.name) };
+        match part {
+            WeightPart::Quantized(matrix) => matrix_tensors(&stem, matrix, &mut tensors),
+            WeightPart::Float(_) if whole => {}
+            WeightPart::Float(values) => {
+                let (dtype, bytes) = float_tensor(values, float_bytes);
+                tensors.push((format!("{stem}.weight"), dtype, vec![slice.rows, linear.cols], bytes));
+            }
         }
     }
     tensors
+}
+
+/// Float weights that are no longer a tensor of the source: bf16 where it has 2 bytes an element, else f32.
+pub fn float_tensor(values: &[f32], float_bytes: usize) -> (Dtype, Vec<u8>) {
+    if float_bytes == 2 {
+        (Dtype::BF16, values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
+    } else {
+        (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
 }
 
 fn matrix_tensors(stem: &str, matrix: &QuantizedMatrix, tensors: &mut Vec<OwnedTensor>) {
@@ -142,11 +156,11 @@ fn matrix_tensors(stem: &str, matrix: &QuantizedMatrix, tensors: &mut Vec<OwnedT
             tensors.push((format!("{stem}.weight"), Dtype::I8, vec![rows, cols], codes));
             tensors.push((format!("{stem}.weight_scale"), Dtype::F32, vec![rows, 1], scales));
         }
-        Scheme::Int4 { group } => {
-            let words = packing::pack_int4(&matrix.codes, cols).iter().flat_map(|word| word.to_le_bytes()).collect();
+        Scheme::Grouped { bits, group } => {
+            let words = packing::pack(&matrix.codes, cols, bits).iter().flat_map(|word| word.to_le_bytes()).collect();
             let scales = matrix.scales.iter().flat_map(|scale| bf16::from_f32(*scale).to_le_bytes()).collect();
             let shape: Vec<u8> = [rows as i64, cols as i64].iter().flat_map(|n| n.to_le_bytes()).collect();
-            tensors.push((format!("{stem}.weight_packed"), Dtype::I32, vec![rows, cols.div_ceil(8)], words));
+            tensors.push((format!("{stem}.weight_packed"), Dtype::I32, vec![rows, packing::words_in_row(cols, bits)], words));
             tensors.push((format!("{stem}.weight_scale"), Dtype::BF16, vec![rows, cols / group], scales));
             tensors.push((format!("{stem}.weight_shape"), Dtype::I64, vec![2], shape));
         }
@@ -161,22 +175,23 @@ pub fn quantization_config(storage: StorageLayout, layout: &Layout, plan: &Plan,
     }
     let mut groups: BTreeMap<(String, bool), (Value, Vec<String>)> = BTreeMap::new();
     let mut ignore = Vec::new();
-    let blocks = layout.blocks.iter().zip(&plan.blocks).flat_map(|(block, format)| block.linears.iter().map(|linear| (linear, *format)));
-    for (linear, format) in blocks.chain([(&layout.head, plan.head)]) {
+    let blocks = layout.blocks.iter().flat_map(|block| {
+        block.linears.iter().map(|linear| (linear, linear.planned_schemes(plan, block.index)[0], plan.linear(block.index, &linear.stem)))
+    });
+    for (linear, scheme, format) in blocks.chain([(&layout.head, layout.head.schemes(plan.head)[0], plan.head)]) {
         let target = stored_name(&linear.stem);
-        let scheme = linear.schemes(format)[0];
         let weights = match scheme {
             Scheme::Float => {
                 ignore.push(target);
                 continue;
             }
             Scheme::Int8 => json!({ "num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false }),
-            Scheme::Int4 { group } => {
-                json!({ "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": group, "dynamic": false })
+            Scheme::Grouped { bits, group } => {
+                json!({ "num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": group, "dynamic": false })
             }
         };
         let activations = format.quantizes_activations();
-        let pack = matches!(scheme, Scheme::Int4 { .. });
+        let pack = matches!(scheme, Scheme::Grouped { .. });
         let config = json!({
             "weights": weights,
             "input_activations": activations

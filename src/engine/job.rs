@@ -9,7 +9,7 @@ use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
-use crate::format::{Format, Plan};
+use crate::format::{BlockKind, Format, Plan};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
@@ -130,6 +130,20 @@ fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Even
     Ok(())
 }
 
+/// Refuses what compressed-tensors cannot hold and no wider format can stand in for.
+fn check_portable(plan: &Plan) -> Result<()> {
+    if let Some(slice) = plan.linears.keys().find(|name| name.contains(".in_proj.")) {
+        return Err(Error::input(format!("`{slice}` has a format of its own, and a portable variant has one a module"))
+            .hint("give the whole in_proj the wider format, or leave --portable out"));
+    }
+    let bits = |format: &Format| format.weight_bits() == 3;
+    if plan.blocks.iter().chain(plan.linears.values()).chain([&plan.head]).any(bits) {
+        return Err(Error::input("compressed-tensors packs 3-bit weights in another way, so they cannot be portable")
+            .hint("choose 4 or 2 bits, or leave --portable out"));
+    }
+    Ok(())
+}
+
 fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
     let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let mut plan = job.plan;
@@ -137,8 +151,13 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         monitor.warn("portable: the embedding stays in the checkpoint's precision");
         plan.embedding = Format::W16A16;
     }
-    if job.storage == StorageLayout::Portable && plan.blocks.contains(&Format::W4A8) {
+    if job.storage == StorageLayout::Portable
+        && plan.blocks.iter().zip(checkpoint.layout.kinds()).any(|(format, kind)| kind == BlockKind::Ssm && format.weight_bits() < 8)
+    {
         monitor.warn("portable: in_proj of SSM blocks takes 8 bits as a whole, since its dt rows need them");
+    }
+    if job.storage == StorageLayout::Portable {
+        check_portable(&plan)?;
     }
     let mut steps = job.steps;
     if job.storage == StorageLayout::Portable && steps.transforms.iter().any(|transform| transform.is_online()) {

@@ -5,7 +5,7 @@ use half::bf16;
 use super::Scheme;
 
 /// A `[rows, cols]` matrix of codes with scales: `w[r, c] = codes[r·cols + c] · scales[r·(cols/group) + c/group]`.
-/// Scales hold values that the stored type (f32 for int8, bf16 for int4) represents exactly.
+/// Scales hold values that the stored type (f32 for int8, bf16 for groups) represents exactly.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedMatrix {
     pub scheme: Scheme,
@@ -52,7 +52,7 @@ pub fn round_to_nearest(weights: &[f32], rows: usize, cols: usize, scheme: Schem
     debug_assert_eq!(weights.len(), rows * cols);
     let group = scheme.group(cols);
     let max_code = f32::from(scheme.max_code());
-    let min_code = if matches!(scheme, Scheme::Int8) { -max_code } else { -max_code - 1.0 };
+    let min_code = f32::from(scheme.min_code());
     let mut codes = Vec::with_capacity(weights.len());
     let mut scales = Vec::with_capacity(weights.len() / group);
     for chunk in weights.chunks_exact(group) {
@@ -126,8 +126,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn error_is_within_half_a_step(weights in prop::collection::vec(-3.0_f32..3.0, 256), int8 in any::<bool>()) {
-            let scheme = if int8 { Scheme::Int8 } else { Scheme::Int4 { group: 64 } };
+        fn error_is_within_half_a_step(weights in prop::collection::vec(-3.0_f32..3.0, 256), bits in prop::sample::select(vec![8, 4, 3, 2])) {
+            let scheme = if bits == 8 { Scheme::Int8 } else { Scheme::Grouped { bits, group: 64 } };
             let matrix = round_to_nearest(&weights, 2, 128, scheme);
             let group = matrix.group();
             for (i, (w, q)) in weights.iter().zip(matrix.dequantize()).enumerate() {
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn zero_rows_stay_zero() {
-        let matrix = round_to_nearest(&[0.0; 64], 2, 32, Scheme::Int4 { group: 32 });
+        let matrix = round_to_nearest(&[0.0; 64], 2, 32, Scheme::Grouped { bits: 4, group: 32 });
         assert!(matrix.dequantize().iter().all(|w| *w == 0.0));
     }
 

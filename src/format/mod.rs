@@ -12,6 +12,6 @@ mod scheme;
 mod transform;
 
 pub use matrix::{LinearWeights, QuantizedMatrix, WeightPart, round_to_nearest};
-pub use plan::{BlockKind, Plan, Selector};
+pub use plan::{BlockKind, NamePattern, Plan, Selector};
 pub use scheme::{Format, GROUP_SIZES, Scheme};
 pub use transform::Transform;

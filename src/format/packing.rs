@@ -1,18 +1,52 @@
-//! int4 codes in 32-bit words, as compressed-tensors' `pack-quantized` stores them: eight codes a word,
-//! the first in the lowest bits, each with 8 added; a row is padded with zero nibbles to a whole word.
+//! Codes of 4, 3 or 2 bits in 32-bit words: each row is a stream of bits, the first code in the lowest bits of the first
+//! word, each with half its range added; the row is padded with zero bits to a whole word. For 4 and 2 bits that is what
+//! compressed-tensors stores as `pack-quantized`; its 3-bit codes leave two bits of every word unused, these do not.
 
-/// Packs `codes` `[rows, cols]` (−8…7) into words `[rows, ⌈cols/8⌉]`.
-pub fn pack_int4(codes: &[i8], cols: usize) -> Vec<u32> {
-    codes
-        .chunks_exact(cols)
-        .flat_map(|row| row.chunks(8))
-        .map(|eight| eight.iter().enumerate().fold(0, |word, (i, code)| word | (((code + 8) as u32 & 0xf) << (4 * i))))
-        .collect()
+/// Words that hold a row of `cols` codes.
+pub fn words_in_row(cols: usize, bits: u8) -> usize {
+    (cols * usize::from(bits)).div_ceil(32)
 }
 
-/// The codes `[rows, cols]` of words made by [`pack_int4`].
-pub fn unpack_int4(words: &[u32], cols: usize) -> Vec<i8> {
-    words.chunks_exact(cols.div_ceil(8)).flat_map(|row| (0..cols).map(move |c| ((row[c / 8] >> (4 * (c % 8))) & 0xf) as i8 - 8)).collect()
+/// Packs `codes` `[rows, cols]` of `bits` into words `[rows, words_in_row]`.
+pub fn pack(codes: &[i8], cols: usize, bits: u8) -> Vec<u32> {
+    let half = 1_i8 << (bits - 1);
+    let mut words = Vec::with_capacity(codes.len() / cols * words_in_row(cols, bits));
+    for row in codes.chunks_exact(cols) {
+        let (mut pending, mut filled) = (0_u64, 0);
+        for code in row {
+            pending |= u64::from((code + half).cast_unsigned()) << filled;
+            filled += bits;
+            if filled >= 32 {
+                words.push(pending as u32);
+                pending >>= 32;
+                filled -= 32;
+            }
+        }
+        if filled > 0 {
+            words.push(pending as u32);
+        }
+    }
+    words
+}
+
+/// The codes `[rows, cols]` of words made by [`pack`].
+pub fn unpack(words: &[u32], cols: usize, bits: u8) -> Vec<i8> {
+    let (half, mask) = (1_i8 << (bits - 1), (1_u64 << bits) - 1);
+    let width = words_in_row(cols, bits);
+    let mut codes = Vec::with_capacity(words.len() / width * cols);
+    for row in words.chunks_exact(width) {
+        let (mut pending, mut filled, mut rest) = (0_u64, 0, row.iter());
+        for _ in 0..cols {
+            if filled < bits {
+                pending |= rest.next().map_or(0, |word| u64::from(*word) << filled);
+                filled += 32;
+            }
+            codes.push((pending & mask) as i8 - half);
+            pending >>= bits;
+            filled -= bits;
+        }
+    }
+    codes
 }
 
 #[cfg(test)]
@@ -22,14 +56,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn packing_round_trips(rows in 1_usize..5, cols in 1_usize..40, seed in prop::collection::vec(-8_i8..8, 200)) {
-            let codes = &seed[..rows * cols];
-            prop_assert_eq!(unpack_int4(&pack_int4(codes, cols), cols), codes);
+        fn packing_round_trips(bits in 2_u8..=4, rows in 1_usize..5, cols in 1_usize..80, seed in prop::collection::vec(any::<i8>(), 400)) {
+            let codes: Vec<i8> = seed[..rows * cols].iter().map(|code| code >> (8 - bits)).collect();
+            let words = pack(&codes, cols, bits);
+            prop_assert_eq!(words.len(), rows * words_in_row(cols, bits));
+            prop_assert_eq!(unpack(&words, cols, bits), codes);
         }
     }
 
     #[test]
-    fn first_code_is_in_the_lowest_bits_with_eight_added() {
-        assert_eq!(pack_int4(&[-8, 7, 0], 3), [0x8f0]);
+    fn first_code_is_in_the_lowest_bits_with_half_the_range_added() {
+        assert_eq!(pack(&[-8, 7, 0], 3, 4), [0x8f0]);
+        assert_eq!(pack(&[-2, 1, 0], 3, 2), [0b10_11_00]);
+        // Eleven codes of 3 bits: the last one has two bits in the first word and one in the second.
+        let mut codes = [-4; 11];
+        codes[10] = 3;
+        assert_eq!(pack(&codes, 11, 3), [0xc000_0000, 1]);
     }
 }

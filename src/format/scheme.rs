@@ -5,26 +5,55 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::packing;
+
 /// Group sizes along the input, largest first; kernels support exactly these.
 pub const GROUP_SIZES: [usize; 3] = [128, 64, 32];
 
-/// Bits of a block's weights and activations; 16 means "float, as in the checkpoint".
+/// Bits of a block's weights and activations; 16 means "float, as in the checkpoint". Below 8 bits weights have a scale
+/// for each group of inputs: the largest of [`GROUP_SIZES`] that divides the width, and no larger than what the format
+/// names (`w2a16g64`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Format {
     weights: u8,
     activations: u8,
+    /// Largest group; the largest there is unless the format's name says otherwise.
+    group: u8,
 }
 
 impl Format {
-    pub const W16A16: Self = Self { weights: 16, activations: 16 };
-    pub const W8A16: Self = Self { weights: 8, activations: 16 };
-    pub const W8A8: Self = Self { weights: 8, activations: 8 };
-    pub const W4A16: Self = Self { weights: 4, activations: 16 };
-    pub const W4A8: Self = Self { weights: 4, activations: 8 };
+    pub const W16A16: Self = Self::new(16, 16);
+    pub const W8A16: Self = Self::new(8, 16);
+    pub const W8A8: Self = Self::new(8, 8);
+    pub const W4A16: Self = Self::new(4, 16);
+    pub const W4A8: Self = Self::new(4, 8);
+    pub const W3A16: Self = Self::new(3, 16);
+    pub const W3A8: Self = Self::new(3, 8);
+    pub const W2A16: Self = Self::new(2, 16);
+    pub const W2A8: Self = Self::new(2, 8);
 
-    /// Every format that strata can store and run, widest first.
-    pub const ALL: [Self; 5] = [Self::W16A16, Self::W8A16, Self::W8A8, Self::W4A16, Self::W4A8];
+    /// Every pair of bits that strata can store and run, widest first; those below 8 bits come in smaller groups too.
+    pub const ALL: [Self; 9] =
+        [Self::W16A16, Self::W8A16, Self::W8A8, Self::W4A16, Self::W4A8, Self::W3A16, Self::W3A8, Self::W2A16, Self::W2A8];
+
+    const fn new(weights: u8, activations: u8) -> Self {
+        Self { weights, activations, group: GROUP_SIZES[0] as u8 }
+    }
+
+    /// The same bits in groups of at most `group` (one of [`GROUP_SIZES`]) inputs; without effect from 8 bits on.
+    #[must_use]
+    pub fn with_group(self, group: usize) -> Self {
+        match GROUP_SIZES.into_iter().find(|size| *size == group) {
+            Some(group) if self.weights < 8 => Self { group: group as u8, ..self },
+            _ => self,
+        }
+    }
+
+    /// Inputs that share a scale at most, below 8 bits.
+    pub fn largest_group(self) -> usize {
+        usize::from(self.group)
+    }
 
     /// Bits a weight takes, scales not counted.
     pub fn weight_bits(self) -> u8 {
@@ -44,7 +73,8 @@ impl Format {
 
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&format!("w{}a{}", self.weights, self.activations))
+        let group = if self.group == Self::W16A16.group { String::new() } else { format!("g{}", self.group) };
+        f.pad(&format!("w{}a{}{group}", self.weights, self.activations))
     }
 }
 
@@ -52,10 +82,17 @@ impl FromStr for Format {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|format| format.to_string() == text)
-            .ok_or_else(|| format!("unknown format `{text}`; the formats are {}", Self::ALL.map(|f| f.to_string()).join(", ")))
+        let (bits, group) = text.split_once('g').map_or((text, None), |(bits, group)| (bits, Some(group)));
+        let known = Self::ALL.into_iter().find(|format| format.to_string() == bits);
+        let found = match (known, group.map(|group| GROUP_SIZES.into_iter().find(|size| size.to_string() == group))) {
+            (Some(format), None) => Some(format),
+            (Some(format), Some(Some(group))) if format.weights < 8 => Some(format.with_group(group)),
+            _ => None,
+        };
+        found.ok_or_else(|| {
+            let names = Self::ALL.map(|f| f.to_string()).join(", ");
+            format!("unknown format `{text}`; the formats are {names}, those below 8 bits also with g64 or g32 behind for smaller groups")
+        })
     }
 }
 
@@ -80,21 +117,20 @@ pub enum Scheme {
     Float,
     /// int8 codes −127…127 with one f32 scale a row.
     Int8,
-    /// int4 codes −8…7 with one bf16 scale for each `group` inputs of a row.
-    Int4 { group: usize },
+    /// Codes of `bits` (4: −8…7, 3: −4…3, 2: −2…1) with one bf16 scale for each `group` inputs of a row.
+    Grouped { bits: u8, group: usize },
 }
 
 impl Scheme {
-    /// The scheme for `weight_bits` (16, 8 or 4) on a matrix with `cols` inputs. 4 bits take the largest
-    /// of [`GROUP_SIZES`] that divides the width; where none does, 8 bits per channel are used instead.
-    pub fn for_width(weight_bits: u8, cols: usize) -> Self {
-        match weight_bits {
+    /// The scheme for `format` on a matrix with `cols` inputs, where weights keep at least `min_bits`. Below 8 bits the
+    /// group is the largest of [`GROUP_SIZES`] that divides the width and is not larger than the format's; where none
+    /// does, 8 bits per channel are used instead.
+    pub fn for_width(format: Format, min_bits: u8, cols: usize) -> Self {
+        let fits = |group: &usize| *group <= format.largest_group() && cols.is_multiple_of(*group);
+        match format.weight_bits().max(min_bits) {
             16 => Self::Float,
-            4 => match GROUP_SIZES.into_iter().find(|group| cols.is_multiple_of(*group)) {
-                Some(group) => Self::Int4 { group },
-                None => Self::Int8,
-            },
-            _ => Self::Int8,
+            8 => Self::Int8,
+            bits => GROUP_SIZES.into_iter().find(fits).map_or(Self::Int8, |group| Self::Grouped { bits, group }),
         }
     }
 
@@ -103,7 +139,7 @@ impl Scheme {
         match self {
             Self::Float => 16,
             Self::Int8 => 8,
-            Self::Int4 { .. } => 4,
+            Self::Grouped { bits, .. } => bits,
         }
     }
 
@@ -112,14 +148,22 @@ impl Scheme {
         match self {
             Self::Float => 0,
             Self::Int8 => 127,
-            Self::Int4 { .. } => 7,
+            Self::Grouped { bits, .. } => (1 << (bits - 1)) - 1,
+        }
+    }
+
+    /// Smallest code.
+    pub fn min_code(self) -> i8 {
+        match self {
+            Self::Float | Self::Int8 => -self.max_code(),
+            Self::Grouped { .. } => -self.max_code() - 1,
         }
     }
 
     /// Inputs that share a scale, for a matrix with `cols` inputs.
     pub fn group(self, cols: usize) -> usize {
         match self {
-            Self::Int4 { group } => group,
+            Self::Grouped { group, .. } => group,
             Self::Float | Self::Int8 => cols,
         }
     }
@@ -129,7 +173,7 @@ impl Scheme {
         let bytes = match self {
             Self::Float => rows * cols * float_bytes,
             Self::Int8 => rows * cols + 4 * rows,
-            Self::Int4 { group } => rows * cols.div_ceil(8) * 4 + rows * (cols / group) * 2,
+            Self::Grouped { bits, group } => rows * packing::words_in_row(cols, bits) * 4 + rows * (cols / group) * 2,
         };
         bytes as u64
     }
@@ -144,13 +188,26 @@ mod tests {
         for format in Format::ALL {
             assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
         }
-        assert!("w5a8".parse::<Format>().unwrap_err().contains("w16a16, w8a16, w8a8, w4a16, w4a8"));
+        assert_eq!("w2a16g64".parse::<Format>().unwrap(), Format::W2A16.with_group(64));
+        assert_eq!("w4a8g128".parse::<Format>().unwrap(), Format::W4A8, "the default spelt out");
+        for unknown in ["w5a8", "w8a8g64", "w4a8g48", "w4a8g", ""] {
+            assert!(unknown.parse::<Format>().unwrap_err().contains("w16a16, w8a16, w8a8, w4a16, w4a8, w3a16"), "{unknown}");
+        }
     }
 
     #[test]
     fn group_size_is_the_largest_that_divides_the_width() {
-        let groups = [4096, 3136, 15680, 1856, 160, 80].map(|cols| Scheme::for_width(4, cols));
-        let group = |group| Scheme::Int4 { group };
+        let groups = [4096, 3136, 15680, 1856, 160, 80].map(|cols| Scheme::for_width(Format::W4A8, 2, cols));
+        let group = |group| Scheme::Grouped { bits: 4, group };
         assert_eq!(groups, [group(128), group(64), group(64), group(64), group(32), Scheme::Int8]);
+        assert_eq!(Scheme::for_width(Format::W2A16.with_group(64), 2, 4096), Scheme::Grouped { bits: 2, group: 64 });
+        assert_eq!(Scheme::for_width(Format::W2A16, 8, 4096), Scheme::Int8);
+    }
+
+    #[test]
+    fn codes_span_the_whole_range_of_their_bits() {
+        let range = |bits| (Scheme::Grouped { bits, group: 32 }.min_code(), Scheme::Grouped { bits, group: 32 }.max_code());
+        assert_eq!([range(4), range(3), range(2)], [(-8, 7), (-4, 3), (-2, 1)]);
+        assert_eq!((Scheme::Int8.min_code(), Scheme::Int8.max_code()), (-127, 127));
     }
 }

@@ -133,12 +133,11 @@ fn quantize_tile(
 }
 
 fn code_range(scheme: Scheme) -> (f32, f32) {
-    let high = f32::from(scheme.max_code());
-    (if matches!(scheme, Scheme::Int8) { -high } else { -high - 1.0 }, high)
+    (f32::from(scheme.min_code()), f32::from(scheme.max_code()))
 }
 
 /// The scale (rounded to its stored type) that loses least under the weights `importance`, over clipping ratios from
-/// 0.5 to 1; for int4 also with the extreme mapped to −8.
+/// 0.5 to 1; below 8 bits also with the extreme mapped to the smallest code.
 pub fn search_scale(values: &[f32], importance: &[f64], scheme: Scheme) -> f32 {
     let absmax = values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
     let (low, high) = code_range(scheme);
@@ -206,7 +205,7 @@ mod tests {
     fn output_error_is_far_below_round_to_nearest() {
         let (rows, cols) = (40, 64);
         let (weights, h) = (random(rows * cols, 1), hessian(cols));
-        for scheme in [Scheme::Int4 { group: 32 }, Scheme::Int8] {
+        for scheme in [Scheme::Grouped { bits: 4, group: 32 }, Scheme::Int8] {
             let (found, damping) = quantize(&weights, rows, cols, scheme, &h);
             assert_eq!(damping.used, Some(DAMPING));
             let ratio = loss(&weights, &found, &h) / loss(&weights, &round_to_nearest(&weights, rows, cols, scheme), &h);
@@ -217,7 +216,7 @@ mod tests {
     #[test]
     fn a_hessian_of_zeros_falls_back_to_rounding() {
         let weights = random(4 * 32, 3);
-        let (found, damping) = quantize(&weights, 4, 32, Scheme::Int4 { group: 32 }, &[0.0; 32 * 32]);
+        let (found, damping) = quantize(&weights, 4, 32, Scheme::Grouped { bits: 4, group: 32 }, &[0.0; 32 * 32]);
         assert_eq!(damping.used, None);
         assert!(weights.iter().zip(found.dequantize()).all(|(w, q)| (w - q).abs() < 0.2));
     }
@@ -227,7 +226,7 @@ mod tests {
         let (weights, h) = (random(100 * 64, 9), hessian(64));
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| quantize(&weights, 100, 64, Scheme::Int4 { group: 64 }, &h).0)
+            pool.install(|| quantize(&weights, 100, 64, Scheme::Grouped { bits: 4, group: 64 }, &h).0)
         };
         assert_eq!(run(1), run(2));
     }

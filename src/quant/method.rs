@@ -51,7 +51,10 @@ impl QuantizedLinear {
 /// What a linear is quantized by.
 pub struct Rounding<'a> {
     pub method: Method,
+    /// The linear's format; slices may be stored in others.
     pub format: Format,
+    /// How each slice is stored.
+    pub schemes: Vec<Scheme>,
     pub transforms: &'a [Transform],
     /// Bytes of an element of the checkpoint, which weights that stay in float keep.
     pub float_bytes: usize,
@@ -60,13 +63,11 @@ pub struct Rounding<'a> {
 /// Quantizes the weights `float` of `linear`; `hessian` `[cols, cols]` is that of its input, for GPTQ.
 pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Rounding<'_>, hessian: Option<&[f64]>) -> QuantizedLinear {
     let mut values = float.values();
-    let schemes = linear.schemes(rounding.format);
-    let mut notes = Vec::new();
-    let narrowed = schemes.iter().zip(&linear.slices).any(|(scheme, slice)| *scheme == Scheme::Int8 && slice.min_bits <= 4);
-    if rounding.format.weight_bits() == 4 && narrowed {
-        notes.push(format!("{}: no group of 128, 64 or 32 divides {} inputs, so weights are int8 per channel", linear.name, linear.cols));
-    }
-    if float.changed && rounding.float_bytes == 2 && schemes.contains(&Scheme::Float) {
+    let schemes = &rounding.schemes;
+    let mut notes: Vec<String> = group_note(linear, rounding).into_iter().collect();
+    // Whole linears that nothing changed are the source's own bytes; everything else in 16 bits becomes bf16.
+    let own = !float.changed && schemes.iter().all(|scheme| *scheme == Scheme::Float);
+    if !own && rounding.float_bytes == 2 && schemes.contains(&Scheme::Float) {
         for value in &mut values {
             *value = bf16::from_f32(*value).to_f32();
         }
@@ -74,6 +75,9 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
     let mut quantize = |rows: Range<usize>, scheme| {
         let count = rows.len();
         let values = &values[rows.start * linear.cols..rows.end * linear.cols];
+        if scheme == Scheme::Float {
+            return WeightPart::Float(values.to_vec());
+        }
         WeightPart::Quantized(match (rounding.method, hessian) {
             (Method::Rtn, _) => round_to_nearest(values, count, linear.cols, scheme),
             (Method::Gptq, Some(hessian)) => {
@@ -111,4 +115,17 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         bias: float.bias.as_ref().map(|bias| bias.iter().map(|value| *value as f32).collect()),
         notes,
     }
+}
+
+/// What to say where the format's group does not divide the width.
+fn group_note(linear: &LinearSpec, rounding: &Rounding<'_>) -> Option<String> {
+    let asked = rounding.format.largest_group();
+    if rounding.format.weight_bits() >= 8 || linear.cols.is_multiple_of(asked) {
+        return None;
+    }
+    let instead = match Scheme::for_width(rounding.format, 2, linear.cols) {
+        Scheme::Grouped { group, .. } => format!("groups of {group}, since {asked} does not divide {} inputs", linear.cols),
+        _ => format!("weights are int8 per channel, since no group of 128, 64 or 32 divides {} inputs", linear.cols),
+    };
+    Some(format!("{}: {instead}", linear.name))
 }

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use half::bf16;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -23,12 +22,12 @@ use super::weights::FloatBlock;
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
-    VARIANT_SCHEMA, VariantManifest, linear_tensors, quantization_config, sha256_hex,
+    VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors, quantization_config, sha256_hex,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Format, LinearWeights, Plan, Transform};
+use crate::format::{Format, LinearWeights, Plan, Scheme, Transform};
 use crate::model::{Block, BlockSource, Stream};
 use crate::monitor::Monitor;
 
@@ -146,15 +145,16 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
     }
 
-    fn rounding(&self, format: Format) -> Rounding<'_> {
+    fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
         let float_bytes = self.request.checkpoint.layout.float_bytes;
-        Rounding { method: self.request.steps.method, format, transforms: &self.request.steps.transforms, float_bytes }
+        Rounding { method: self.request.steps.method, format, schemes, transforms: &self.request.steps.transforms, float_bytes }
     }
 
     /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
     fn embedding(&self) -> Result<QuantizedLinear> {
         let table = self.transforms.embedding(self.request.checkpoint)?;
-        Ok(quantize_linear(&table, &self.request.checkpoint.layout.embedding, &self.rounding(self.request.plan.embedding), None))
+        let (linear, format) = (&self.request.checkpoint.layout.embedding, self.request.plan.embedding);
+        Ok(quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None))
     }
 
     fn run(mut self) -> Result<VariantManifest> {
@@ -225,11 +225,12 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 
     fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
-        let (spec, checkpoint, format) = (&self.blocks[index], self.request.checkpoint, self.request.plan.blocks[index]);
+        let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
         let weights = self.transforms.block(checkpoint, spec)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
-        let hessians = if self.request.steps.method == Method::Gptq && format.weight_bits() < 16 {
+        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
+        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
             calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences)?
         } else {
             BTreeMap::new()
@@ -237,7 +238,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let mut linears: BTreeMap<&str, QuantizedLinear> = BTreeMap::new();
         for linear in &spec.linears {
             let hessian = hessians.get(&linear.name).map(Vec::as_slice);
-            linears.insert(&linear.name, quantize_linear(weights.linear(&linear.name)?, linear, &self.rounding(format), hessian));
+            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
+            linears.insert(&linear.name, quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
         }
         let mut tensors: Vec<TensorOut> = Vec::new();
         for other in &spec.others {
@@ -272,10 +274,10 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Ok(BlockRecord {
             index,
             kind: spec.kind,
-            format,
+            format: plan.blocks[index],
             error: if norm > 0.0 { (difference / norm).sqrt() } else { 0.0 },
-            bytes: spec.linear_bytes(format, checkpoint.layout.float_bytes),
-            notes: linears.into_values().flat_map(|quantized| quantized.notes).collect(),
+            bytes: spec.planned_bytes(plan, checkpoint.layout.float_bytes),
+            notes: gather_notes(&linears),
         })
     }
 
@@ -283,19 +285,14 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     fn push_linear<'t>(&'t self, linear: &LinearSpec, quantized: &QuantizedLinear, tensors: &mut Vec<TensorOut<'t>>) -> Result<()> {
         match quantized.float() {
             Some(values) if quantized.changed => {
-                let half = self.request.checkpoint.layout.float_bytes == 2;
-                let (dtype, bytes) = if half {
-                    (Dtype::BF16, values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
-                } else {
-                    (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect())
-                };
+                let (dtype, bytes) = float_tensor(values, self.request.checkpoint.layout.float_bytes);
                 let name = self.stored(&format!("{}.weight", linear.stem));
                 tensors.push((name, dtype, vec![linear.rows, linear.cols], Cow::Owned(bytes)));
             }
             Some(_) => tensors.push(self.copy(&format!("{}.weight", linear.stem))?),
             None => {}
         }
-        let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts);
+        let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts, self.request.checkpoint.layout.float_bytes);
         tensors.extend(owned.into_iter().map(|(name, dtype, shape, bytes)| (name, dtype, shape, Cow::Owned(bytes))));
         Ok(())
     }
@@ -379,7 +376,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
         let float_head = self.transforms.head(checkpoint)?;
-        let head = quantize_linear(&float_head, &layout.head, &self.rounding(plan.head), self.head_hessian(&norm, streams)?.as_deref());
+        let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
+        let head = quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref());
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
             self.push_linear(&layout.head, &head, &mut tensors)?;
@@ -554,6 +552,20 @@ impl BlockSource for QuantizedBlock<'_> {
             None => Err(Error::run(format!("`{}` was not quantized", linear.stem))),
         }
     }
+}
+
+/// What the linears of a block have to say, those of one linear after another under the first one's name.
+fn gather_notes(linears: &BTreeMap<&str, QuantizedLinear>) -> Vec<String> {
+    let mut gathered: Vec<(&str, &str, usize)> = Vec::new();
+    for note in linears.values().flat_map(|quantized| &quantized.notes) {
+        let (name, what) = note.split_once(": ").unwrap_or(("", note));
+        match gathered.iter_mut().find(|(_, known, _)| *known == what) {
+            Some((_, _, count)) => *count += 1,
+            None => gathered.push((name, what, 0)),
+        }
+    }
+    let line = |(name, what, more)| if more == 0 { format!("{name}: {what}") } else { format!("{name} and {more} more: {what}") };
+    gathered.into_iter().map(line).collect()
 }
 
 fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {

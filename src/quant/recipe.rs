@@ -1,5 +1,6 @@
 //! Recipes: how to quantize, before it is known for which model. A recipe and a model's layout give a plan.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -78,7 +79,7 @@ pub struct Recipe {
 }
 
 /// A rule that changes a recipe's plan: what `match` means gets `format`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Override {
     #[serde(rename = "match")]
@@ -123,8 +124,8 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// The plan for a model of this `layout`, with `overrides` applied in order. An override that meets nothing,
-    /// or that gives another format to what an earlier one of the same kind already named, is an error.
+    /// The plan for a model of this `layout`, with `overrides` applied in order; those that name linears go before those
+    /// that name blocks. An override that meets nothing, or that contradicts another one, is an error.
     pub fn plan(&self, layout: &Layout, overrides: &[Override]) -> Result<Plan> {
         let formats = &self.formats;
         let kinds = layout.kinds();
@@ -134,8 +135,9 @@ impl Recipe {
             BlockKind::Attention => formats.attention,
             BlockKind::Moe => formats.moe,
         };
-        let mut plan = Plan { embedding: Format::W16A16, head: formats.head, blocks: kinds.iter().map(by_kind).collect() };
-        plan.set(Selector::Embedding, &kinds, formats.embedding);
+        let mut plan =
+            Plan { embedding: Format::W16A16, head: formats.head, blocks: kinds.iter().map(by_kind).collect(), ..Plan::unquantized(0) };
+        plan.set(&Selector::Embedding, &kinds, formats.embedding);
         for (index, rule) in overrides.iter().enumerate() {
             if let Some(other) = overrides[..index].iter().find(|other| other.selector == rule.selector && other.format != rule.format) {
                 return Err(Error::input(format!("overrides give `{}` both {} and {}", rule.selector, other.format, rule.format))
@@ -151,13 +153,68 @@ impl Recipe {
                 ))
                 .hint("blocks are counted from 0; `strata analyze` lists them"));
             }
-            if plan.set(rule.selector, &kinds, rule.format) == 0 {
+            if matches!(rule.selector, Selector::Name(_)) {
+                continue;
+            }
+            if plan.set(&rule.selector, &kinds, rule.format) == 0 {
                 return Err(Error::input(format!("override `{}` matches no block of the model", rule.selector))
                     .hint("`strata analyze` lists the kinds and numbers of its blocks"));
             }
         }
+        set_linears(&mut plan, layout, overrides)?;
         Ok(plan)
     }
+}
+
+/// Applies the overrides that name linears to a plan whose blocks have their formats.
+fn set_linears(plan: &mut Plan, layout: &Layout, overrides: &[Override]) -> Result<()> {
+    let mut named: BTreeMap<String, (usize, &Override)> = BTreeMap::new();
+    for rule in overrides {
+        let Selector::Name(pattern) = &rule.selector else { continue };
+        let met = layout.named(pattern);
+        if met.is_empty() {
+            let names: BTreeSet<&str> =
+                layout.blocks.iter().flat_map(|block| &block.linears).filter_map(|linear| linear.name.rsplit('.').next()).collect();
+            let names = names.into_iter().collect::<Vec<_>>().join(", ");
+            return Err(Error::input(format!("override `{}` matches no linear of the model", rule.selector))
+                .hint(format!("its linears are {names}, slices of in_proj are called in_proj.B, experts experts.3.up_proj")));
+        }
+        for (name, block) in met {
+            if let Some((_, other)) = named.get(&name)
+                && other.format != rule.format
+            {
+                return Err(Error::input(format!(
+                    "overrides `{}` and `{}` give `{name}` both {} and {}",
+                    other.selector, rule.selector, other.format, rule.format
+                ))
+                .hint("make the patterns match different linears"));
+            }
+            named.insert(name, (block, rule));
+        }
+    }
+    plan.linears = named.iter().map(|(name, (_, rule))| (name.clone(), rule.format)).collect();
+    for linear in layout.blocks.iter().flat_map(|block| block.linears.iter().map(move |linear| (block.index, linear))) {
+        let (block, linear) = linear;
+        let whole = plan.linear(block, &linear.stem);
+        for slice in linear.slices.iter().filter(|slice| !slice.name.is_empty()) {
+            let format = plan.slice(block, &linear.stem, slice.name);
+            // Slices read one input; those that stay in float read its float form.
+            if format.weight_bits() < 16 && whole.weight_bits() < 16 && format.activation_bits() != whole.activation_bits() {
+                return Err(Error::input(format!(
+                    "slice `{}.{}` would be {format} in a linear that is {whole}: the slices of a linear read the same activations",
+                    linear.stem, slice.name
+                ))
+                .hint("give the slice a format with the linear's activation bits, or the whole linear another format"));
+            }
+            if format == whole {
+                plan.linears.remove(&format!("{}.{}", linear.stem, slice.name));
+            }
+        }
+        if whole == plan.blocks[block] {
+            plan.linears.remove(&linear.stem);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -172,6 +229,28 @@ mod tests {
     }
 
     #[test]
+    fn names_reach_linears_and_slices_and_go_before_blocks() {
+        let layout = crate::checkpoint::open("demo").unwrap().layout;
+        let recipe = Recipe::find("phase2").unwrap();
+        let rule = |selector: &str, format| Override { selector: selector.parse().unwrap(), format };
+        let rules = [
+            rule("name:down_proj", Format::W8A8),
+            rule("name:layers.0.mixer.in_proj.B", Format::W8A8),
+            rule("kind:mlp", Format::W3A8),
+            rule("name:layers.2.*", Format::W4A8),
+        ];
+        let plan = recipe.plan(&layout, &rules).unwrap();
+        let mlp = layout.kinds().iter().position(|kind| *kind == BlockKind::Mlp).unwrap();
+        assert_eq!(plan.linear(mlp, &format!("layers.{mlp}.mixer.down_proj")), Format::W8A8);
+        assert_eq!(plan.linear(mlp, &format!("layers.{mlp}.mixer.up_proj")), Format::W3A8);
+        let slices = ["z", "B", "dt"].map(|slice| plan.slice(0, "layers.0.mixer.in_proj", slice));
+        assert_eq!(slices, [Format::W4A8, Format::W8A8, Format::W4A8]);
+        assert!(plan.linears.keys().all(|name| !name.starts_with("layers.2.")), "what the block has anyway is not listed");
+        let text = toml::to_string(&plan).unwrap();
+        assert_eq!(toml::from_str::<Plan>(&text).unwrap(), plan);
+    }
+
+    #[test]
     fn overrides_change_the_plan_and_contradictions_are_refused() {
         let layout = crate::checkpoint::open("demo").unwrap().layout;
         let recipe = Recipe::find("phase3").unwrap();
@@ -182,6 +261,12 @@ mod tests {
             (vec![rule("block:0", Format::W8A8), rule("block:0", Format::W4A8)], "both w8a8 and w4a8"),
             (vec![rule("kind:moe", Format::W8A8)], "matches no block"),
             (vec![rule("block:3-99", Format::W8A8)], "block 99"),
+            (vec![rule("name:*.gate_proj", Format::W8A8)], "matches no linear"),
+            (
+                vec![rule("name:layers.0.*", Format::W8A8), rule("name:in_proj", Format::W4A16)],
+                "`layers.0.mixer.in_proj` both w8a8 and w4a16",
+            ),
+            (vec![rule("name:in_proj.B", Format::W8A16)], "read the same activations"),
         ] {
             assert!(recipe.plan(&layout, &rules).unwrap_err().message.contains(expected));
         }

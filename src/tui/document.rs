@@ -186,7 +186,7 @@ impl Document {
     pub fn set_format(&mut self, selectors: &[Selector], format: Format, label: impl Into<String>) -> Result<bool> {
         let mut plan = self.draft().plan.clone();
         for selector in selectors {
-            plan.set(*selector, &self.kinds, format);
+            plan.set(selector, &self.kinds, format);
         }
         self.set_plan(plan, label)
     }
@@ -199,7 +199,15 @@ impl Document {
         }
         let rules = match self.written.get(&draft.id) {
             Some(written) if written.plan == plan => written.overrides.clone(),
-            _ => overrides::minimal(&draft.recipe.plan(&self.layout, &[])?, &plan, &self.kinds),
+            _ => {
+                let rules = overrides::minimal(&draft.recipe.plan(&self.layout, &[])?, &plan, &self.kinds);
+                let (of_names, mut kept): (Vec<_>, Vec<_>) =
+                    rules.iter().cloned().partition(|rule| matches!(rule.selector, Selector::Name(_)));
+                // Patterns that still say the same are kept as they were written.
+                kept.extend(draft.overrides.iter().filter(|rule| matches!(rule.selector, Selector::Name(_))).cloned());
+                let same = !of_names.is_empty() && draft.recipe.plan(&self.layout, &kept).is_ok_and(|written| written == plan);
+                if same { kept } else { rules }
+            }
         };
         self.remember(label);
         let draft = &mut self.drafts[self.current];
@@ -339,7 +347,7 @@ mod tests {
         let mut document = document();
         assert!(!document.unsaved());
         let kind = Selector::Kind(BlockKind::Ssm);
-        assert!(document.set_format(&[kind], Format::W4A8, "w4a8").unwrap());
+        assert!(document.set_format(std::slice::from_ref(&kind), Format::W4A8, "w4a8").unwrap());
         assert!(document.unsaved() && document.changed(0) && !document.changed(1));
         assert_eq!(document.session().variants[0].overrides, [Override { selector: kind, format: Format::W4A8 }]);
         assert_eq!(document.saved_format(0), Some(Format::W8A8));
@@ -363,6 +371,17 @@ mod tests {
         assert_eq!(document.session().variants[0].overrides, [rule("block:0-2")]);
         document.set_format(&[Selector::Blocks(2, 2)], Format::W8A8, "back").unwrap();
         assert_eq!(document.session(), session);
+    }
+
+    #[test]
+    fn patterns_for_linears_outlive_edits_of_blocks() {
+        let mut session = Session::demo().unwrap();
+        let rule = |selector: &str, format| Override { selector: selector.parse().unwrap(), format };
+        session.variants[0].overrides = vec![rule("name:*.in_proj", Format::W8A16)];
+        let mut document = Document::open(session).unwrap();
+        document.set_format(&[Selector::Blocks(1, 1)], Format::W4A8, "edit").unwrap();
+        let expected = [rule("block:1", Format::W4A8), rule("name:*.in_proj", Format::W8A16)];
+        assert_eq!(document.session().variants[0].overrides, expected);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::format::{BlockKind, Format, Plan, Selector};
 use crate::quant::Override;
 
 /// Overrides that change `base` into `target` when they are applied in order: rules for kinds first, then ranges of
-/// blocks, then embedding and head. No shorter list of non-overlapping ranges exists, with or without rules for kinds.
+/// blocks, then embedding and head, then linears one by one. No shorter list of non-overlapping ranges exists, with or without rules for kinds.
 ///
 /// Every choice of "this kind gets that format, or no rule" is tried (at most 6 choices for each of 4 kinds); what is
 /// then left differs in runs of blocks of one target format, and each run takes one range, which may run across blocks
@@ -26,7 +26,7 @@ pub fn minimal(base: &Plan, target: &Plan, kinds: &[BlockKind]) -> Vec<Override>
             let (kind, format) = choice[number % choice.len()];
             number /= choice.len();
             if let Some(format) = format {
-                painted.set(Selector::Kind(kind), kinds, format);
+                painted.set(&Selector::Kind(kind), kinds, format);
                 rules.push(Override { selector: Selector::Kind(kind), format });
                 partial += usize::from(of_kind(target, kinds, kind).any(|other| other != format));
             }
@@ -46,6 +46,8 @@ pub fn minimal(base: &Plan, target: &Plan, kinds: &[BlockKind]) -> Vec<Override>
             rules.push(Override { selector, format: after });
         }
     }
+    let name = |name: &String| format!("name:{name}").parse().ok();
+    rules.extend(target.linears.iter().filter_map(|(linear, format)| Some(Override { selector: name(linear)?, format: *format })));
     rules
 }
 
@@ -100,7 +102,7 @@ mod tests {
         let check = |edits: &[(&str, Format)], expected: &[&str]| {
             let mut plan = base.clone();
             for (selector, format) in edits {
-                plan.set(selector.parse().unwrap(), &kinds, *format);
+                plan.set(&selector.parse().unwrap(), &kinds, *format);
             }
             assert_eq!(texts(&minimal(&base, &plan, &kinds)), expected);
         };
@@ -128,8 +130,8 @@ mod tests {
             let layout = layout(&letters.iter().collect::<String>());
             let recipe = Recipe::find(recipe).unwrap();
             let base = recipe.plan(&layout, &[]).unwrap();
-            let mut target = Plan { embedding: base.embedding, head: formats[14], blocks: formats[..letters.len()].to_vec() };
-            target.set(Selector::Embedding, &layout.kinds(), formats[15]);
+            let mut target = Plan { embedding: base.embedding, head: formats[14], blocks: formats[..letters.len()].to_vec(), ..Plan::unquantized(0) };
+            target.set(&Selector::Embedding, &layout.kinds(), formats[15]);
             let rules = minimal(&base, &target, &layout.kinds());
             prop_assert_eq!(recipe.plan(&layout, &rules).unwrap(), target.clone());
             let outside = usize::from(base.embedding != target.embedding) + usize::from(base.head != target.head);

@@ -13,7 +13,7 @@ pub struct Embedding {
 enum Table {
     Float(Vec<f32>),
     Int8 { codes: Vec<i8>, scales: Vec<f32> },
-    Int4 { words: Vec<u32>, scales: Vec<f32>, group: usize },
+    Grouped { words: Vec<u32>, scales: Vec<f32>, bits: u8, group: usize },
 }
 
 impl Embedding {
@@ -22,7 +22,7 @@ impl Embedding {
         let table = match (weights.parts.pop(), weights.parts.is_empty()) {
             (Some(WeightPart::Float(values)), true) => Table::Float(values),
             (Some(WeightPart::Quantized(QuantizedMatrix { scheme, codes, scales, .. })), true) => match scheme {
-                Scheme::Int4 { group } => Table::Int4 { words: packing::pack_int4(&codes, cols), scales, group },
+                Scheme::Grouped { bits, group } => Table::Grouped { words: packing::pack(&codes, cols, bits), scales, bits, group },
                 _ => Table::Int8 { codes, scales },
             },
             _ => return Err(Error::run("an embedding table must be stored in one part")),
@@ -40,7 +40,7 @@ impl Embedding {
         let bytes = match &self.table {
             Table::Float(values) => 4 * values.len(),
             Table::Int8 { codes, scales } => codes.len() + 4 * scales.len(),
-            Table::Int4 { words, scales, .. } => 4 * words.len() + 4 * scales.len(),
+            Table::Grouped { words, scales, .. } => 4 * words.len() + 4 * scales.len(),
         };
         bytes as u64
     }
@@ -59,9 +59,9 @@ impl Embedding {
                 Table::Int8 { codes, scales } => {
                     out.extend(codes[row * cols..(row + 1) * cols].iter().map(|code| f32::from(*code) * scales[row]));
                 }
-                Table::Int4 { words, scales, group } => {
-                    let width = cols.div_ceil(8);
-                    let codes = packing::unpack_int4(&words[row * width..(row + 1) * width], cols);
+                Table::Grouped { words, scales, bits, group } => {
+                    let width = packing::words_in_row(cols, *bits);
+                    let codes = packing::unpack(&words[row * width..(row + 1) * width], cols, *bits);
                     let scales = &scales[row * (cols / group)..];
                     out.extend(codes.iter().enumerate().map(|(c, code)| f32::from(*code) * scales[c / group]));
                 }

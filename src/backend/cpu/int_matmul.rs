@@ -1,10 +1,11 @@
-//! Exact integer matrix products: int8 activations times int8 or int4 weights. Start with [`matmul`].
+//! Exact integer matrix products: int8 activations times int8, int4, int3 or int2 weights. Start with [`matmul`].
 //!
 //! *Panel*: 16 rows (outputs) of a weight matrix, interleaved so that a vector register holds 4 consecutive
 //! inputs of each of them. *Tile*: the outputs of a few panels and a few tokens, computed together in
 //! registers. *Bias*: what is added to a weight code so that it is stored unsigned (128 for int8, 8 for
 //! int4), because the byte products of x86 take one unsigned operand; the sums of the activation codes,
-//! known beforehand, take it back out.
+//! known beforehand, take it back out. Codes of 3 and 2 bits lie within those of 4 and are laid out as such: what is
+//! packed more tightly on disk runs through the int4 kernel.
 //!
 //! Every instruction set gives the same bits, whatever the number of threads:
 //! * int8: `y = acc · (s_x · s_w)`, `acc` the exact dot product as f32, `s_x` the token's scale, `s_w` the row's;

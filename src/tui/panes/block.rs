@@ -32,7 +32,9 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     facts.extend([dim(state, "   suggested "), Span::styled(row.suggested.to_string(), style(Role::of_format(row.suggested)))]);
     lines.push(Line::from(facts));
 
-    let formats = row.suitability.iter().map(|fit| (fit.format, fit.bytes, fit.fallbacks.is_empty()));
+    // Fewer than 4 bits are for exploration: shown where the block has them.
+    let shown = row.suitability.iter().filter(|fit| fit.format.weight_bits() >= 4 || fit.format == format);
+    let formats = shown.map(|fit| (fit.format, fit.bytes, fit.fallbacks.is_empty()));
     let whole = block.linear_bytes(crate::format::Format::W16A16, float_bytes);
     let steps = state.document.draft().recipe.steps();
     for pair in std::iter::once((crate::format::Format::W16A16, whole, true)).chain(formats).collect::<Vec<_>>().chunks(2) {
@@ -113,6 +115,6 @@ fn scheme_name(scheme: Scheme) -> String {
     match scheme {
         Scheme::Float => "float".into(),
         Scheme::Int8 => "int8".into(),
-        Scheme::Int4 { group } => format!("int4/{group}"),
+        Scheme::Grouped { bits, group } => format!("int{bits}/{group}"),
     }
 }

@@ -69,12 +69,14 @@ fn strip(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
     lines
 }
 
-/// One letter for the bits of the weights: 8, 4, or f for float.
+/// One letter for the bits of the weights: 8, 4, 3, 2, or f for float.
 fn bits(format: Format) -> &'static str {
     match format.weight_bits() {
         16 => "f",
         8 => "8",
-        _ => "4",
+        4 => "4",
+        3 => "3",
+        _ => "2",
     }
 }
 

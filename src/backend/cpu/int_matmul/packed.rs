@@ -1,4 +1,4 @@
-//! [`PackedMatrix`]: int8 and int4 weights laid out for the kernels.
+//! [`PackedMatrix`]: weights laid out for the kernels, as int8 or as int4, which holds 3- and 2-bit codes too.
 
 use half::bf16;
 use multiversion::multiversion;
@@ -38,12 +38,12 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// Packs an int8 or int4 matrix; in int4, the groups divide the width.
+    /// Packs a quantized matrix; groups divide the width.
     pub fn new(matrix: &QuantizedMatrix) -> Self {
         let &QuantizedMatrix { rows, cols, .. } = matrix;
         assert_eq!(matrix.codes.len(), rows * cols, "codes are not [rows, cols]");
         let panels = rows.div_ceil(PANEL);
-        let int4 = matches!(matrix.scheme, Scheme::Int4 { .. });
+        let int4 = matches!(matrix.scheme, Scheme::Grouped { .. });
         let inputs_in_block = if int4 { 8 } else { 4 };
         let blocks_in_panel = cols.div_ceil(inputs_in_block);
         let empty = if int4 { (INT4_BIAS * 0x11) as u8 } else { INT8_BIAS as u8 };
@@ -121,7 +121,7 @@ impl PackedMatrix {
 
 /// Scales `[rows, groups]` put into panels.
 fn pack_scales(matrix: &QuantizedMatrix, panels: usize) -> Scales {
-    let Scheme::Int4 { group } = matrix.scheme else {
+    let Scheme::Grouped { group, .. } = matrix.scheme else {
         let mut scales = matrix.scales.clone();
         assert_eq!(scales.len(), matrix.rows, "int8 has one scale a row");
         scales.resize(panels * PANEL, 0.0);
@@ -129,7 +129,7 @@ fn pack_scales(matrix: &QuantizedMatrix, panels: usize) -> Scales {
     };
     assert!(group.is_multiple_of(32) && matrix.cols.is_multiple_of(group), "groups of {group} do not divide {} inputs", matrix.cols);
     let groups = matrix.cols / group;
-    assert_eq!(matrix.scales.len(), matrix.rows * groups, "int4 has one scale a group");
+    assert_eq!(matrix.scales.len(), matrix.rows * groups, "there is one scale a group");
     let mut bits = vec![[0; PANEL]; panels * groups];
     for (i, scale) in matrix.scales.iter().enumerate() {
         let (row, index) = (i / groups, i % groups);

@@ -7,9 +7,12 @@ use super::*;
 use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
 
 const INT8: Scheme = Scheme::Int8;
-const INT4_32: Scheme = Scheme::Int4 { group: 32 };
-const INT4_64: Scheme = Scheme::Int4 { group: 64 };
-const INT4_128: Scheme = Scheme::Int4 { group: 128 };
+const INT4_32: Scheme = Scheme::Grouped { bits: 4, group: 32 };
+const INT4_64: Scheme = Scheme::Grouped { bits: 4, group: 64 };
+const INT4_128: Scheme = Scheme::Grouped { bits: 4, group: 128 };
+const INT3_32: Scheme = Scheme::Grouped { bits: 3, group: 32 };
+const INT3_128: Scheme = Scheme::Grouped { bits: 3, group: 128 };
+const INT2_64: Scheme = Scheme::Grouped { bits: 2, group: 64 };
 
 /// Numbers between −1 and 1 that are the same in every run.
 fn noise(count: usize, seed: u32) -> Vec<f32> {
@@ -78,6 +81,9 @@ fn check(w: &QuantizedMatrix, x: &QuantizedRows) {
 #[case(INT4_32, &[32, 96, 160, 192, 256])]
 #[case(INT4_64, &[64, 192, 256])]
 #[case(INT4_128, &[128, 256])]
+#[case(INT3_32, &[96, 160])]
+#[case(INT3_128, &[128, 256])]
+#[case(INT2_64, &[64, 192])]
 fn every_instruction_set_matches_the_reference(#[case] scheme: Scheme, #[case] widths: &[usize]) {
     for &cols in widths {
         for rows in [1, 15, 16, 33, 50, 64, 100] {
@@ -103,6 +109,9 @@ fn more_tokens_than_a_task_takes() {
 #[case(INT4_32, -8)]
 #[case(INT4_128, -8)]
 #[case(INT4_128, 7)]
+#[case(INT3_128, -4)]
+#[case(INT3_32, 3)]
+#[case(INT2_64, -2)]
 fn extremes_do_not_overflow(#[case] scheme: Scheme, #[case] code: i8) {
     for cols in [256, 4096, 21504] {
         let rows = 17;
@@ -140,6 +149,8 @@ fn any_number_of_threads_gives_the_same_bits() {
 #[case(INT8, 256)]
 #[case(INT4_32, 96)]
 #[case(INT4_128, 256)]
+#[case(INT3_128, 256)]
+#[case(INT2_64, 192)]
 fn dequantized_rows_are_those_of_the_matrix(#[case] scheme: Scheme, #[case] cols: usize) {
     let w = weights(70, cols, scheme);
     let (packed, expected) = (PackedMatrix::new(&w), w.dequantize());
