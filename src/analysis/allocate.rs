@@ -210,12 +210,7 @@ impl Item<'_> {
         let first = losses.next()??;
         losses.try_fold(first, |sum, loss| {
             let loss = loss?;
-            Some(Loss {
-                bytes: sum.bytes + loss.bytes,
-                kld: sum.kld + loss.kld,
-                output_error: sum.output_error + loss.output_error,
-                ..sum
-            })
+            Some(Loss { bytes: sum.bytes + loss.bytes, kld: sum.kld + loss.kld, output_error: sum.output_error + loss.output_error, ..sum })
         })
     }
 }
@@ -304,8 +299,10 @@ impl<'a> Solution<'a> {
                     Ok(index)
                 } else {
                     let best = points.last().map_or(0.0, |point| self.corrected(self.ends_kld + point.loss));
-                    Err(Error::input(format!("no plan is predicted to lose as little as {ceiling:.2e} nats a token: the best loses {best:.2e}"))
-                        .hint("allow wider formats, 16-bit activations, or a recipe with a wider embedding and head"))
+                    Err(Error::input(format!(
+                        "no plan is predicted to lose as little as {ceiling:.2e} nats a token: the best loses {best:.2e}"
+                    ))
+                    .hint("allow wider formats, 16-bit activations, or a recipe with a wider embedding and head"))
                 };
             }
         };
@@ -317,7 +314,9 @@ impl<'a> Solution<'a> {
             };
             let smallest = match budget {
                 Budget::ModelBytes(_) => format!("{} bytes", least + self.other_bytes()),
-                Budget::Bits(_) => format!("{:.3} bits a weight ({least} bytes of linears)", (8000.0 * least as f64 / weights).ceil() / 1000.0),
+                Budget::Bits(_) => {
+                    format!("{:.3} bits a weight ({least} bytes of linears)", (8000.0 * least as f64 / weights).ceil() / 1000.0)
+                }
                 _ => format!("{least} bytes"),
             };
             Error::input(format!("no plan takes {asked}: the smallest that is possible takes {smallest}"))
@@ -334,8 +333,7 @@ impl<'a> Solution<'a> {
             units.extend(item.units.iter().map(|unit| (item.formats[*option], *unit)));
         }
         write_plan(&mut plan, self.layout, &units);
-        let predicted: f64 =
-            self.ends_kld + units.iter().filter_map(|(format, unit)| unit.loss(*format)).map(|loss| loss.kld).sum::<f64>();
+        let predicted: f64 = self.ends_kld + units.iter().filter_map(|(format, unit)| unit.loss(*format)).map(|loss| loss.kld).sum::<f64>();
         let cost = self.front.points()[index].cost;
         let choices = self.items.iter().zip(&options).flat_map(|(item, option)| explain(item, *option)).collect();
         Allocation {
@@ -454,4 +452,127 @@ fn explain(item: &Item<'_>, option: usize) -> Vec<UnitChoice> {
         })
     };
     item.units.iter().filter_map(choice).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::analysis::sensitivity::{CANDIDATES, Check, Granularity, Identity, SENSITIVITY_SCHEMA, units};
+
+    /// Losses that fall fourfold with each bit and rise with the block's number; int8 activations add a little.
+    fn losses(layout: &Layout) -> Sensitivities {
+        let identity = Identity {
+            schema: SENSITIVITY_SCHEMA.into(),
+            tool: String::new(),
+            source: String::new(),
+            method: "gptq".into(),
+            transforms: Vec::new(),
+            embedding: Format::W8A16,
+            head: Format::W8A8,
+            by: Granularity::Linear,
+            calibration: String::new(),
+            measured: String::new(),
+            positions: 1,
+        };
+        let unit = |unit: crate::analysis::sensitivity::Unit| {
+            let loss = |format: &Format| {
+                let kld = 1e-3 * (1.0 + unit.block as f64) * 0.25_f64.powi(format.weight_bits().into())
+                    + if format.quantizes_activations() { 1e-8 } else { 0.0 };
+                Loss { format: *format, bytes: unit.bytes(layout, *format), output_error: 1.0, kld, stderr: 0.0, measured: true }
+            };
+            UnitLosses {
+                block: unit.block,
+                kind: layout.blocks[unit.block].kind,
+                linears: unit.linears.clone(),
+                weights: unit.weights(layout),
+                losses: CANDIDATES.iter().map(loss).collect(),
+                name: unit.name,
+            }
+        };
+        Sensitivities {
+            schema: SENSITIVITY_SCHEMA.into(),
+            model: "demo".into(),
+            identity,
+            tokens: 1,
+            units: units(layout, Granularity::Linear).into_iter().map(unit).collect(),
+            ends_kld: 1e-6,
+            checks: Vec::new(),
+            donors: "donors".into(),
+        }
+    }
+
+    fn layout() -> Layout {
+        crate::checkpoint::open("demo").unwrap().layout
+    }
+
+    fn request(layout: &Layout, budget: Budget) -> AllocateRequest {
+        let base = Plan { embedding: Format::W8A16, head: Format::W8A8, ..Plan::unquantized(layout.blocks.len()) };
+        AllocateRequest::new(base, budget)
+    }
+
+    #[test]
+    fn a_plan_keeps_its_budget_and_predicts_the_sum_of_its_units() {
+        let layout = layout();
+        let losses = losses(&layout);
+        for bits in [2.5, 4.0, 6.0] {
+            let found = allocate(&losses, &layout, &request(&layout, Budget::Bits(bits))).unwrap();
+            assert!(found.bits_per_weight <= bits && found.bits_per_weight > bits - 0.1, "{bits} {}", found.bits_per_weight);
+            assert_eq!(found.linear_bytes, found.units.iter().map(|unit| unit.bytes).sum::<u64>());
+            let predicted = losses.predict(&found.plan, &layout).unwrap();
+            assert!((found.predicted_kld - predicted).abs() < 1e-15, "{} {predicted}", found.predicted_kld);
+            assert!(found.plan.blocks.iter().all(|format| format.quantizes_activations()));
+        }
+        let size = layout.total_bytes(&allocate(&losses, &layout, &request(&layout, Budget::Bits(4.0))).unwrap().plan);
+        assert_eq!(allocate(&losses, &layout, &request(&layout, Budget::ModelBytes(size))).unwrap().total_bytes, size);
+    }
+
+    #[test]
+    fn pins_hold_ties_stay_together_and_activations_are_those_asked_for() {
+        let layout = layout();
+        let losses = losses(&layout);
+        let pin = |selector: &str, format| Override { selector: selector.parse().unwrap(), format };
+        let pins = vec![pin("kind:attention", Format::W2A8), pin("name:layers.0.mixer.out_proj", Format::W8A8)];
+        let pinned = AllocateRequest { pins, whole_blocks: false, ..request(&layout, Budget::Bits(4.0)) };
+        let plan = allocate(&losses, &layout, &pinned).unwrap().plan;
+        assert_eq!((plan.blocks[5], plan.blocks[10]), (Format::W2A8, Format::W2A8));
+        assert_eq!(plan.linear(0, "layers.0.mixer.out_proj"), Format::W8A8);
+        let whole = AllocateRequest { whole_blocks: true, activations: Activations::Any, ..request(&layout, Budget::Bits(4.0)) };
+        let plan = allocate(&losses, &layout, &whole).unwrap().plan;
+        assert!(plan.linears.is_empty());
+        assert!(plan.blocks.iter().all(|format| !format.quantizes_activations()), "at equal bytes 16-bit activations lose less");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_least_that_can() {
+        let layout = layout();
+        let losses = losses(&layout);
+        let refused = |request: &AllocateRequest| allocate(&losses, &layout, request).unwrap_err();
+        let error = refused(&request(&layout, Budget::Bits(1.5)));
+        assert!(error.message.contains("smallest that is possible takes 2.137 bits"), "{error}");
+        let least = allocate(&losses, &layout, &request(&layout, Budget::Bits(2.137))).unwrap();
+        let error = refused(&request(&layout, Budget::ModelBytes(least.total_bytes - 1)));
+        assert!(error.message.contains(&format!("takes {} bytes", least.total_bytes)), "{error}");
+        assert!(refused(&request(&layout, Budget::Kld(1e-7))).message.contains("the best loses"));
+        let unmeasured = AllocateRequest { formats: Some(vec![Format::W16A16]), ..request(&layout, Budget::Bits(4.0)) };
+        assert!(refused(&unmeasured).message.contains("was not measured"));
+        let pins = vec![Override { selector: "kind:moe".parse().unwrap(), format: Format::W8A8 }];
+        assert!(refused(&AllocateRequest { pins, ..request(&layout, Budget::Bits(4.0)) }).message.contains("pins nothing"));
+    }
+
+    #[test]
+    fn a_correction_is_learned_only_where_predictions_are_off() {
+        let layout = layout();
+        let mut losses = losses(&layout);
+        let check = |predicted: f64, measured| Check { plan: Plan::unquantized(12), predicted, measured, stderr: 0.0 };
+        losses.checks = [1e-5, 1e-4, 1e-3].map(|predicted| check(predicted, predicted * 1.02)).to_vec();
+        assert_eq!(Correction::learn(&losses), None);
+        losses.checks = [1e-5_f64, 1e-4, 1e-3].map(|predicted| check(predicted, 3.0 * predicted.powf(1.1))).to_vec();
+        let learned = Correction::learn(&losses).unwrap();
+        assert!((learned.scale - 3.0).abs() < 1e-9 && (learned.power - 1.1).abs() < 1e-12, "{learned:?}");
+        // The ceiling is on the corrected prediction.
+        let found = allocate(&losses, &layout, &request(&layout, Budget::Kld(2e-4))).unwrap();
+        assert!(found.corrected_kld <= 2e-4 && found.corrected_kld > 1e-4, "{}", found.corrected_kld);
+        losses.checks.truncate(2);
+        assert_eq!(Correction::learn(&losses), None);
+    }
 }

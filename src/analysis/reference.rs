@@ -67,11 +67,6 @@ impl<'a, B: Backend> Reference<'a, B> {
         &self.sequences
     }
 
-    /// Scored tokens in all.
-    pub fn tokens(&self) -> usize {
-        self.positions.iter().map(Vec::len).sum()
-    }
-
     /// Residual streams of all sequences that are held at a time.
     pub fn held_streams(&self) -> usize {
         let values: usize = self.ids.iter().map(Vec::len).sum::<usize>() * self.checkpoint.config.hidden_size;

@@ -1,9 +1,9 @@
 //! Is allocation worth it? Allocated plans against what one would do without measuring, at the same bytes, all put together
 //! from the same donors and measured on text that nothing was chosen on. Start with [`study`].
 
+use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
-use rand::SeedableRng;
 use serde::Serialize;
 
 use super::allocate::{AllocateRequest, Budget, Objective, Solution, write_plan};
@@ -78,11 +78,8 @@ pub fn study<B: Backend>(backend: &B, request: &StudyRequest<'_>, monitor: &Moni
     let ours = Solution::new(request.losses, layout, &allocation(Objective::Kld))?;
     let by_error = Solution::new(request.losses, layout, &allocation(Objective::OutputError))?;
 
-    let uniform: Vec<Plan> = request
-        .formats
-        .iter()
-        .map(|format| Plan { blocks: vec![*format; layout.blocks.len()], ..base.clone() })
-        .collect();
+    let uniform: Vec<Plan> =
+        request.formats.iter().map(|format| Plan { blocks: vec![*format; layout.blocks.len()], ..base.clone() }).collect();
     let uniform_kld = reference.divergence_of_plans(&donors, &uniform, monitor, "uniform plans")?;
 
     let mut rounds = rounds(request)?;
@@ -90,7 +87,8 @@ pub fn study<B: Backend>(backend: &B, request: &StudyRequest<'_>, monitor: &Moni
     for round in &mut rounds {
         let at = |solution: &Solution<'_>| solution.find(Budget::LinearBytes(round.bytes)).map(|index| solution.at(index).plan);
         let mut plans = vec![(ALLOCATED.to_owned(), at(&ours)?)];
-        let fitting = uniform.iter().zip(&uniform_kld).zip(&request.formats).filter(|((plan, _), _)| layout.linear_bytes(plan) <= round.bytes);
+        let fitting =
+            uniform.iter().zip(&uniform_kld).zip(&request.formats).filter(|((plan, _), _)| layout.linear_bytes(plan) <= round.bytes);
         let best = fitting.min_by(|((_, a), _), ((_, b), _)| statistics::mean(a).total_cmp(&statistics::mean(b)));
         if let Some(((plan, _), format)) = best {
             plans.push((format!("uniform {format}"), plan.clone()));
@@ -163,7 +161,8 @@ pub fn hand_rule(kinds: &[BlockKind], wide: Format, narrow: Format) -> Vec<Forma
 
 /// A unit's allowed formats with their bytes, ascending.
 fn ladder(unit: &UnitLosses, formats: &[Format]) -> Vec<(u64, Format)> {
-    let mut steps: Vec<(u64, Format)> = formats.iter().filter_map(|format| unit.loss(*format)).map(|loss| (loss.bytes, loss.format)).collect();
+    let mut steps: Vec<(u64, Format)> =
+        formats.iter().filter_map(|format| unit.loss(*format)).map(|loss| (loss.bytes, loss.format)).collect();
     steps.sort_unstable();
     steps
 }
@@ -194,11 +193,14 @@ fn random(request: &StudyRequest<'_>, base: &Plan, budget: u64, rng: &mut SmallR
     loop {
         order.shuffle(rng);
         let cost = |unit: usize, at: usize| ladders[unit].get(at + 1).map(|next| next.0 - ladders[unit][at].0);
-        let Some(unit) = order.iter().copied().find(|unit| cost(*unit, at[*unit]).is_some_and(|cost| spent + cost <= budget)) else { break };
+        let Some(unit) = order.iter().copied().find(|unit| cost(*unit, at[*unit]).is_some_and(|cost| spent + cost <= budget)) else {
+            break;
+        };
         spent += cost(unit, at[unit]).unwrap_or(0);
         at[unit] += 1;
     }
-    let chosen: Vec<(Format, &UnitLosses)> = units.iter().zip(&ladders).zip(&at).map(|((unit, ladder), at)| (ladder[*at].1, unit)).collect();
+    let chosen: Vec<(Format, &UnitLosses)> =
+        units.iter().zip(&ladders).zip(&at).map(|((unit, ladder), at)| (ladder[*at].1, unit)).collect();
     plan_of(request, base, &chosen)
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line is what prints")]
 
+mod allocate;
 mod analyze;
 mod compare;
 mod doctor;
@@ -12,6 +13,7 @@ mod progress;
 mod quantize;
 mod replay;
 mod results;
+mod sensitivity;
 mod trace;
 
 use std::io::IsTerminal;
@@ -80,6 +82,10 @@ enum Command {
     Eval(eval::Eval),
     /// Compare variants with the model that they were made from.
     Compare(compare::Compare),
+    /// Measure what each part of a model loses in each format; goes on where it stopped.
+    Sensitivity(sensitivity::Sensitivity),
+    /// The plan that loses least within a budget, from measured sensitivities.
+    Allocate(allocate::Allocate),
     /// Run a session file headless.
     Replay(replay::Replay),
     /// List, filter, import and export what was measured.
@@ -105,6 +111,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Quantize(command)) => command.run(&common),
         Some(Command::Eval(command)) => command.run(&common),
         Some(Command::Compare(command)) => command.run(&common),
+        Some(Command::Sensitivity(command)) => command.run(&common),
+        Some(Command::Allocate(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
         Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use tokio::sync::watch;
 
 use super::{Event, JobId, Progress};
+use crate::analysis::sensitivity::{self, SensitivitySpec};
+use crate::analysis::study::{self, StudyRequest};
 use crate::backend::cpu::Cpu;
-use crate::checkpoint::{self, Checkpoint, StorageLayout};
+use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
 use crate::format::{BlockKind, Format, Plan};
@@ -14,7 +16,7 @@ use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
 use crate::monitor::{CancelToken, Monitor, Report};
-use crate::quant::{self, QuantizeRequest, Sample, SampleSpec, Steps};
+use crate::quant::{self, Donors, QuantizeRequest, Sample, SampleSpec, Steps};
 
 /// Work for the engine.
 #[derive(Debug, Clone)]
@@ -26,6 +28,38 @@ pub enum Job {
     Generate(Box<GenerateJob>),
     /// Write logits and residual streams.
     Trace(Box<TraceJob>),
+    /// Measure what each part of a model loses; a `Sensitivities` event at the end.
+    Sensitivity(Box<SensitivityJob>),
+    /// Compare allocated plans with others; a `Study` event at the end.
+    Study(Box<StudyJob>),
+}
+
+/// Measure what each part of a model loses.
+#[derive(Debug, Clone)]
+pub struct SensitivityJob {
+    pub model: String,
+    pub spec: SensitivitySpec,
+    /// Folder that donors and measurements are kept in.
+    pub store: PathBuf,
+    /// Forget what was measured before.
+    pub fresh: bool,
+}
+
+/// Compare allocated plans with others on text that nothing was chosen on.
+#[derive(Debug, Clone)]
+pub struct StudyJob {
+    pub model: String,
+    /// What the sensitivities were measured with.
+    pub spec: SensitivitySpec,
+    pub store: PathBuf,
+    pub formats: Vec<Format>,
+    pub bits: Vec<f64>,
+    /// Random plans a budget.
+    pub random: usize,
+    /// `None` takes the demo's held-out text.
+    pub text: Option<PathBuf>,
+    pub windows: usize,
+    pub window_tokens: usize,
 }
 
 /// Continue a prompt.
@@ -64,6 +98,8 @@ pub struct QuantizeJob {
     pub store: PathBuf,
     /// Replace what is there.
     pub force: bool,
+    /// Folder of donors to take the quantized weights from, made by a sensitivity job with the same steps and sample.
+    pub donors: Option<PathBuf>,
 }
 
 impl Job {
@@ -77,6 +113,8 @@ impl Job {
             }
             Self::Generate(job) => format!("generate with {}", job.model),
             Self::Trace(job) => format!("trace {}", job.model),
+            Self::Sensitivity(job) => format!("measure {}", job.model),
+            Self::Study(job) => format!("study {}", job.model),
         }
     }
 }
@@ -103,10 +141,44 @@ pub(super) fn run(
             evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
         Job::Generate(job) => generate(id, &job, &monitor, send),
+        Job::Sensitivity(job) => {
+            let checkpoint = checkpoint::open_watched(&job.model, &monitor)?;
+            let request = sensitivity::Request::new(&checkpoint, &job.spec, job.store)?;
+            let sensitivities = Box::new(sensitivity::measure(&Cpu, &request, job.fresh, &monitor)?);
+            send(Event::Sensitivities { id, sensitivities });
+            Ok(())
+        }
+        Job::Study(job) => study(id, &job, &monitor, send),
         Job::Trace(job) => {
             trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }
     }
+}
+
+fn study(id: JobId, job: &StudyJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+    let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
+    let request = sensitivity::Request::new(&checkpoint, &job.spec, job.store.clone())?;
+    let losses = sensitivity::load(&request)?;
+    let heldout = match &job.text {
+        Some(path) => text::read(path)?,
+        None => DEMO_HELDOUT.to_owned(),
+    };
+    let tokens = text::tokenize(&checkpoint.tokenizer()?, &heldout)?;
+    let rows = study::study(
+        &Cpu,
+        &StudyRequest {
+            measurement: &request,
+            losses: &losses,
+            formats: job.formats.clone(),
+            bits: job.bits.clone(),
+            random: job.random,
+            windows: text::windows(&tokens, job.windows, job.window_tokens)?,
+            seed: job.spec.sample.seed,
+        },
+        monitor,
+    )?;
+    send(Event::Study { id, rows });
+    Ok(())
 }
 
 fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
@@ -165,6 +237,14 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         steps.transforms.retain(|transform| !transform.is_online());
     }
     let sample = Sample::load(&checkpoint, &job.sample)?;
+    let donors = match &job.donors {
+        Some(_) if job.storage == StorageLayout::Portable => {
+            return Err(Error::input("a portable variant cannot be put together from donors, whose slices have widths of their own")
+                .hint("leave --portable out, or quantize the plan's session with `strata quantize --portable`"));
+        }
+        Some(folder) => Some(Donors::open(&Cpu, &checkpoint, &steps, &sample, folder, monitor)?),
+        None => None,
+    };
     let mut request = QuantizeRequest {
         checkpoint: &checkpoint,
         recipe: job.recipe,
@@ -174,6 +254,7 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         storage: job.storage,
         output: PathBuf::new(),
         force: job.force,
+        donors: donors.as_ref(),
     };
     request.output = match job.output {
         Some(output) => output,

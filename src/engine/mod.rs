@@ -14,9 +14,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
-pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use job::{GenerateJob, Job, QuantizeJob, SensitivityJob, StudyJob, TraceJob};
 pub use progress::Progress;
 
+use crate::analysis::sensitivity::Sensitivities;
+use crate::analysis::study::StudyRow;
 use crate::checkpoint::VariantManifest;
 use crate::error::{Error, Result};
 use crate::eval::run::Evaluated;
@@ -59,6 +61,16 @@ pub enum Event {
         id: JobId,
         piece: String,
         tokens: usize,
+    },
+    /// What each part of a model loses.
+    Sensitivities {
+        id: JobId,
+        sensitivities: Box<Sensitivities>,
+    },
+    /// Allocated plans beside others.
+    Study {
+        id: JobId,
+        rows: Vec<StudyRow>,
     },
     Finished {
         id: JobId,

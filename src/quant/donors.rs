@@ -187,11 +187,16 @@ impl Donors {
         self.make(Place::Head, std::slice::from_ref(&checkpoint.layout.head), format, |_| Ok(&head), |_| hessian)
     }
 
+    /// The head `spec` in `format`; `float` gives its transformed weights.
+    pub(super) fn head_linear(&self, float: &FloatLinear, spec: &LinearSpec, format: Format) -> Result<QuantizedLinear> {
+        let assembled = self.assemble(Place::Head, [spec], |_, _| format, |_| Ok(float))?;
+        assembled.into_values().next().ok_or_else(|| Error::run("the head was not put together"))
+    }
+
     /// The head in `format` on the device.
     pub fn head<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, format: Format) -> Result<B::Linear> {
-        let (float, spec) = (self.transforms.head(checkpoint)?, &checkpoint.layout.head);
-        let assembled = self.assemble(Place::Head, [spec], |_, _| format, |_| Ok(&float))?;
-        backend.prepare(assembled[spec.name.as_str()].weights(spec.cols))
+        let spec = &checkpoint.layout.head;
+        backend.prepare(self.head_linear(&self.transforms.head(checkpoint)?, spec, format)?.weights(spec.cols))
     }
 
     /// Logits of `head` for rows of the residual stream behind the last block, in the transforms' basis.
@@ -373,9 +378,7 @@ impl File {
             part += 1;
         }
         let (scheme, cols) = (schemes[part], linear.cols);
-        let tensor = |what: &str| {
-            tensors.tensor(&format!("{}/{part}/{what}", linear.name)).map_err(|error| damaged(&self.path, &error))
-        };
+        let tensor = |what: &str| tensors.tensor(&format!("{}/{part}/{what}", linear.name)).map_err(|error| damaged(&self.path, &error));
         let (first, count) = (rows.start - start, rows.len());
         let row = |view: &safetensors::tensor::TensorView<'_>| view.data().len() / view.shape()[0];
         let codes = tensor("codes")?;
@@ -425,13 +428,7 @@ fn join(parts: Vec<WeightPart>) -> WeightPart {
 }
 
 /// The second moment of the normalised residual stream over the sample, kept in `path`.
-fn second_moment<B: Backend>(
-    backend: &B,
-    checkpoint: &Checkpoint,
-    sample: &Sample,
-    path: &Path,
-    monitor: &Monitor,
-) -> Result<Vec<f64>> {
+fn second_moment<B: Backend>(backend: &B, checkpoint: &Checkpoint, sample: &Sample, path: &Path, monitor: &Monitor) -> Result<Vec<f64>> {
     let hidden = checkpoint.config.hidden_size;
     if let Ok(bytes) = fs::read(path)
         && bytes.len() == 8 * hidden * hidden

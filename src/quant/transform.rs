@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockKind, Transform};
 
 /// The transforms of a run, with the rotation of the residual stream where there is one.
+#[derive(Clone)]
 pub struct Transforms {
     pub list: Vec<Transform>,
     /// Q `[hidden, hidden]`: the rotated stream is `h Q`.

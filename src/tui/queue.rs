@@ -191,7 +191,7 @@ impl Queue {
             Event::Started { title, .. } => self.line(Level::Info, format!("{title}: started")),
             Event::Report { report, .. } => self.report(report, clock),
             // The workbench submits no job that generates text.
-            Event::Text { .. } => {}
+            Event::Text { .. } | Event::Sensitivities { .. } | Event::Study { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(Work::Quantize(target)) = self.running().map(|item| item.work.clone()) else { return };
                 measurements.quantized(&target.steps, target.plan, path, &manifest);
@@ -246,6 +246,7 @@ impl Queue {
                 }
                 self.errors[index] = error;
             }
+            Report::Measured { .. } => {}
             Report::Log(line) => self.line(Level::Info, line),
             Report::Warning(line) => self.line(Level::Warning, line),
         }
@@ -284,6 +285,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
             output: None,
             store: store.to_owned(),
             force: false,
+            donors: None,
         })))),
         Work::Evaluate(targets) => {
             let model = |target: &Target| {

@@ -6,7 +6,7 @@
 //! holds one block and some streams. A transformed block sits in the unquantized model between a rotation and its inverse.
 
 use super::store::{self, Rows, Store};
-use super::{Check, Loss, Request, SENSITIVITY_SCHEMA, Sensitivities, Unit, UnitLosses, unit_format, units};
+use super::{Check, Loss, Request, SENSITIVITY_SCHEMA, Sensitivities, Unit, UnitLosses, units};
 use crate::analysis::allocate::{self, AllocateRequest, Budget};
 use crate::analysis::reference::Reference;
 use crate::backend::{Backend, Emit, Sequences};
@@ -41,7 +41,7 @@ pub fn measure<B: Backend>(backend: &B, request: &Request<'_>, fresh: bool, moni
     let reference = Reference::new(backend, request.checkpoint, &request.measured.sequences, request.positions, monitor)?;
     run.ends(&reference)?;
     let pairs: Vec<Pair> = (0..run.units.len()).flat_map(|unit| request.formats.iter().map(move |format| (unit, *format))).collect();
-    run.losses(&reference, &run.probes(&pairs), "probe")?;
+    run.losses(&reference, &probes(&pairs), "probe")?;
     run.losses(&reference, &run.chosen(&pairs), "measure")?;
     run.checks(&reference)?;
     load(request)
@@ -129,7 +129,7 @@ struct Run<'a, B: Backend> {
     monitor: &'a Monitor<'a>,
 }
 
-impl<'a, B: Backend> Run<'a, B> {
+impl<B: Backend> Run<'_, B> {
     fn screened(&self, unit: usize, format: Format) -> Option<f64> {
         self.store.rows.screened.get(&(self.units[unit].name.clone(), format)).copied()
     }
@@ -144,15 +144,13 @@ impl<'a, B: Backend> Run<'a, B> {
         let blocks = &checkpoint.layout.blocks;
         let missing = |unit: usize| formats.iter().any(|format| self.screened(unit, *format).is_none());
         let place = crate::quant::donors::Place::Block;
-        let donors_missing =
-            blocks.iter().any(|block| formats.iter().any(|format| !self.donors.has(place(block.index), *format)))
-                || !self.donors.has(crate::quant::donors::Place::Head, self.request.head);
+        let donors_missing = blocks.iter().any(|block| formats.iter().any(|format| !self.donors.has(place(block.index), *format)))
+            || !self.donors.has(crate::quant::donors::Place::Head, self.request.head);
         if !donors_missing && !(0..self.units.len()).any(missing) {
             return Ok(());
         }
-        let batches = |sequences: &[Vec<u32>]| {
-            sequences.iter().map(|ids| (ids.clone(), Sequences::new(vec![ids.len()]))).collect::<Vec<_>>()
-        };
+        let batches =
+            |sequences: &[Vec<u32>]| sequences.iter().map(|ids| (ids.clone(), Sequences::new(vec![ids.len()]))).collect::<Vec<_>>();
         let calibration = batches(&self.request.calibration.sequences);
         let windows = &self.request.measured.sequences;
         let screened = batches(&windows[..windows.len().div_ceil(SCREENED)]);
@@ -227,16 +225,6 @@ impl<'a, B: Backend> Run<'a, B> {
         };
         let divergence = reference.divergence(&streams[0], logits)?;
         self.store.add_ends(mean_and_error(&divergence))
-    }
-
-    /// Of each unit the narrowest format, with 8-bit and with 16-bit activations: what is measured in any case, and tells
-    /// how much of a unit's output error reaches the logits.
-    fn probes(&self, pairs: &[Pair]) -> Vec<Pair> {
-        let narrowest = |(unit, format): &&Pair| {
-            let alike = pairs.iter().filter(|(other, wide)| other == unit && wide.activation_bits() == format.activation_bits());
-            alike.map(|(_, format)| format.weight_bits()).min() == Some(format.weight_bits())
-        };
-        pairs.iter().filter(narrowest).copied().collect()
     }
 
     /// The pairs of largest estimated loss that fill the share to be measured.
@@ -315,6 +303,16 @@ impl<'a, B: Backend> Run<'a, B> {
         }
         Ok(())
     }
+}
+
+/// Of each unit the narrowest format, with 8-bit and with 16-bit activations: what is measured in any case, and tells
+/// how much of a unit's output error reaches the logits.
+fn probes(pairs: &[Pair]) -> Vec<Pair> {
+    let narrowest = |(unit, format): &&Pair| {
+        let alike = pairs.iter().filter(|(other, wide)| other == unit && wide.activation_bits() == format.activation_bits());
+        alike.map(|(_, format)| format.weight_bits()).min() == Some(format.weight_bits())
+    };
+    pairs.iter().filter(narrowest).copied().collect()
 }
 
 /// Gives `format` to the linears of `unit` and none to the others.

@@ -13,8 +13,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use measure::measure;
-pub use store::{donors_directory, find};
+pub use measure::{load, measure};
+pub use store::donors_directory;
 
 use crate::checkpoint::{BlockSpec, Checkpoint, Layout, TOOL, sha256_hex};
 use crate::error::{Error, Result};

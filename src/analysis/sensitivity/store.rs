@@ -138,8 +138,7 @@ pub(super) fn folder(store: &Path, identity: &Identity, model: &str) -> Result<P
         return Ok(directory);
     }
     let others = others(&measurements_directory(store));
-    let related: Vec<&Named> =
-        others.iter().filter(|other| other.identity.source == identity.source || other.model == model).collect();
+    let related: Vec<&Named> = others.iter().filter(|other| other.identity.source == identity.source || other.model == model).collect();
     let changes: Vec<&str> = related.iter().filter_map(|other| difference(&other.identity, identity)).collect();
     let message = match changes.as_slice() {
         [] => format!("{model} has no measured sensitivities"),
@@ -165,7 +164,10 @@ fn difference(known: &Identity, asked: &Identity) -> Option<&'static str> {
     [
         (same_model, "the checkpoint has changed since they were measured"),
         (known.tool == asked.tool, "another version of strata measured them, whose quantizer stores other bytes"),
-        (known.method == asked.method && known.transforms == asked.transforms, "they were measured for a recipe of other transforms or rounding"),
+        (
+            known.method == asked.method && known.transforms == asked.transforms,
+            "they were measured for a recipe of other transforms or rounding",
+        ),
         (known.calibration == asked.calibration, "they were measured with another calibration text, sample or seed"),
         (known.measured == asked.measured && known.positions == asked.positions, "they were measured on other tokens"),
         (known.embedding == asked.embedding && known.head == asked.head, "they were measured with other formats of embedding and head"),

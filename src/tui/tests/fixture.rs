@@ -127,6 +127,7 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
             transforms: Vec::new(),
             sample: String::new(),
             seed: 0,
+            donors: None,
         },
         plan: draft.plan.clone(),
         sample: SampleRecord {
