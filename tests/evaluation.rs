@@ -50,7 +50,7 @@ fn a_cancelled_evaluation_goes_on_without_repeating_finished_rows() {
         }
     };
     let resumed = run(&request, &Monitor::new(listen, CancelToken::default()));
-    assert!(log.into_inner().unwrap().iter().any(|line| line.starts_with("piqa") && line.contains("did not end")));
+    assert!(log.into_inner().unwrap().iter().any(|line| line.starts_with("piqa") && line.contains("earlier evaluation")));
     let whole = run(&EvaluateRequest { journal: None, ..request.clone() }, &Monitor::silent());
     assert_eq!(resumed[0].result.tasks, whole[0].result.tasks);
     for (resumed, whole) in resumed[0].samples.iter().zip(&whole[0].samples) {
@@ -77,6 +77,27 @@ fn a_model_against_itself_has_no_flips_and_no_divergence() {
     let json = serde_json::to_value(&set).unwrap();
     assert_eq!(json["schema"], "strata.results/1");
     assert_eq!(json["comparisons"][0]["tasks"]["piqa"]["test"], "exact");
+}
+
+#[test]
+fn the_base_of_several_evaluations_is_scored_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = request().models.remove(0);
+    let request = EvaluateRequest { reference: Some(base), limit: Some(4), journal: Some(folder.path().to_owned()), ..request() };
+    let logged = || {
+        let log = Mutex::new(Vec::new());
+        let listen = |report| {
+            if let Report::Log(line) = report {
+                log.lock().unwrap().push(line);
+            }
+        };
+        let results = run(&request, &Monitor::new(listen, CancelToken::default()));
+        (results[0].result.tasks.clone(), log.into_inner().unwrap().len())
+    };
+    let (first, again) = (logged(), logged());
+    assert_eq!(first.0, again.0);
+    // The variant here is the base itself, whose rows are those of the base.
+    assert_eq!((first.1, again.1), (2, 4), "a line a task that was scored before");
 }
 
 /// The program with a data folder of its own.
@@ -107,7 +128,7 @@ fn a_killed_evaluation_goes_on() {
     killed.kill().unwrap();
     killed.wait().unwrap();
     let resumed = strata(data.path(), &arguments).output().unwrap();
-    assert!(String::from_utf8_lossy(&resumed.stderr).contains("were scored by an evaluation that did not end"));
+    assert!(String::from_utf8_lossy(&resumed.stderr).contains("were scored by an earlier evaluation"));
     assert!(stdout(&resumed).contains("53.2"), "arc_easy of the whole task, as the harness has it");
     assert_eq!(scored(), 0);
 }

@@ -6,7 +6,7 @@
 pub mod cpu;
 
 use crate::error::Result;
-use crate::format::LinearWeights;
+use crate::format::{CacheFormats, LinearWeights, QuantizedMatrix, Scheme, round_to_nearest};
 
 /// How the tokens of a batch divide into sequences, and which of them go on from the end of another one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,25 +67,33 @@ impl Sequences {
 }
 
 /// In which forms an operation hands its result to the linears that read it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Emit {
     pub float: bool,
     pub int8: bool,
+    /// Static scale of the int8 form; `None`: absmax / 127 of each token.
+    pub scale: Option<f32>,
     /// Orthonormal Hadamard transform of each block of so many features before the result is handed on.
     pub hadamard: Option<usize>,
 }
 
 impl Emit {
     /// Nothing yet: what [`Emit::and`] begins with.
-    pub const NONE: Self = Self { float: false, int8: false, hadamard: None };
-    pub const FLOAT: Self = Self { float: true, int8: false, hadamard: None };
-    pub const INT8: Self = Self { float: false, int8: true, hadamard: None };
+    pub const NONE: Self = Self { float: false, int8: false, scale: None, hadamard: None };
+    pub const FLOAT: Self = Self { float: true, int8: false, scale: None, hadamard: None };
+    pub const INT8: Self = Self { float: false, int8: true, scale: None, hadamard: None };
 
-    /// Both forms that either asks for. Readers of one input agree on its rotation.
+    /// Both forms that either asks for. Readers of one input agree on its rotation and on its static scale.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         debug_assert!(self.hadamard == other.hadamard || self == Self::NONE || other == Self::NONE);
-        Self { float: self.float || other.float, int8: self.int8 || other.int8, hadamard: self.hadamard.or(other.hadamard) }
+        debug_assert!(self.scale == other.scale || !self.int8 || !other.int8);
+        Self {
+            float: self.float || other.float,
+            int8: self.int8 || other.int8,
+            scale: self.scale.or(other.scale),
+            hadamard: self.hadamard.or(other.hadamard),
+        }
     }
 }
 
@@ -118,7 +126,59 @@ impl MambaShape {
     }
 }
 
-/// Small float parameters of a Mamba-2 mixer.
+/// In which form z, x, B, C and dt pass through a Mamba-2 mixer.
+///
+/// The int8 forms round four times, always code = round-half-even(v / scale) within ±127, 0 where the scale is 0:
+/// 1. `in_proj`'s output (bias added), slice by slice: z, x | B | C, dt;
+/// 2. the convolution's weights, one scale a channel ([`MambaParameters::conv_codes`]);
+/// 3. the convolution's output behind SiLU, and behind the rotation if there is one: x, B, C.
+///
+/// The convolution and the products `C_i · B_j` of the tokens of a chunk are int8 × int8 → int32. z, x, dt and the
+/// state are int8 in storage only: they meet float decays and gates, so their arithmetic is f32.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SsmInternals {
+    Float,
+    /// One scale, absmax / 127, for each token and span of channels: of z and x a head, of B and C a state group, of dt
+    /// all heads. A tap's integer product is scaled by the scale of the token it reads, and taps are added in f32,
+    /// oldest first; then comes the weight's scale, then the bias.
+    Int8PerToken,
+    /// Scales from calibration. The convolution sums its taps in int32: `silu(acc · (s_in · s_w) + bias)`.
+    Int8Static(SsmScales),
+}
+
+/// Static scales of a mixer's int8 internals.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SsmScales {
+    /// A channel, `[inner]`.
+    pub z: Vec<f32>,
+    /// A channel of x | B | C in front of the convolution, `[conv_channels]`.
+    pub conv_in: Vec<f32>,
+    /// A channel of x | B | C behind it, `[conv_channels]`; all channels of a state group have one scale in B, and one
+    /// in C, for their products are summed as integers.
+    pub conv_out: Vec<f32>,
+    /// A head, `[heads]`.
+    pub dt: Vec<f32>,
+}
+
+/// Orthonormal Hadamard transforms of x, B and C behind the convolution and SiLU, in blocks of so many channels (powers
+/// of two): B and C of a group by one matrix U, x of a head by V. The scan then holds `V S Uᵀ`, its products with C
+/// are unchanged, and V is undone on its output. Exact because a head decays by one scalar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateRotation {
+    /// Block of B's and C's `state` channels.
+    pub state: usize,
+    /// Block of x's `head_dim` channels.
+    pub head: usize,
+}
+
+impl StateRotation {
+    /// The largest blocks that divide a mixer's state and head.
+    pub fn of(shape: &MambaShape) -> Self {
+        Self { state: 1 << shape.state.trailing_zeros(), head: 1 << shape.head_dim.trailing_zeros() }
+    }
+}
+
+/// Small parameters of a Mamba-2 mixer.
 #[derive(Debug, Clone)]
 pub struct MambaParameters {
     /// `[conv_channels, kernel]`.
@@ -129,6 +189,16 @@ pub struct MambaParameters {
     pub a: Vec<f32>,
     pub d: Vec<f32>,
     pub dt_bias: Vec<f32>,
+    pub internals: SsmInternals,
+    pub rotation: Option<StateRotation>,
+}
+
+impl MambaParameters {
+    /// The convolution's weights as int8 internals use them: codes `[conv_channels, kernel]`, a scale a channel.
+    pub fn conv_codes(&self) -> QuantizedMatrix {
+        let channels = self.conv_bias.len();
+        round_to_nearest(&self.conv_weight, channels, self.conv_weight.len() / channels, Scheme::Int8)
+    }
 }
 
 /// Sizes of an attention mixer.
@@ -158,8 +228,10 @@ pub trait Backend: Send + Sync + 'static {
     type Embedding: Send + Sync;
     /// What a linear reads: floats, int8 codes with a scale a token, or both.
     type Activation: Send + Sync;
-    /// Float parameters of a Mamba-2 mixer on the device.
+    /// Small parameters of a Mamba-2 mixer on the device.
     type Mamba: Send + Sync;
+    /// `in_proj`'s output z | x | B | C | dt in the form that the mixer's [`SsmInternals`] name.
+    type Projection: Send;
     /// Convolution window and SSM state of some sequences.
     type SsmCache: Send;
     /// Keys and values of some sequences.
@@ -201,34 +273,50 @@ pub trait Backend: Send + Sync + 'static {
     /// `a + b`, reusing `a`'s memory where possible.
     fn add(&self, a: Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// Moves a mixer's float parameters to the device.
+    /// Moves a mixer's small parameters to the device.
     fn prepare_mamba(&self, parameters: MambaParameters) -> Result<Self::Mamba>;
     /// An empty cache for `sequences` sequences.
-    fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> Self::SsmCache;
-    /// The selective scan between `in_proj` and the gated norm: causal convolution and SiLU over x | B | C, dt,
-    /// state update and read-out. `projected` is `in_proj`'s output `[tokens, z|x|B|C|dt]`; returns y `[tokens, inner]`
-    /// with `D·x` added and the gate not yet applied. With a cache the sequences go on from it, and it is updated.
+    fn ssm_cache(&self, parameters: &Self::Mamba, shape: &MambaShape, sequences: usize, formats: CacheFormats) -> Self::SsmCache;
+    /// Bytes that a cache takes now.
+    fn ssm_cache_bytes(&self, cache: &Self::SsmCache) -> u64;
+    /// The slices z | x | B | C | dt `[tokens, projected]` of a mixer: `in_proj` applied to x, rounded to int8 where
+    /// the internals are.
+    fn project(
+        &self,
+        in_proj: &Self::Linear,
+        x: &Self::Activation,
+        parameters: &Self::Mamba,
+        shape: &MambaShape,
+    ) -> Result<Self::Projection>;
+    /// The selective scan between `in_proj` and the gated norm: causal convolution and SiLU over x | B | C, rotation and
+    /// rounding where the parameters say so, dt, state update and read-out, rotation undone. Returns y `[tokens, inner]`
+    /// with `D·x` added and the gate not yet applied. With a cache the sequences go on from it, and it is updated:
+    /// state and window are rounded to their formats at the end of each call, and of nothing else.
     fn mamba_scan(
         &self,
-        projected: &Self::Tensor,
+        projection: &Self::Projection,
         parameters: &Self::Mamba,
         shape: &MambaShape,
         sequences: &Sequences,
         cache: Option<&mut Self::SsmCache>,
     ) -> Result<Self::Tensor>;
-    /// `y·silu(z)`, then RMS norm in groups of `inner / groups` channels with `weight`; z is the first slice of `projected`.
+    /// `y·silu(z)`, then RMS norm in groups of `inner / groups` channels with `weight`; z is a slice of `projection`.
     fn gated_norm(
         &self,
         y: &Self::Tensor,
-        projected: &Self::Tensor,
+        projection: &Self::Projection,
+        parameters: &Self::Mamba,
         weight: &[f32],
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
     ) -> Result<Self::Activation>;
 
-    /// An empty cache for `sequences` sequences.
-    fn kv_cache(&self, shape: &AttentionShape, sequences: usize) -> Self::KvCache;
+    /// An empty cache for `sequences` sequences. New keys and values are rounded to the format before any query sees
+    /// them, so that a prefill in one call and token by token agree.
+    fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> Self::KvCache;
+    /// Bytes that a cache takes now.
+    fn kv_cache_bytes(&self, cache: &Self::KvCache) -> u64;
     /// Causal grouped-query attention without positional encoding, scale head_dim^−½. q `[tokens, heads·d]`,
     /// k and v `[tokens, kv_heads·d]`; returns `[tokens, heads·d]`. With a cache, earlier keys are seen and new ones kept.
     fn attention(

@@ -67,7 +67,7 @@ impl LinearSpec {
     }
 
     /// Bytes stored in `schemes`, one a slice; scales included, bias not.
-    fn bytes_in(&self, schemes: &[Scheme], float_bytes: usize) -> u64 {
+    pub fn bytes_in(&self, schemes: &[Scheme], float_bytes: usize) -> u64 {
         self.slices.iter().zip(schemes).map(|(slice, scheme)| scheme.stored_bytes(slice.rows, self.cols, float_bytes)).sum()
     }
 
@@ -125,6 +125,17 @@ impl BlockSpec {
     /// Bytes its linears store under `format`.
     pub fn linear_bytes(&self, format: Format, float_bytes: usize) -> u64 {
         self.linears.iter().map(|linear| linear.stored_bytes(format, float_bytes)).sum()
+    }
+
+    /// Static scales of a state-space block's internals: of z, of the convolution's input and output, and of dt.
+    pub fn internal_scales(&self) -> [TensorSpec; 4] {
+        let rows = |slices: &[&str]| {
+            let slice = |name: &&str| self.linear("in_proj")?.slices.iter().find(|slice| slice.name == *name).map(|slice| slice.rows);
+            slices.iter().filter_map(slice).sum::<usize>()
+        };
+        let conv = rows(&["x", "B", "C"]);
+        [("z", rows(&["z"])), ("conv_in", conv), ("conv_out", conv), ("dt", rows(&["dt"]))]
+            .map(|(name, width)| TensorSpec::new(format!("{}mixer.{name}_scale", self.prefix), &[width]))
     }
 
     /// Bytes its linears store under `plan`.

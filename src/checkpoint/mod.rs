@@ -180,6 +180,7 @@ impl Checkpoint {
             parts: Vec::new(),
             bias,
             int8_activations: format.is_some_and(crate::format::Format::quantizes_activations),
+            input_scale: None,
             hadamard: self.variant.as_ref().and_then(|variant| linear.hadamard(&variant.provenance.transforms)),
         };
         for part in self.parts(linear)? {

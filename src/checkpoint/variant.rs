@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::layout::{Layout, LinearSpec};
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, QuantizedMatrix, Scheme, Transform, WeightPart, packing};
+use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, QuantizedMatrix, Scheme, Transform, WeightPart, packing};
 
 /// The manifest of a variant, beside its weights.
 pub const STRATA_FILE: &str = "strata.toml";
@@ -38,6 +38,10 @@ pub struct VariantManifest {
     pub layout: StorageLayout,
     pub provenance: Provenance,
     pub plan: Plan,
+    #[serde(default)]
+    pub activations: Activations,
+    #[serde(default)]
+    pub cache: CacheFormats,
     pub sample: SampleRecord,
     /// SHA-256 of each weight file.
     pub files: BTreeMap<String, String>,

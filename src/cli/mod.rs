@@ -13,6 +13,7 @@ mod progress;
 mod quantize;
 mod replay;
 mod results;
+mod runs;
 mod sensitivity;
 mod trace;
 
@@ -88,6 +89,8 @@ enum Command {
     Allocate(allocate::Allocate),
     /// Run a session file headless.
     Replay(replay::Replay),
+    /// List, follow, cancel and remove runs: every replay and every job of the workbench is one.
+    Runs(runs::Runs),
     /// List, filter, import and export what was measured.
     Results(results::Results),
     /// Continue a prompt.
@@ -114,6 +117,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Sensitivity(command)) => command.run(&common),
         Some(Command::Allocate(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
+        Some(Command::Runs(command)) => command.run(&common),
         Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),
         Some(Command::Trace(command)) => command.run(&common),

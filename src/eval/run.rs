@@ -1,6 +1,6 @@
 //! One evaluation of several models: rows, tokens and the reference pass are shared between them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::journal::Journal;
@@ -89,13 +89,15 @@ pub fn evaluate<B: Backend>(
         Some(path) => Some(text::read(path)?),
         None => Some(DEMO_HELDOUT.to_owned()),
     };
+    announce(request, &questions, monitor);
     let mut reference: Option<Reference<B>> = None;
     let mut journals = Vec::new();
+    let mut kept_journal = None;
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
         monitor.stage("load", 1);
         let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
-        let loaded = Hybrid::load(backend(), &checkpoint)?;
+        let loaded = Hybrid::load(backend(), &checkpoint)?.stopped_by(monitor.cancel_token());
         monitor.step(1, format!("{} loaded", model.name))?;
         let sha256 = checkpoint.sha256()?;
         let mut journal = None;
@@ -106,8 +108,14 @@ pub fn evaluate<B: Backend>(
                 Err(error) => monitor.warn(format!("{error}: this evaluation could not be resumed")),
             }
         }
-        journals.extend(journal.as_ref().map(|journal| journal.path().to_owned()));
         let is_reference = index == 0 && request.reference.is_some();
+        let path = journal.as_ref().map(|journal| journal.path().to_owned());
+        if is_reference {
+            // It stays: every other evaluation of the reference's variants would score the same rows again.
+            kept_journal = path;
+        } else {
+            journals.extend(path.filter(|path| Some(path) != kept_journal.as_ref()));
+        }
         let evaluated = Evaluation {
             request,
             checkpoint: &checkpoint,
@@ -242,6 +250,8 @@ impl<B: Backend> Evaluation<'_, B> {
             read.scores.push(backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score).collect());
             if let Some(reference) = reference {
                 divergence.extend(backend.divergence(&reference.logits[index], &logits)?);
+                let mean = divergence.iter().map(|token| token.kl).sum::<f64>() / divergence.len() as f64;
+                monitor.divergence(index + 1, mean);
             }
             if keep_logits {
                 read.logits.push(logits);
@@ -279,6 +289,42 @@ fn load_questions(request: &EvaluateRequest, monitor: &Monitor) -> Result<Vec<(T
         Ok((*task, rows))
     };
     request.tasks.iter().map(load).collect()
+}
+
+/// Tokens that are decoded one by one cost about this many times what they cost in a prompt.
+const DECODING: f64 = 12.0;
+/// Characters of a token, about.
+const TOKEN: f64 = 4.0;
+/// Share of a model's evaluation that loading it takes, about.
+const LOADING: f64 = 0.03;
+
+/// Tells the monitor which stages come, and their work in characters that the model reads.
+fn announce(request: &EvaluateRequest, questions: &[(Task, Rows)], monitor: &Monitor) {
+    let mut stages = Vec::new();
+    for (task, rows) in questions {
+        let work: usize = rows
+            .questions
+            .iter()
+            .map(|question| {
+                // A context that choices share is read once.
+                let contexts: BTreeSet<&str> = question.requests.iter().map(|(context, _)| context.as_str()).collect();
+                let continuations = question.requests.iter().map(|(_, continuation)| continuation.len());
+                contexts.into_iter().map(str::len).chain(continuations).sum::<usize>()
+            })
+            .sum();
+        stages.push((task.name().to_owned(), work as f64));
+    }
+    if request.windows > 0 {
+        stages.push(("text".to_owned(), TOKEN * (request.windows * request.window_tokens) as f64));
+    }
+    if let Some(speed) = request.speed {
+        let round = speed.prompt_tokens as f64 + DECODING * speed.decode_tokens as f64;
+        stages.push(("speed".to_owned(), TOKEN * round * (speed.repetitions + 1) as f64));
+    }
+    let load = LOADING * stages.iter().map(|(_, work)| work).sum::<f64>();
+    stages.insert(0, ("load".to_owned(), load));
+    let models = request.reference.iter().chain(&request.models).count();
+    monitor.plan(std::iter::repeat_n(stages, models).flatten());
 }
 
 fn text_description(request: &EvaluateRequest, windows: usize) -> String {

@@ -194,6 +194,7 @@ fn loglikelihoods<B: Backend>(
         if let Some(known) = journal.as_ref().and_then(|journal| journal.get(&key, batch.len())) {
             kept += known.len();
             scores.extend_from_slice(known);
+            monitor.found(scores.len());
         } else {
             let new = score_batch(model, batch)?;
             if let Some(journal) = &mut journal {
@@ -204,7 +205,7 @@ fn loglikelihoods<B: Backend>(
         monitor.step(scores.len(), format!("{} continuations", scores.len()))?;
     }
     if kept > 0 {
-        monitor.log(format!("{task}: {kept} of {} continuations were scored by an evaluation that did not end", unique.len()));
+        monitor.log(format!("{task}: {kept} of {} continuations were scored by an earlier evaluation", unique.len()));
     }
     Ok(requests.iter().map(|request| unique.binary_search(&request).map_or(f64::NAN, |at| scores[at])).collect())
 }

@@ -75,6 +75,8 @@ pub struct LinearWeights {
     pub bias: Option<Vec<f32>>,
     /// Whether the linear reads int8 activations. Float parts then still read floats.
     pub int8_activations: bool,
+    /// Static scale of the int8 activations: code = round-half-even(x / scale) within ±127. `None`: one a token.
+    pub input_scale: Option<f32>,
     /// The linear reads its input after an orthonormal Hadamard transform of each block of so many features (a power
     /// of two): its weights carry the inverse.
     pub hadamard: Option<usize>,
@@ -101,7 +103,7 @@ impl WeightPart {
 impl LinearWeights {
     /// A float linear without bias: `values` is `[rows, cols]`.
     pub fn float(values: Vec<f32>, cols: usize) -> Self {
-        Self { cols, parts: vec![WeightPart::Float(values)], bias: None, int8_activations: false, hadamard: None }
+        Self { cols, parts: vec![WeightPart::Float(values)], bias: None, int8_activations: false, input_scale: None, hadamard: None }
     }
 
     /// Outputs.

@@ -20,10 +20,14 @@ pub enum Transform {
     RotateOut,
     /// Online block-Hadamard behind relu², its inverse fused into `down_proj` (QuaRot).
     RotateRelu2,
+    /// Online Hadamard U on B and C of a state group and V on x of a head, behind the convolution; V is undone on the
+    /// scan's output. Exact in Mamba-2, where a head decays by one scalar.
+    RotateState,
 }
 
 impl Transform {
-    pub const ALL: [Self; 5] = [Self::FoldNorms, Self::RotateResidual, Self::RotateVo, Self::RotateOut, Self::RotateRelu2];
+    pub const ALL: [Self; 6] =
+        [Self::FoldNorms, Self::RotateResidual, Self::RotateVo, Self::RotateOut, Self::RotateRelu2, Self::RotateState];
 
     /// The word used in recipes.
     pub fn name(self) -> &'static str {
@@ -33,12 +37,13 @@ impl Transform {
             Self::RotateVo => "rotate-vo",
             Self::RotateOut => "rotate-out",
             Self::RotateRelu2 => "rotate-relu2",
+            Self::RotateState => "rotate-state",
         }
     }
 
     /// Whether the model has to compute something more when it runs.
     pub fn is_online(self) -> bool {
-        matches!(self, Self::RotateOut | Self::RotateRelu2)
+        matches!(self, Self::RotateOut | Self::RotateRelu2 | Self::RotateState)
     }
 }
 

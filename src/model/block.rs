@@ -1,9 +1,9 @@
 //! One block: `h + mixer(RMSNorm(h))`, for the four kinds of mixer.
 
-use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences};
+use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
 use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec};
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, LinearWeights};
+use crate::format::{BlockKind, CacheFormats, Format, LinearWeights, SsmActivations, Transform};
 
 use super::moe::Moe;
 
@@ -58,6 +58,10 @@ pub trait BlockSource {
     fn tensor(&self, name: &str) -> Result<Vec<f32>>;
     /// A linear's weights.
     fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights>;
+    /// In which form z, x, B, C and dt pass through a state-space block.
+    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals>;
+    /// Whether x, B and C are rotated behind the convolution.
+    fn rotates_state(&self) -> bool;
 }
 
 /// Hands each linear of a block its input before it is applied: (name in the mixer, input). The router is no linear.
@@ -82,6 +86,36 @@ impl BlockSource for Stored<'_> {
     fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
         self.checkpoint.linear(linear, Some(self.index))
     }
+
+    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
+        let Some(variant) = &self.checkpoint.variant else { return Ok(SsmInternals::Float) };
+        internals(variant.activations.ssm, variant.plan.blocks[self.index], block, |name| self.checkpoint.read(name))
+    }
+
+    fn rotates_state(&self) -> bool {
+        self.checkpoint.variant.as_ref().is_some_and(|variant| variant.provenance.transforms.contains(&Transform::RotateState))
+    }
+}
+
+/// The internals of a state-space block of `format` whose variant holds them as `activations`; `tensor` reads the block's
+/// tensors by canonical name.
+pub fn internals(
+    activations: SsmActivations,
+    format: Format,
+    block: &BlockSpec,
+    tensor: impl Fn(&str) -> Result<Vec<f32>>,
+) -> Result<SsmInternals> {
+    if !format.quantizes_activations() {
+        return Ok(SsmInternals::Float);
+    }
+    Ok(match activations {
+        SsmActivations::Float => SsmInternals::Float,
+        SsmActivations::Int8PerToken => SsmInternals::Int8PerToken,
+        SsmActivations::Int8Static => {
+            let [z, conv_in, conv_out, dt] = block.internal_scales().map(|spec| tensor(&spec.name));
+            SsmInternals::Int8Static(SsmScales { z: z?, conv_in: conv_in?, conv_out: conv_out?, dt: dt? })
+        }
+    })
 }
 
 impl<B: Backend> Block<B> {
@@ -101,23 +135,26 @@ impl<B: Backend> Block<B> {
         let mixer = match spec.kind {
             BlockKind::Ssm => {
                 let mamba = &config.mamba;
+                let shape = MambaShape {
+                    heads: mamba.heads,
+                    head_dim: mamba.head_dim,
+                    groups: mamba.groups,
+                    state: mamba.state,
+                    kernel: mamba.conv_kernel,
+                    dt_min: mamba.dt_min,
+                    dt_max: mamba.dt_max,
+                };
                 let parameters = MambaParameters {
                     conv_weight: mixer_tensor("conv1d.weight")?,
                     conv_bias: if mamba.conv_bias { mixer_tensor("conv1d.bias")? } else { vec![0.0; mamba.conv_channels()] },
                     a: mixer_tensor("A_log")?.into_iter().map(|a_log| -a_log.exp()).collect(),
                     d: mixer_tensor("D")?,
                     dt_bias: mixer_tensor("dt_bias")?,
+                    internals: source.internals(spec)?,
+                    rotation: source.rotates_state().then(|| StateRotation::of(&shape)),
                 };
                 Mixer::Ssm(Box::new(Ssm {
-                    shape: MambaShape {
-                        heads: mamba.heads,
-                        head_dim: mamba.head_dim,
-                        groups: mamba.groups,
-                        state: mamba.state,
-                        kernel: mamba.conv_kernel,
-                        dt_min: mamba.dt_min,
-                        dt_max: mamba.dt_max,
-                    },
+                    shape,
                     in_proj: linear("in_proj")?,
                     parameters: backend.prepare_mamba(parameters)?,
                     norm: mixer_tensor("norm.weight")?,
@@ -141,10 +178,10 @@ impl<B: Backend> Block<B> {
     }
 
     /// An empty cache for `sequences` sequences.
-    pub fn cache(&self, backend: &B, sequences: usize) -> BlockCache<B> {
+    pub fn cache(&self, backend: &B, sequences: usize, formats: CacheFormats) -> BlockCache<B> {
         match &self.mixer {
-            Mixer::Ssm(ssm) => BlockCache::Ssm(backend.ssm_cache(&ssm.shape, sequences)),
-            Mixer::Attention(attention) => BlockCache::KeyValue(backend.kv_cache(&attention.shape, sequences)),
+            Mixer::Ssm(ssm) => BlockCache::Ssm(backend.ssm_cache(&ssm.parameters, &ssm.shape, sequences, formats)),
+            Mixer::Attention(attention) => BlockCache::KeyValue(backend.kv_cache(&attention.shape, sequences, formats)),
             Mixer::Mlp(_) | Mixer::Moe(_) => BlockCache::None,
         }
     }
@@ -174,10 +211,10 @@ impl<B: Backend> Block<B> {
                 };
                 let x = norm(backend.reads(&ssm.in_proj))?;
                 observe::<B>(tap, "in_proj", &x)?;
-                let projected = backend.linear(&ssm.in_proj, &x)?;
-                let y = backend.mamba_scan(&projected, &ssm.parameters, &ssm.shape, sequences, cache)?;
+                let projection = backend.project(&ssm.in_proj, &x, &ssm.parameters, &ssm.shape)?;
+                let y = backend.mamba_scan(&projection, &ssm.parameters, &ssm.shape, sequences, cache)?;
                 let emit = backend.reads(&ssm.out_proj);
-                let gated = backend.gated_norm(&y, &projected, &ssm.norm, &ssm.shape, self.eps, emit)?;
+                let gated = backend.gated_norm(&y, &projection, &ssm.parameters, &ssm.norm, &ssm.shape, self.eps, emit)?;
                 observe::<B>(tap, "out_proj", &gated)?;
                 backend.linear(&ssm.out_proj, &gated)
             }

@@ -4,6 +4,8 @@ use super::block::{Block, BlockCache};
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::format::CacheFormats;
+use crate::monitor::CancelToken;
 
 /// What stands before and behind the blocks: embedding, final norm and head.
 pub struct Ends<B: Backend> {
@@ -63,6 +65,8 @@ pub struct Hybrid<B: Backend> {
     ends: Ends<B>,
     blocks: Vec<Block<B>>,
     vocabulary: usize,
+    caches: CacheFormats,
+    cancel: CancelToken,
 }
 
 impl<B: Backend> Hybrid<B> {
@@ -70,7 +74,14 @@ impl<B: Backend> Hybrid<B> {
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
         let ends = Ends::load(&backend, checkpoint)?;
         let blocks = (0..checkpoint.layout.blocks.len()).map(|index| Block::load(&backend, checkpoint, index)).collect::<Result<_>>()?;
-        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, backend })
+        let caches = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();
+        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, caches, backend, cancel: CancelToken::default() })
+    }
+
+    /// The same model, whose passes end between two blocks, with an error, once `cancel` says so.
+    #[must_use]
+    pub fn stopped_by(self, cancel: CancelToken) -> Self {
+        Self { cancel, ..self }
     }
 
     /// Tokens that the model knows.
@@ -78,9 +89,24 @@ impl<B: Backend> Hybrid<B> {
         self.vocabulary
     }
 
-    /// An empty cache for `sequences` sequences.
+    /// How the model keeps its caches.
+    pub fn cache_formats(&self) -> CacheFormats {
+        self.caches
+    }
+
+    /// An empty cache for `sequences` sequences, in the formats that the variant was made for.
     pub fn cache(&self, sequences: usize) -> Cache<B> {
-        Cache { blocks: self.blocks.iter().map(|block| block.cache(&self.backend, sequences)).collect() }
+        Cache { blocks: self.blocks.iter().map(|block| block.cache(&self.backend, sequences, self.caches)).collect() }
+    }
+
+    /// Bytes that `cache` takes now: (SSM states and convolution windows, keys and values).
+    pub fn cache_bytes(&self, cache: &Cache<B>) -> (u64, u64) {
+        let bytes = |block: &BlockCache<B>| match block {
+            BlockCache::Ssm(cache) => (self.backend.ssm_cache_bytes(cache), 0),
+            BlockCache::KeyValue(cache) => (0, self.backend.kv_cache_bytes(cache)),
+            BlockCache::None => (0, 0),
+        };
+        cache.blocks.iter().map(bytes).fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
     }
 
     /// The residual stream behind the last block for tokens `ids` of `sequences`, going on from `cache` if given.
@@ -91,6 +117,7 @@ impl<B: Backend> Hybrid<B> {
         let mut h = self.ends.embed(&self.backend, ids)?;
         let mut caches = cache.map(|cache| cache.blocks.iter_mut());
         for block in &self.blocks {
+            self.cancel.check()?;
             h = block.forward(&self.backend, h, sequences, caches.as_mut().and_then(Iterator::next))?;
         }
         Ok(h)

@@ -24,7 +24,7 @@ use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::{BlockWeights, FloatBlock, FloatLinear};
-use crate::backend::{Backend, Emit, Sequences};
+use crate::backend::{Backend, Emit, Sequences, SsmInternals};
 use crate::checkpoint::{BlockSpec, Checkpoint, Dtype, LinearSpec, TOOL, sha256_hex};
 use crate::error::{Error, Result};
 use crate::files;
@@ -147,6 +147,7 @@ impl Donors {
         formats: &[Format],
         inputs: &[B::Tensor],
         sequences: &[Sequences],
+        monitor: &Monitor,
     ) -> Result<()> {
         let place = Place::Block(spec.index);
         let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
@@ -157,11 +158,12 @@ impl Donors {
         let hessians = if self.steps.method == Method::Gptq {
             let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
             let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
-            calibrate::hessians(backend, &block, inputs, sequences)?
+            calibrate::hessians(backend, &block, inputs, sequences, monitor)?
         } else {
             BTreeMap::new()
         };
         for format in missing {
+            monitor.check()?;
             if !self.has(place, format) {
                 let hessian = |name: &str| hessians.get(name).map(Vec::as_slice);
                 self.make(place, &spec.linears, format, |name| weights.linear(name), hessian)?;
@@ -356,6 +358,14 @@ impl BlockSource for PartlyQuantized<'_> {
             Some(quantized) => Ok(quantized.weights(linear.cols)),
             None => self.float.linear(linear),
         }
+    }
+
+    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
+        self.float.internals(block)
+    }
+
+    fn rotates_state(&self) -> bool {
+        self.float.rotates_state()
     }
 }
 

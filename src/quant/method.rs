@@ -39,6 +39,7 @@ impl QuantizedLinear {
             parts: Vec::new(),
             bias: self.bias.clone(),
             int8_activations: self.int8_activations,
+            input_scale: None,
             hadamard: self.hadamard,
         };
         for part in &self.parts {

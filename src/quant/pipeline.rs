@@ -28,7 +28,7 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Format, Plan, Scheme, Transform};
+use crate::format::{Activations, CacheFormats, Format, Plan, Scheme, Transform};
 use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
 
@@ -119,6 +119,7 @@ struct Pipeline<'a, B: Backend> {
 
 impl<'a, B: Backend> Pipeline<'a, B> {
     fn new(backend: &'a B, request: &'a QuantizeRequest<'a>, work: &'a Path, monitor: &'a Monitor<'a>) -> Result<Self> {
+        announce(request, monitor);
         monitor.stage("load", 1);
         let source = request.checkpoint.sha256()?;
         monitor.step(1, "source hashed")?;
@@ -218,6 +219,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         for record in &self.state.records {
             self.monitor.block(record.index, record.error, record.bytes);
         }
+        self.monitor.found(self.state.records.len());
         for index in self.state.records.len()..blocks {
             let record = self.quantize_block(index, &mut streams)?;
             self.monitor.block(index, record.error, record.bytes);
@@ -266,6 +268,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
+            self.monitor.check()?;
             let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
             let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
             for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
@@ -296,12 +299,13 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let (plan, index) = (&self.request.plan, spec.index);
         let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
         let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
-            calibrate::hessians(self.backend, transformed, &streams.quantized, &streams.sequences)?
+            calibrate::hessians(self.backend, transformed, &streams.quantized, &streams.sequences, self.monitor)?
         } else {
             BTreeMap::new()
         };
         let mut linears = BTreeMap::new();
         for linear in &spec.linears {
+            self.monitor.check()?;
             let hessian = hessians.get(&linear.name).map(Vec::as_slice);
             let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
             linears.insert(linear.name.as_str(), quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
@@ -529,6 +533,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 donors: request.donors.map(|donors| donors.name().to_owned()),
             },
             plan: request.plan.clone(),
+            activations: Activations::default(),
+            cache: CacheFormats::default(),
             sample,
             files,
             blocks: self.state.records.clone(),
@@ -581,6 +587,18 @@ fn gather_notes(linears: &BTreeMap<&str, QuantizedLinear>) -> Vec<String> {
     }
     let line = |(name, what, more)| if more == 0 { format!("{name}: {what}") } else { format!("{name} and {more} more: {what}") };
     gathered.into_iter().map(line).collect()
+}
+
+/// Tells the monitor which stages come. The unit of work is a pass over the sample through one block; choosing a
+/// block's codes takes several.
+fn announce(request: &QuantizeRequest<'_>, monitor: &Monitor) {
+    let blocks = request.checkpoint.layout.blocks.len() as f64;
+    let choosing = if request.steps.method == Method::Gptq { 12.0 } else { 5.0 };
+    let mut stages = vec![("load", 0.5), ("quantize", choosing * blocks), ("validate", blocks + 1.0), ("save", 0.1)];
+    if request.steps.transforms.contains(&Transform::RotateResidual) {
+        stages.insert(1, ("calibrate", 1.5 * blocks));
+    }
+    monitor.plan(stages);
 }
 
 fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use faer::{Mat, MatRef};
 
+use crate::backend::SsmInternals;
 use crate::checkpoint::{BlockSpec, Checkpoint, LinearSpec};
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, Transform};
@@ -121,5 +122,13 @@ impl BlockSource for FloatBlock<'_> {
         weights.bias = float.bias.as_ref().map(|bias| bias.iter().map(|value| *value as f32).collect());
         weights.hadamard = linear.hadamard(self.transforms);
         Ok(weights)
+    }
+
+    fn internals(&self, _: &BlockSpec) -> Result<SsmInternals> {
+        Ok(SsmInternals::Float)
+    }
+
+    fn rotates_state(&self) -> bool {
+        self.transforms.contains(&Transform::RotateState)
     }
 }

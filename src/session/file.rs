@@ -133,6 +133,9 @@ pub struct UiSpec {
     /// Column that the results were sorted by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sort: Option<String>,
+    /// GPU that costs were predicted for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
 }
 
 impl UiSpec {

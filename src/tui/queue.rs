@@ -246,7 +246,7 @@ impl Queue {
                 }
                 self.errors[index] = error;
             }
-            Report::Measured { .. } => {}
+            Report::Plan(_) | Report::Found { .. } | Report::Measured { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
             Report::Log(line) => self.line(Level::Info, line),
             Report::Warning(line) => self.line(Level::Warning, line),
         }

@@ -162,8 +162,7 @@ impl<B: Backend> Run<'_, B> {
         for spec in blocks {
             if formats.iter().any(|format| !self.donors.has(place(spec.index), *format)) {
                 let inputs = self.basis.enter_all(backend, calibration.boundary())?;
-                self.donors.make_block(backend, checkpoint, spec, formats, &inputs, &calibration_sequences)?;
-                self.monitor.check()?;
+                self.donors.make_block(backend, checkpoint, spec, formats, &inputs, &calibration_sequences, self.monitor)?;
             }
             let units: Vec<usize> = (0..self.units.len()).filter(|unit| self.units[*unit].block == spec.index).collect();
             let todo: Vec<Pair> = units

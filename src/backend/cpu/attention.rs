@@ -5,19 +5,9 @@ use std::ops::Range;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
+use super::kv_cache::KvCache;
 use super::math;
 use crate::backend::{AttentionShape, Sequences};
-
-/// Keys and values of some sequences, `[tokens, kv_heads·head_dim]` each.
-pub struct KvCache {
-    sequences: Vec<(Vec<f32>, Vec<f32>)>,
-}
-
-impl KvCache {
-    pub fn new(sequences: usize) -> Self {
-        Self { sequences: vec![(Vec::new(), Vec::new()); sequences] }
-    }
-}
 
 /// Keys and values that lie together, `[tokens, kv_heads·head_dim]` each.
 #[derive(Clone, Copy)]
@@ -35,16 +25,16 @@ pub fn attend(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, sequences
         Segment { keys: &k[range.clone()], values: &v[range] }
     };
     // What each sequence sees: one segment from its cache, or one for each sequence that it goes on from and its own.
-    let seen: Vec<Vec<Segment<'_>>> = match cache {
-        Some(cache) => {
-            let extend = |((keys, values), range): (&'_ mut (Vec<f32>, Vec<f32>), &Range<usize>)| {
-                let new = own(range);
-                keys.extend_from_slice(new.keys);
-                values.extend_from_slice(new.values);
-            };
-            cache.sequences.iter_mut().zip(&ranges).for_each(extend);
-            cache.sequences.iter().map(|(keys, values)| vec![Segment { keys, values }]).collect()
+    let kept: Option<Vec<_>> = cache.map(|cache| {
+        for (sequence, range) in ranges.iter().enumerate() {
+            let new = own(range);
+            cache.extend(sequence, new.keys, new.values);
         }
+        let cache = &*cache;
+        (0..ranges.len()).map(move |sequence| cache.sequence(sequence)).collect()
+    });
+    let seen: Vec<Vec<Segment<'_>>> = match &kept {
+        Some(kept) => kept.iter().map(|(keys, values)| vec![Segment { keys, values }]).collect(),
         None => (0..ranges.len())
             .map(|index| {
                 let chain = std::iter::successors(Some(index), |index| sequences.parent(*index));

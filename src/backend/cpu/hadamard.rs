@@ -7,7 +7,12 @@ use rayon::prelude::*;
 /// in Sylvester's order, which is its own inverse.
 pub fn transform_rows(values: &mut [f32], cols: usize, block: usize) {
     debug_assert!(block.is_power_of_two() && cols.is_multiple_of(block));
-    values.par_chunks_mut(cols).with_min_len(16).for_each(|row| row.chunks_exact_mut(block).for_each(transform));
+    values.par_chunks_mut(cols).with_min_len(16).for_each(|row| transform_blocks(row, block));
+}
+
+/// Transforms each block of `block` values.
+pub fn transform_blocks(values: &mut [f32], block: usize) {
+    values.chunks_exact_mut(block).for_each(transform);
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]

@@ -5,16 +5,18 @@ mod attention;
 mod embedding;
 mod hadamard;
 pub mod int_matmul;
+mod kv_cache;
 mod mamba;
 mod math;
 mod norm;
+mod stored;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 
 use self::int_matmul::{Isa, PackedMatrix, QuantizedRows};
 use super::{AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, Sequences};
 use crate::error::{Error, Result};
-use crate::format::{LinearWeights, WeightPart};
+use crate::format::{CacheFormats, LinearWeights, WeightPart};
 
 /// Tokens whose outer products are summed in f32.
 const GRAM_TOKENS: usize = 256;
@@ -29,6 +31,7 @@ pub struct CpuLinear {
     parts: Vec<Part>,
     bias: Option<Vec<f32>>,
     int8_activations: bool,
+    input_scale: Option<f32>,
     hadamard: Option<usize>,
 }
 
@@ -80,7 +83,7 @@ impl Cpu {
         if let Some(block) = emit.hadamard {
             hadamard::transform_rows(&mut values, cols, block);
         }
-        let int8 = emit.int8.then(|| QuantizedRows::per_token(&values, values.len() / cols, cols));
+        let int8 = emit.int8.then(|| QuantizedRows::round(&values, values.len() / cols, cols, emit.scale));
         let float = if emit.float { Some(tensor(values, cols)?) } else { None };
         Ok(CpuActivation { float, int8 })
     }
@@ -93,7 +96,8 @@ impl Backend for Cpu {
     type Activation = CpuActivation;
     type Mamba = mamba::Parameters;
     type SsmCache = mamba::SsmCache;
-    type KvCache = attention::KvCache;
+    type Projection = mamba::Projection;
+    type KvCache = kv_cache::KvCache;
 
     fn name(&self) -> String {
         format!("cpu {}", Isa::best())
@@ -125,8 +129,8 @@ impl Backend for Cpu {
                 WeightPart::Quantized(matrix) => Ok(Part::Packed(PackedMatrix::new(&matrix))),
             })
             .collect::<Result<_>>()?;
-        let LinearWeights { bias, int8_activations, hadamard, .. } = weights;
-        Ok(CpuLinear { rows, cols, parts, bias, int8_activations, hadamard })
+        let LinearWeights { bias, int8_activations, input_scale, hadamard, .. } = weights;
+        Ok(CpuLinear { rows, cols, parts, bias, int8_activations, input_scale, hadamard })
     }
 
     fn resident_bytes(&self, linear: &CpuLinear) -> u64 {
@@ -142,7 +146,7 @@ impl Backend for Cpu {
             Part::Packed(_) if linear.int8_activations => emit.and(Emit::INT8),
             _ => emit.and(Emit::FLOAT),
         });
-        Emit { hadamard: linear.hadamard, ..emit }
+        Emit { scale: linear.input_scale.filter(|_| emit.int8), hadamard: linear.hadamard, ..emit }
     }
 
     fn prepare_embedding(&self, table: LinearWeights) -> Result<embedding::Embedding> {
@@ -212,7 +216,7 @@ impl Backend for Cpu {
         }
         let int8 = if emit.int8 {
             let (tokens, cols) = x.dims2()?;
-            Some(with_values(&x, |values| QuantizedRows::per_token(values, tokens, cols))?)
+            Some(with_values(&x, |values| QuantizedRows::round(values, tokens, cols, emit.scale))?)
         } else {
             None
         };
@@ -236,39 +240,58 @@ impl Backend for Cpu {
         Ok(mamba::Parameters::new(parameters))
     }
 
-    fn ssm_cache(&self, shape: &MambaShape, sequences: usize) -> mamba::SsmCache {
-        mamba::SsmCache::new(shape, sequences)
+    fn ssm_cache(&self, parameters: &mamba::Parameters, shape: &MambaShape, sequences: usize, formats: CacheFormats) -> mamba::SsmCache {
+        mamba::SsmCache::new(parameters, shape, sequences, formats)
+    }
+
+    fn ssm_cache_bytes(&self, cache: &mamba::SsmCache) -> u64 {
+        cache.bytes()
+    }
+
+    fn project(
+        &self,
+        in_proj: &CpuLinear,
+        x: &CpuActivation,
+        parameters: &mamba::Parameters,
+        shape: &MambaShape,
+    ) -> Result<mamba::Projection> {
+        mamba::Projection::new(self.linear(in_proj, x)?, parameters, shape)
     }
 
     fn mamba_scan(
         &self,
-        projected: &Tensor,
+        projection: &mamba::Projection,
         parameters: &mamba::Parameters,
         shape: &MambaShape,
         sequences: &Sequences,
         cache: Option<&mut mamba::SsmCache>,
     ) -> Result<Tensor> {
-        let y = with_values(projected, |projected| mamba::scan(projected, parameters, shape, sequences, cache))?;
+        let y = projection.with(|projection| mamba::scan(projection, parameters, shape, sequences, cache))?;
         tensor(y, shape.inner())
     }
 
     fn gated_norm(
         &self,
         y: &Tensor,
-        projected: &Tensor,
+        projection: &mamba::Projection,
+        parameters: &mamba::Parameters,
         weight: &[f32],
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
     ) -> Result<CpuActivation> {
         let group = shape.inner() / shape.groups;
-        let values =
-            with_values(y, |y| with_values(projected, |projected| norm::gated(y, projected, shape.projected(), weight, group, eps)))??;
+        let (z, width) = projection.gate(parameters, shape)?;
+        let values = with_values(y, |y| with_values(&z, |z| norm::gated(y, z, width, weight, group, eps)))??;
         Self::activation(values, weight.len(), emit)
     }
 
-    fn kv_cache(&self, _shape: &AttentionShape, sequences: usize) -> attention::KvCache {
-        attention::KvCache::new(sequences)
+    fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> kv_cache::KvCache {
+        kv_cache::KvCache::new(shape.head_dim, sequences, formats.kv)
+    }
+
+    fn kv_cache_bytes(&self, cache: &kv_cache::KvCache) -> u64 {
+        cache.bytes()
     }
 
     fn attention(
@@ -278,7 +301,7 @@ impl Backend for Cpu {
         v: &Tensor,
         shape: &AttentionShape,
         sequences: &Sequences,
-        cache: Option<&mut attention::KvCache>,
+        cache: Option<&mut kv_cache::KvCache>,
     ) -> Result<Tensor> {
         let out = with_values(q, |q| with_values(k, |k| with_values(v, |v| attention::attend(q, k, v, shape, sequences, cache))))???;
         tensor(out, shape.heads * shape.head_dim)

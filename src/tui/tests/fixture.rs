@@ -8,7 +8,7 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::buffer::Buffer;
 
-use crate::checkpoint::{BlockRecord, Config, Layout, Provenance, SampleRecord, StorageLayout, VARIANT_SCHEMA, VariantManifest};
+use crate::checkpoint::{BlockRecord, Config, Provenance, SampleRecord, StorageLayout, VARIANT_SCHEMA, VariantManifest};
 use crate::engine::{Event, JobId};
 use crate::eval::ModelResult;
 use crate::eval::result::{Evidence, Memory};
@@ -40,8 +40,7 @@ pub fn synthetic(pattern: &str, size: (u16, u16)) -> State {
         "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856, "n_group": 1, "topk_group": 1,
         "moe_shared_expert_intermediate_size": 3712, "n_shared_experts": 1}}"#
     );
-    let layout = Layout::new(&Config::parse(&config).unwrap());
-    let document = Document::of_layout(Session::demo().unwrap(), layout).unwrap();
+    let document = Document::of_config(Session::demo().unwrap(), Config::parse(&config).unwrap()).unwrap();
     State::new(document, None, Theme::find(Some("ansi16"), false).unwrap(), false, size)
 }
 
@@ -130,6 +129,8 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
             donors: None,
         },
         plan: draft.plan.clone(),
+        activations: crate::format::Activations::default(),
+        cache: crate::format::CacheFormats::default(),
         sample: SampleRecord {
             sequences: 1,
             tokens: 1,

@@ -28,15 +28,16 @@ pub struct QuantizedRows {
 }
 
 impl QuantizedRows {
-    /// Quantizes `x` `[tokens, cols]`: scale = absmax / 127, code = round-half-even(x / scale).
-    /// A row of zeros has scale 0 and codes 0; a row with a NaN has a NaN for its scale, and so for its products.
-    pub fn per_token(x: &[f32], tokens: usize, cols: usize) -> Self {
+    /// Quantizes `x` `[tokens, cols]`, code = round-half-even(x / scale) within ±127, with the scale `fixed`, or with
+    /// absmax / 127 of each token. A row of zeros has scale 0 and codes 0; a row with a NaN has a NaN for its scale, and
+    /// so for its products.
+    pub fn round(x: &[f32], tokens: usize, cols: usize, fixed: Option<f32>) -> Self {
         assert_eq!(x.len(), tokens * cols, "activations are not [tokens, cols]");
         let padded = cols.next_multiple_of(ALIGNMENT).max(ALIGNMENT);
         let mut codes = vec![0; tokens * padded];
         let mut scales = vec![0.0; tokens];
         let quantize = |(t, (codes, scale)): (usize, (&mut [i8], &mut f32))| {
-            *scale = quantize_row(&x[t * cols..(t + 1) * cols], &mut codes[..cols]);
+            *scale = quantize_row(&x[t * cols..(t + 1) * cols], &mut codes[..cols], fixed);
         };
         if x.len() < PARALLEL_VALUES {
             codes.chunks_exact_mut(padded).zip(&mut scales).enumerate().for_each(quantize);
@@ -44,6 +45,11 @@ impl QuantizedRows {
             codes.par_chunks_exact_mut(padded).zip(&mut scales).enumerate().for_each(quantize);
         }
         Self::from_codes(tokens, cols, padded, codes, scales)
+    }
+
+    /// [`Self::round`] with a scale for each token.
+    pub fn per_token(x: &[f32], tokens: usize, cols: usize) -> Self {
+        Self::round(x, tokens, cols, None)
     }
 
     /// Rows with given codes; `codes` is `[tokens, padded]`.
@@ -98,11 +104,11 @@ impl QuantizedRows {
 
 /// Quantizes one row and returns its scale.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-fn quantize_row(x: &[f32], codes: &mut [i8]) -> f32 {
+fn quantize_row(x: &[f32], codes: &mut [i8], fixed: Option<f32>) -> f32 {
     // Magnitudes compare like their bits, NaN above all; integers, unlike floats, may be compared in any order,
     // which lets the compiler use vectors.
     let absmax = f32::from_bits(x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0));
-    let scale = absmax / 127.0;
+    let scale = fixed.map_or(absmax / 127.0, |fixed| if absmax.is_nan() { absmax } else { fixed });
     // Adding 1.5 · 2²³ rounds to an integer, halves to even, and leaves it in the lowest bits: vector code on every
     // machine, unlike a conversion, which has to look for NaN.
     let to_code = |x: f32| ((x / scale).clamp(-127.0, 127.0) + 12_582_912.0).to_bits() as i8;

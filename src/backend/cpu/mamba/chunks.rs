@@ -1,0 +1,193 @@
+//! The selective scan chunk by chunk (the state-space dual form of Mamba-2, Dao & Gu 2024, section 6), with the
+//! products of C and B in integers.
+//!
+//! Inside a chunk, with `e_i` the sum of `dt·A` up to token i:
+//! `y_i = exp(e_i)·S C_i + Σ_{j ≤ i} exp(e_i − e_j)·(C_i·B_j)·dt_j·x_j + D·x_i`, and behind it
+//! `S ← exp(e_end)·S + Σ_j exp(e_end − e_j)·dt_j·x_j ⊗ B_j`. `C_i·B_j` is a sum of int8 products in int32; the decays,
+//! x and the state are floats. A chunk of one token is a decoding step.
+
+use multiversion::multiversion;
+
+use super::projection::{Slice, SliceRows};
+use super::{Head, LANES, Parameters};
+use crate::backend::MambaShape;
+use crate::backend::cpu::math;
+
+/// Tokens of a chunk.
+const CHUNK: usize = 64;
+
+/// One head over all tokens; row t of its y begins at `out[t · stride]`. `inputs` are the codes of x | B | C behind the
+/// convolution.
+#[allow(clippy::too_many_arguments, reason = "one head's share of everything the scan reads and writes")]
+pub fn scan_head(
+    inputs: &Slice,
+    dt: &SliceRows<'_>,
+    parameters: &Parameters,
+    head: Head,
+    shape: &MambaShape,
+    state: &mut [f32],
+    out: &mut [f32],
+    stride: usize,
+) {
+    let inputs = inputs.all();
+    let tokens = inputs.codes.len() / inputs.width;
+    let (inner, n) = (shape.inner(), shape.state);
+    let fixed = parameters.scales(|s| &s.conv_out);
+    let dt_scale = parameters.scales(|s| &s.dt).map(|scales| scales[head.index]);
+    let mut chunk = Chunk::new(shape);
+    for start in (0..tokens).step_by(CHUNK) {
+        chunk.clear();
+        for t in start..tokens.min(start + CHUNK) {
+            let raw = f32::from(dt.row(t)[head.index]) * dt_scale.unwrap_or_else(|| dt.span_scale(t, 0));
+            let (step, exponent) = head.step(raw, shape);
+            let row = inputs.row(t);
+            let channels = head.index * shape.head_dim..(head.index + 1) * shape.head_dim;
+            let x = &row[channels.clone()];
+            match fixed {
+                Some(scales) => chunk.x.extend(x.iter().zip(&scales[channels]).map(|(code, scale)| f32::from(*code) * scale)),
+                None => {
+                    let scale = inputs.span_scale(t, head.index);
+                    chunk.x.extend(x.iter().map(|code| f32::from(*code) * scale));
+                }
+            }
+            chunk.x.resize(chunk.x.len().next_multiple_of(LANES), 0.0);
+            for (matrix, group) in [(&mut chunk.b, head.group), (&mut chunk.c, shape.groups + head.group)] {
+                let channels = inner + group * n..inner + (group + 1) * n;
+                let scale = fixed.map_or_else(|| inputs.span_scale(t, shape.heads + group), |scales| scales[channels.start]);
+                matrix.push(&row[channels], scale);
+            }
+            chunk.dt.push(step);
+            chunk.exponent.push(chunk.exponent.last().unwrap_or(&0.0) + f64::from(exponent));
+        }
+        let rows = out[start * stride..].chunks_mut(stride);
+        chunk.run(state, head.d, rows.map(|row| &mut row[..shape.head_dim]));
+    }
+}
+
+/// Rows of B or C of a state group, as codes and as floats.
+#[derive(Default)]
+struct Matrix {
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Matrix {
+    fn push(&mut self, codes: &[i8], scale: f32) {
+        self.codes.extend_from_slice(codes);
+        self.scales.push(scale);
+        self.values.extend(codes.iter().map(|code| f32::from(*code) * scale));
+    }
+
+    fn clear(&mut self) {
+        self.codes.clear();
+        self.scales.clear();
+        self.values.clear();
+    }
+}
+
+/// What one head reads in a chunk.
+struct Chunk {
+    state: usize,
+    /// `[tokens, head_dim rounded up to 32]`.
+    x: Vec<f32>,
+    b: Matrix,
+    c: Matrix,
+    dt: Vec<f32>,
+    /// e: sums of dt·A, in f64 so that differences of large ones are exact enough.
+    exponent: Vec<f64>,
+}
+
+impl Chunk {
+    fn new(shape: &MambaShape) -> Self {
+        let (b, c) = (Matrix::default(), Matrix::default());
+        Self { state: shape.state, x: Vec::new(), b, c, dt: Vec::new(), exponent: Vec::new() }
+    }
+
+    fn clear(&mut self) {
+        self.x.clear();
+        self.b.clear();
+        self.c.clear();
+        self.dt.clear();
+        self.exponent.clear();
+    }
+
+    /// Writes the chunk's outputs and moves the state on.
+    fn run<'a>(&self, state: &mut [f32], d: f32, rows: impl Iterator<Item = &'a mut [f32]>) {
+        let (tokens, n) = (self.dt.len(), self.state);
+        let width = self.x.len() / tokens;
+        let mut weights = [0.0; CHUNK];
+        let mut y = vec![0.0; width];
+        for (i, row) in rows.take(tokens).enumerate() {
+            let weights = &mut weights[..=i];
+            for (j, weight) in weights.iter_mut().enumerate() {
+                let product = dot(&self.c.codes[i * n..(i + 1) * n], &self.b.codes[j * n..(j + 1) * n]) as f32;
+                *weight = product * (self.c.scales[i] * self.b.scales[j]) * self.decay(i, j) * self.dt[j];
+            }
+            let decay = math::exp(self.exponent[i] as f32);
+            read_out(state, &self.c.values[i * n..(i + 1) * n], decay, &mut y);
+            add_rows(&mut y, &self.x, weights);
+            for ((out, y), x) in row.iter_mut().zip(&y).zip(&self.x[i * width..]) {
+                *out = y + d * x;
+            }
+        }
+        let last = tokens - 1;
+        let decay = math::exp(self.exponent[last] as f32);
+        for value in state.iter_mut() {
+            *value *= decay;
+        }
+        for j in 0..tokens {
+            let weight = self.decay(last, j) * self.dt[j];
+            add_outer(state, &self.x[j * width..(j + 1) * width], &self.b.values[j * n..(j + 1) * n], weight);
+        }
+    }
+
+    /// `exp(e_i − e_j)`.
+    fn decay(&self, i: usize, j: usize) -> f32 {
+        if i == j { 1.0 } else { math::exp((self.exponent[i] - self.exponent[j]) as f32) }
+    }
+}
+
+/// The inner product of codes.
+#[multiversion(targets("x86_64+avx512f+avx512bw", "x86_64+avx2"))]
+fn dot(a: &[i8], b: &[i8]) -> i32 {
+    a.iter().zip(b).map(|(a, b)| i32::from(*a) * i32::from(*b)).sum()
+}
+
+/// `y = decay · S c`, S being `[width / 32, state, 32]`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn read_out(state: &[f32], c: &[f32], decay: f32, y: &mut [f32]) {
+    for (y, state) in y.chunks_exact_mut(LANES).zip(state.chunks_exact(LANES * c.len())) {
+        let mut sum = [0.0; LANES];
+        for (s, c) in state.as_chunks::<LANES>().0.iter().zip(c) {
+            for lane in 0..LANES {
+                sum[lane] += s[lane] * c;
+            }
+        }
+        for (y, sum) in y.iter_mut().zip(sum) {
+            *y = decay * sum;
+        }
+    }
+}
+
+/// `y += Σ_j weights[j] · x[j]`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn add_rows(y: &mut [f32], x: &[f32], weights: &[f32]) {
+    for (row, weight) in x.chunks_exact(y.len()).zip(weights) {
+        for (y, x) in y.iter_mut().zip(row) {
+            *y += weight * x;
+        }
+    }
+}
+
+/// `S += weight · x ⊗ b`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn add_outer(state: &mut [f32], x: &[f32], b: &[f32], weight: f32) {
+    for (x, state) in x.chunks_exact(LANES).zip(state.chunks_exact_mut(LANES * b.len())) {
+        for (s, b) in state.as_chunks_mut::<LANES>().0.iter_mut().zip(b) {
+            for (s, x) in s.iter_mut().zip(x) {
+                *s += weight * x * b;
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! `in_proj`'s output as floats or as int8 slices, and the rounding of slices.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::Parameters;
+use crate::backend::MambaShape;
+use crate::backend::cpu::stored::{round_each, round_span};
+use crate::backend::cpu::{tensor, with_values};
+use crate::error::{Error, Result};
+
+/// Slices z | x | B | C | dt of some tokens.
+pub enum Projection {
+    /// `[tokens, projected]`.
+    Float(Tensor),
+    Int8(Slices),
+}
+
+pub struct Slices {
+    z: Slice,
+    /// x | B | C in front of the convolution.
+    conv: Slice,
+    dt: Slice,
+}
+
+impl Projection {
+    /// `in_proj`'s output `[tokens, z|x|B|C|dt]` in the form that the mixer reads.
+    pub fn new(projected: Tensor, parameters: &Parameters, shape: &MambaShape) -> Result<Self> {
+        if !parameters.int8_internals() {
+            return Ok(Self::Float(projected));
+        }
+        let slices = with_values(&projected, |projected| {
+            // Codes cannot say that something is not a number, so it has to be said here.
+            projected.iter().all(|value| value.is_finite()).then(|| Slices::round(projected, parameters, shape))
+        })?;
+        Ok(Self::Int8(slices.ok_or_else(|| Error::run("the output of in_proj is not finite"))?))
+    }
+
+    /// Runs `f` on the projection with its floats, if it has any, at hand.
+    pub fn with<R>(&self, f: impl FnOnce(&Borrowed<'_>) -> R) -> Result<R> {
+        match self {
+            Self::Float(projected) => with_values(projected, |projected| f(&Borrowed::Float(projected))),
+            Self::Int8(slices) => Ok(f(&Borrowed::Int8(slices))),
+        }
+    }
+
+    /// A tensor that holds z in its first columns, and its width.
+    pub fn gate(&self, parameters: &Parameters, shape: &MambaShape) -> Result<(Tensor, usize)> {
+        match self {
+            Self::Float(projected) => Ok((projected.clone(), shape.projected())),
+            Self::Int8(slices) => {
+                let z = slices.z.values(&Spans::heads(shape), parameters.scales(|s| &s.z));
+                Ok((tensor(z, shape.inner())?, shape.inner()))
+            }
+        }
+    }
+}
+
+impl Slices {
+    pub(super) fn round(projected: &[f32], parameters: &Parameters, shape: &MambaShape) -> Self {
+        let (inner, channels, width) = (shape.inner(), shape.conv_channels(), shape.projected());
+        let round = |columns: Range<usize>, spans: &Spans, scales: Option<&[f32]>| {
+            let values: Vec<f32> = projected.chunks_exact(width).flat_map(|row| &row[columns.clone()]).copied().collect();
+            Slice::round(&values, columns.len(), spans, scales)
+        };
+        Self {
+            z: round(0..inner, &Spans::heads(shape), parameters.scales(|s| &s.z)),
+            conv: round(inner..inner + channels, &Spans::conv(shape), parameters.scales(|s| &s.conv_in)),
+            dt: round(inner + channels..width, &Spans(vec![shape.heads]), parameters.scales(|s| &s.dt)),
+        }
+    }
+}
+
+/// A projection whose floats, if it has any, are at hand.
+pub enum Borrowed<'a> {
+    Float(&'a [f32]),
+    Int8(&'a Slices),
+}
+
+impl<'a> Borrowed<'a> {
+    /// The rows of the tokens of a sequence.
+    pub fn tokens(&self, range: Range<usize>, shape: &MambaShape) -> Rows<'a> {
+        match self {
+            Self::Float(values) => Rows::Float(&values[range.start * shape.projected()..range.end * shape.projected()]),
+            Self::Int8(slices) => Rows::Int8 { conv: slices.conv.tokens(range.clone()), dt: slices.dt.tokens(range) },
+        }
+    }
+}
+
+/// What the scan reads of one sequence.
+pub enum Rows<'a> {
+    /// `[tokens, z|x|B|C|dt]`.
+    Float(&'a [f32]),
+    Int8 {
+        conv: SliceRows<'a>,
+        dt: SliceRows<'a>,
+    },
+}
+
+/// Widths of consecutive channels that share a scale when scales are found at run time.
+pub struct Spans(pub Vec<usize>);
+
+impl Spans {
+    /// A head each.
+    pub fn heads(shape: &MambaShape) -> Self {
+        Self(vec![shape.head_dim; shape.heads])
+    }
+
+    /// x | B | C: a head each, then a state group each.
+    pub fn conv(shape: &MambaShape) -> Self {
+        let mut spans = Self::heads(shape);
+        spans.0.resize(shape.heads + 2 * shape.groups, shape.state);
+        spans
+    }
+}
+
+/// int8 codes `[tokens, width]` of a slice.
+pub struct Slice {
+    width: usize,
+    codes: Vec<i8>,
+    /// `[tokens, spans]`; empty where scales are static.
+    scales: Vec<f32>,
+    spans: usize,
+}
+
+/// Rows of a [`Slice`].
+#[derive(Clone, Copy)]
+pub struct SliceRows<'a> {
+    pub width: usize,
+    pub codes: &'a [i8],
+    pub scales: &'a [f32],
+    pub spans: usize,
+}
+
+impl Slice {
+    /// Rounds `values` `[tokens, width]`: with static scales `[width]`, or with absmax / 127 of each token and span.
+    pub fn round(values: &[f32], width: usize, spans: &Spans, scales: Option<&[f32]>) -> Self {
+        let mut codes = vec![0; values.len()];
+        let rows = values.chunks_exact(width).zip(codes.chunks_exact_mut(width));
+        match scales {
+            Some(scales) => {
+                for (values, codes) in rows {
+                    round_each(values, scales, codes);
+                }
+                Self { width, codes, scales: Vec::new(), spans: 0 }
+            }
+            None => {
+                let mut found = Vec::with_capacity(values.len() / width * spans.0.len());
+                for (values, codes) in rows {
+                    let mut start = 0;
+                    for span in &spans.0 {
+                        found.push(round_span(&values[start..start + span], &mut codes[start..start + span]));
+                        start += span;
+                    }
+                }
+                Self { width, codes, scales: found, spans: spans.0.len() }
+            }
+        }
+    }
+
+    /// The floats that the codes stand for, under the scales that they were rounded with.
+    fn values(&self, spans: &Spans, scales: Option<&[f32]>) -> Vec<f32> {
+        let expand = |(t, codes): (usize, &[i8])| -> Vec<f32> {
+            match scales {
+                Some(scales) => codes.iter().zip(scales).map(|(code, scale)| f32::from(*code) * scale).collect(),
+                None => {
+                    let scales = &self.scales[t * self.spans..(t + 1) * self.spans];
+                    let scales = spans.0.iter().zip(scales).flat_map(|(span, scale)| std::iter::repeat_n(*scale, *span));
+                    codes.iter().zip(scales).map(|(code, scale)| f32::from(*code) * scale).collect()
+                }
+            }
+        };
+        self.codes.chunks_exact(self.width).enumerate().flat_map(expand).collect()
+    }
+
+    /// Codes and scales.
+    pub fn into_parts(self) -> (Vec<i8>, Vec<f32>) {
+        (self.codes, self.scales)
+    }
+
+    pub fn all(&self) -> SliceRows<'_> {
+        SliceRows { width: self.width, codes: &self.codes, scales: &self.scales, spans: self.spans }
+    }
+
+    fn tokens(&self, range: Range<usize>) -> SliceRows<'_> {
+        SliceRows {
+            width: self.width,
+            codes: &self.codes[range.start * self.width..range.end * self.width],
+            scales: &self.scales[range.start * self.spans..range.end * self.spans],
+            spans: self.spans,
+        }
+    }
+}
+
+impl SliceRows<'_> {
+    /// The codes of a token.
+    pub fn row(&self, token: usize) -> &[i8] {
+        &self.codes[token * self.width..(token + 1) * self.width]
+    }
+
+    /// The run-time scale of a token's span.
+    pub fn span_scale(&self, token: usize, span: usize) -> f32 {
+        self.scales[token * self.spans + span]
+    }
+}
