@@ -120,18 +120,20 @@ impl Allocate {
         if self.study {
             return self.study(spec, common);
         }
+        let activations = self.activations.parse::<Activations>()?;
+        let budget = self.budget.budget()?;
         let checkpoint = checkpoint::open(&self.model)?;
         let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
         let losses = load(&measurement)?;
         let request = AllocateRequest {
             formats: self.formats.clone(),
-            activations: self.activations.parse::<Activations>()?,
+            activations,
             pins: self.pins.iter().map(|pin| parse_override(pin)).collect::<Result<_>>()?,
             whole_blocks: self.whole_blocks,
             ..AllocateRequest::new(measurement.ends_plan(), Budget::Share(1.0))
         };
         let solution = Solution::new(&losses, &checkpoint.layout, &request)?;
-        let Some(budget) = self.budget.budget()? else {
+        let Some(budget) = budget else {
             if self.output.is_some() || self.session.is_some() || self.explain {
                 return Err(Error::input("a plan needs a budget").hint("give --bits, --size, --linears or --kld"));
             }

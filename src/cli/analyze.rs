@@ -220,7 +220,7 @@ fn tensor_rows(checkpoint: &Checkpoint) -> Vec<TensorRow> {
             shape: tensor.shape.to_vec(),
             dtype: format!("{:?}", tensor.dtype),
             kind: kind.into(),
-            bytes: tensor.bytes.len(),
+            bytes: tensor.byte_count(),
             linear,
         }
     };

@@ -42,7 +42,12 @@ impl Follow {
                     bar.finish_and_clear();
                 }
             }
-            Event::Evaluated { .. } | Event::Text { .. } | Event::Sensitivities { .. } | Event::Study { .. } => {}
+            Event::Evaluated { .. }
+            | Event::Text { .. }
+            | Event::Sensitivities { .. }
+            | Event::Study { .. }
+            | Event::Observed { .. }
+            | Event::Spoken { .. } => {}
         }
     }
 

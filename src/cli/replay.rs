@@ -48,7 +48,13 @@ impl Replay {
             Some(output) => Some(std::path::absolute(output).map_err(|error| strata::error::Error::io("finding", output, &error))?),
             None => None,
         };
-        let options = ReplayOptions { variant: self.variant.clone(), fresh: self.fresh, output, skip_evaluation: self.no_eval };
+        let options = ReplayOptions {
+            variant: self.variant.clone(),
+            fresh: self.fresh,
+            output,
+            skip_evaluation: self.no_eval,
+            host_memory: common.host_memory,
+        };
         headless(&session, Some(path), options, common)
     }
 }

@@ -2,11 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{Event, JobId};
-use crate::analysis::sensitivity::{self, SensitivitySpec};
-use crate::analysis::study::{self, StudyRequest};
+use super::{Event, JobId, ObserveJob, PlaygroundJob, SensitivityJob, StudyJob, measure, observe, playground};
 use crate::backend::cpu::Cpu;
-use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, StorageLayout};
+use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
 use crate::format::{BlockKind, Format, Plan};
@@ -30,34 +28,10 @@ pub enum Job {
     Sensitivity(Box<SensitivityJob>),
     /// Compare allocated plans with others; a `Study` event at the end.
     Study(Box<StudyJob>),
-}
-
-/// Measure what each part of a model loses.
-#[derive(Debug, Clone)]
-pub struct SensitivityJob {
-    pub model: String,
-    pub spec: SensitivitySpec,
-    /// Folder that donors and measurements are kept in.
-    pub store: PathBuf,
-    /// Forget what was measured before.
-    pub fresh: bool,
-}
-
-/// Compare allocated plans with others on text that nothing was chosen on.
-#[derive(Debug, Clone)]
-pub struct StudyJob {
-    pub model: String,
-    /// What the sensitivities were measured with.
-    pub spec: SensitivitySpec,
-    pub store: PathBuf,
-    pub formats: Vec<Format>,
-    pub bits: Vec<f64>,
-    /// Random plans a budget.
-    pub random: usize,
-    /// `None` takes the demo's held-out text.
-    pub text: Option<PathBuf>,
-    pub windows: usize,
-    pub window_tokens: usize,
+    /// Observe the inputs of every linear; an `Observed` event a block.
+    Observe(Box<ObserveJob>),
+    /// Continue a prompt with two models; a `Spoken` event a token.
+    Playground(Box<PlaygroundJob>),
 }
 
 /// Continue a prompt.
@@ -111,6 +85,8 @@ impl Job {
             }
             Self::Generate(job) => format!("generate with {}", job.model),
             Self::Trace(job) => format!("trace {}", job.model),
+            Self::Observe(job) => format!("observe {}", job.model),
+            Self::Playground(_) => "playground".into(),
             Self::Sensitivity(job) => format!("measure {}", job.model),
             Self::Study(job) => format!("study {}", job.model),
         }
@@ -127,44 +103,14 @@ pub(super) fn run(id: JobId, job: Job, cancel: &CancelToken, pause: &PauseToken,
             evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
         Job::Generate(job) => generate(id, &job, &monitor, send),
-        Job::Sensitivity(job) => {
-            let checkpoint = checkpoint::open_watched(&job.model, &monitor)?;
-            let request = sensitivity::Request::new(&checkpoint, &job.spec, job.store)?;
-            let sensitivities = Box::new(sensitivity::measure(&Cpu, &request, job.fresh, &monitor)?);
-            send(Event::Sensitivities { id, sensitivities });
-            Ok(())
-        }
-        Job::Study(job) => study(id, &job, &monitor, send),
+        Job::Observe(job) => observe::observe(id, &Cpu, &job, &monitor, send),
+        Job::Playground(job) => playground::play(id, || Cpu, &job, &monitor, send),
+        Job::Sensitivity(job) => measure::sensitivity(id, &Cpu, &job, &monitor, send),
+        Job::Study(job) => measure::study(id, &Cpu, &job, &monitor, send),
         Job::Trace(job) => {
             trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }
     }
-}
-
-fn study(id: JobId, job: &StudyJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
-    let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
-    let request = sensitivity::Request::new(&checkpoint, &job.spec, job.store.clone())?;
-    let losses = sensitivity::load(&request)?;
-    let heldout = match &job.text {
-        Some(path) => text::read(path)?,
-        None => DEMO_HELDOUT.to_owned(),
-    };
-    let tokens = text::tokenize(&checkpoint.tokenizer()?, &heldout)?;
-    let rows = study::study(
-        &Cpu,
-        &StudyRequest {
-            measurement: &request,
-            losses: &losses,
-            formats: job.formats.clone(),
-            bits: job.bits.clone(),
-            random: job.random,
-            windows: text::windows(&tokens, job.windows, job.window_tokens)?,
-            seed: job.spec.sample.seed,
-        },
-        monitor,
-    )?;
-    send(Event::Study { id, rows });
-    Ok(())
 }
 
 fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {

@@ -4,7 +4,11 @@
 //! how far a job is. The workbench and the headless commands use the same engine and the same jobs; neither holds a
 //! tensor.
 
+pub mod inspect;
 mod job;
+mod measure;
+mod observe;
+pub mod playground;
 mod progress;
 
 use std::collections::HashMap;
@@ -15,7 +19,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-pub use job::{GenerateJob, Job, QuantizeJob, SensitivityJob, StudyJob, TraceJob};
+pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use measure::{SensitivityJob, StudyJob};
+pub use observe::{BlockInputs, ObserveJob};
+pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};
 
 use crate::analysis::sensitivity::Sensitivities;
@@ -72,6 +79,16 @@ pub enum Event {
     Study {
         id: JobId,
         rows: Vec<StudyRow>,
+    },
+    /// The inputs of a block's linears were observed.
+    Observed {
+        id: JobId,
+        inputs: Box<BlockInputs>,
+    },
+    /// Both models of a playground said their next token.
+    Spoken {
+        id: JobId,
+        step: Box<PlaygroundStep>,
     },
     Finished {
         id: JobId,

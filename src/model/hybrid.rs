@@ -123,6 +123,27 @@ impl<B: Backend> Hybrid<B> {
         Ok(h)
     }
 
+    /// [`Hybrid::forward`] without a cache, the residual stream being handed through `between` behind the embedding and
+    /// every block.
+    pub fn forward_through(
+        &self,
+        ids: &[u32],
+        sequences: &Sequences,
+        between: impl Fn(B::Tensor) -> Result<B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let mut h = between(self.ends.embed(&self.backend, ids)?)?;
+        for block in &self.blocks {
+            self.cancel.check()?;
+            h = between(block.forward(&self.backend, h, sequences, None)?)?;
+        }
+        Ok(h)
+    }
+
+    /// Embedding, final norm and head.
+    pub(super) fn ends(&self) -> &Ends<B> {
+        &self.ends
+    }
+
     /// Logits `[tokens, vocabulary]`.
     pub fn logits(&self, ids: &[u32], sequences: &Sequences, cache: Option<&mut Cache<B>>) -> Result<B::Tensor> {
         let h = self.forward(ids, sequences, cache)?;

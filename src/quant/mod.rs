@@ -14,6 +14,7 @@ mod transform;
 mod weights;
 
 pub use donors::Donors;
+pub use gptq::round_clipped;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::{lock, work_directory};
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};

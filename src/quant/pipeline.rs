@@ -332,7 +332,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     /// A tensor of the source as it is.
     fn copy(&self, canonical: &str) -> Result<TensorOut<'_>> {
         let (name, tensor) = self.request.checkpoint.raw(canonical)?;
-        Ok((name, tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)))
+        Ok((name, tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())))
     }
 
     /// SHA-256 over the values of every batch; an error when one is not finite.
@@ -429,7 +429,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         for (name, tensor) in checkpoint.tensors() {
             if name.starts_with("mtp.") {
-                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)));
+                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())));
             }
         }
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;

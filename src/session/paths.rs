@@ -17,6 +17,11 @@ pub fn evaluations_directory() -> PathBuf {
     data_directory().join("evals")
 }
 
+/// The folder of what unquantized models say about texts, which can be computed again.
+pub fn references_directory() -> PathBuf {
+    directory("XDG_CACHE_HOME", ".cache").join("references")
+}
+
 /// The folder of runs: see [`crate::session::runs`].
 pub fn runs_directory() -> PathBuf {
     data_directory().join("runs")

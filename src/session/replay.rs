@@ -25,6 +25,8 @@ pub struct ReplayOptions {
     pub output: Option<PathBuf>,
     /// Quantize only.
     pub skip_evaluation: bool,
+    /// Bytes of memory that evaluation may take; `None` for what is free.
+    pub host_memory: Option<u64>,
 }
 
 /// A session being replayed on an engine.
@@ -69,6 +71,8 @@ impl Replay<'_> {
         request.models = models;
         request.journal = Some(paths::evaluations_directory());
         request.fresh = self.options.fresh;
+        request.references = Some(paths::references_directory());
+        request.host_memory = self.options.host_memory;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut results = Vec::new();
         finish(events, &mut |event| {
