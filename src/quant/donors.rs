@@ -179,8 +179,9 @@ impl Donors {
             return Ok(());
         }
         let head = self.transforms.head(checkpoint)?;
-        let norm = self.transforms.final_norm(checkpoint)?;
-        let mut hessian = vec![0.0; norm.len() * norm.len()];
+        let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
+        let hidden = checkpoint.config.hidden_size;
+        let mut hessian = vec![0.0; hidden * hidden];
         for h in inputs {
             let x = backend.rms_norm(h, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
             calibrate::add(&mut hessian, &backend.gram(&x)?);
@@ -203,7 +204,7 @@ impl Donors {
 
     /// Logits of `head` for rows of the residual stream behind the last block, in the transforms' basis.
     pub fn logits<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, head: &B::Linear, h: &B::Tensor) -> Result<B::Tensor> {
-        let norm = self.transforms.final_norm(checkpoint)?;
+        let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
         backend.linear(head, &backend.rms_norm(h, &norm, checkpoint.config.norm_eps, backend.reads(head))?)
     }
 

@@ -435,17 +435,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
 
         let original_norm = checkpoint.read(&layout.final_norm.name)?;
-        let logits = |head, norm: &[f32], stream: &[B::Tensor]| {
-            let head = self.backend.prepare(head)?;
+        let logits = |head, norm: Vec<f32>, stream: &[B::Tensor]| {
+            let (head, norm) = (self.backend.prepare(head)?, self.backend.prepare_vector(norm)?);
             let logits = |h| {
-                let x = self.backend.rms_norm(h, norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
+                let x = self.backend.rms_norm(h, &norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
                 self.backend.linear(&head, &x)
             };
             stream.iter().map(logits).collect::<Result<Vec<_>>>()
         };
         Ok(Logits {
-            reference: logits(checkpoint.head()?, &original_norm, &streams.reference)?,
-            quantized: logits(head.weights(layout.head.cols), &norm, &streams.quantized)?,
+            reference: logits(checkpoint.head()?, original_norm, &streams.reference)?,
+            quantized: logits(head.weights(layout.head.cols), norm, &streams.quantized)?,
         })
     }
 
@@ -461,8 +461,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Ok(None);
         }
         let mut sum = vec![0.0; norm.len() * norm.len()];
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
         for h in &streams.quantized {
-            let x = self.backend.rms_norm(h, norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+            let x = self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
             for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
                 *sum += value;
             }
