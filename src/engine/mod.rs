@@ -7,6 +7,7 @@
 mod gpu;
 pub mod inspect;
 mod job;
+mod measure;
 mod observe;
 pub mod playground;
 mod progress;
@@ -21,10 +22,13 @@ use tokio::sync::mpsc;
 
 pub use gpu::{GpuMonitor, GpuReading};
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use measure::{SensitivityJob, StudyJob};
 pub use observe::{BlockInputs, ObserveJob};
 pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};
 
+use crate::analysis::sensitivity::Sensitivities;
+use crate::analysis::study::StudyRow;
 use crate::backend::DeviceChoice;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
@@ -70,6 +74,16 @@ pub enum Event {
         id: JobId,
         piece: String,
         tokens: usize,
+    },
+    /// What each part of a model loses.
+    Sensitivities {
+        id: JobId,
+        sensitivities: Box<Sensitivities>,
+    },
+    /// Allocated plans beside others.
+    Study {
+        id: JobId,
+        rows: Vec<StudyRow>,
     },
     /// The inputs of a block's linears were observed.
     Observed {

@@ -406,7 +406,7 @@ impl Queue {
                 _ => {}
             },
             // The workbench submits no job that generates text; what is observed and said is none of the queue's.
-            Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
+            Event::Text { .. } | Event::Sensitivities { .. } | Event::Study { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(target) = self.quantizing() else { return };
                 measurements.quantized(&target.steps, target.plan.clone(), path, &manifest);
@@ -481,6 +481,7 @@ fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path) -> Res
                 output: None,
                 store: store.to_owned(),
                 force: false,
+                donors: None,
             }))))
         }
         Work::Evaluate => {
