@@ -85,7 +85,7 @@ fn start(home: &std::path::Path) -> Workbench {
     let (mut reader, input) = (pty.master.try_clone_reader().unwrap(), pty.master.take_writer().unwrap());
     let (sender, output) = channel();
     std::thread::spawn(move || {
-        let mut buffer = [0; 65536];
+        let mut buffer = vec![0; 65536];
         while let Ok(count) = reader.read(&mut buffer) {
             if count == 0 || sender.send((Instant::now(), buffer[..count].to_vec())).is_err() {
                 break;
