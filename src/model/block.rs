@@ -1,11 +1,17 @@
 //! One block: `h + mixer(RMSNorm(h))`, for the four kinds of mixer.
 
-use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
-use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec};
+use crate::backend::{
+    AttentionShape, Backend, Emit, MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation,
+};
+use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec, MambaConfig};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, CacheFormats, Format, LinearWeights, SsmActivations, Transform};
 
 use super::moe::Moe;
+
+/// Longest piece of a text that a block computes at a time: a multiple of the scan's chunk, so that the result is that of
+/// one call.
+const PIECE: usize = 32 * SSM_CHUNK;
 
 /// A block whose weights are on the device.
 pub struct Block<B: Backend> {
@@ -72,6 +78,19 @@ pub(super) fn observe<B: Backend>(tap: Option<&Tap<'_, B>>, name: &str, x: &B::A
     tap.map_or(Ok(()), |tap| tap(name, x))
 }
 
+/// The sizes of a mixer.
+pub fn mamba_shape(mamba: &MambaConfig) -> MambaShape {
+    MambaShape {
+        heads: mamba.heads,
+        head_dim: mamba.head_dim,
+        groups: mamba.groups,
+        state: mamba.state,
+        kernel: mamba.conv_kernel,
+        dt_min: mamba.dt_min,
+        dt_max: mamba.dt_max,
+    }
+}
+
 /// A block as `checkpoint` stores it.
 struct Stored<'a> {
     checkpoint: &'a Checkpoint,
@@ -135,15 +154,7 @@ impl<B: Backend> Block<B> {
         let mixer = match spec.kind {
             BlockKind::Ssm => {
                 let mamba = &config.mamba;
-                let shape = MambaShape {
-                    heads: mamba.heads,
-                    head_dim: mamba.head_dim,
-                    groups: mamba.groups,
-                    state: mamba.state,
-                    kernel: mamba.conv_kernel,
-                    dt_min: mamba.dt_min,
-                    dt_max: mamba.dt_max,
-                };
+                let shape = mamba_shape(mamba);
                 let parameters = MambaParameters {
                     conv_weight: mixer_tensor("conv1d.weight")?,
                     conv_bias: if mamba.conv_bias { mixer_tensor("conv1d.bias")? } else { vec![0.0; mamba.conv_channels()] },
@@ -192,9 +203,40 @@ impl<B: Backend> Block<B> {
         backend.add(h, &mixed)
     }
 
-    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input.
-    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
+    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input, of a long text
+    /// piece by piece.
     pub fn mix(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        sequences: &Sequences,
+        cache: Option<&mut BlockCache<B>>,
+        tap: Option<&Tap<'_, B>>,
+    ) -> Result<B::Tensor> {
+        if cache.is_none() && !sequences.is_tree() && sequences.ranges().any(|range| range.len() > PIECE) {
+            return self.mix_in_pieces(backend, h, sequences, tap);
+        }
+        self.mix_at_once(backend, h, sequences, cache, tap)
+    }
+
+    /// Sequence after sequence in pieces that go on from a cache in full precision, so that what is held besides `h`
+    /// and the result does not grow with the length (but for the keys and values of attention).
+    fn mix_in_pieces(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
+        let mut mixed = Vec::new();
+        for range in sequences.ranges() {
+            let mut cache = self.cache(backend, 1, CacheFormats::default());
+            for start in range.clone().step_by(PIECE) {
+                let tokens: Vec<usize> = (start..range.end.min(start + PIECE)).collect();
+                let piece = backend.gather_rows(h, &tokens)?;
+                let out = self.mix_at_once(backend, &piece, &Sequences::new(vec![tokens.len()]), Some(&mut cache), tap)?;
+                mixed.extend(backend.download(&out)?);
+            }
+        }
+        backend.upload(mixed, backend.features(h))
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
+    fn mix_at_once(
         &self,
         backend: &B,
         h: &B::Tensor,

@@ -8,6 +8,6 @@ mod moe;
 mod stream;
 pub mod trace;
 
-pub use block::{Block, BlockCache, BlockSource, Tap};
+pub use block::{Block, BlockCache, BlockSource, Tap, internals, mamba_shape};
 pub use hybrid::{Cache, Ends, Hybrid};
 pub use stream::Stream;

@@ -2,9 +2,11 @@
 //! Start with [`quantize`].
 
 mod calibrate;
+mod cluster;
 mod gptq;
 pub mod hadamard;
 mod method;
+mod observe;
 mod pipeline;
 mod publish;
 mod recipe;
@@ -12,6 +14,7 @@ mod sample;
 mod transform;
 mod weights;
 
+pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::work_directory;
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};

@@ -14,12 +14,13 @@ use serde_json::json;
 
 use super::calibrate;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
+use super::observe::{self, StaticScales, Wanted};
 use super::publish::{self, TensorOut};
 use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::FloatBlock;
-use crate::backend::{Backend, Emit, Sequences, SsmInternals};
+use crate::backend::{Backend, Emit, Sequences, SsmInternals, SsmScales};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
     VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors, quantization_config, sha256_hex,
@@ -27,7 +28,7 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Activations, CacheFormats, Format, LinearWeights, Plan, Scheme, Transform};
+use crate::format::{BlockKind, Format, LinearWeights, Plan, ScaleKind, Scheme, SsmActivations, Transform};
 use crate::model::{Block, BlockSource, Stream};
 use crate::monitor::Monitor;
 
@@ -145,16 +146,23 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
     }
 
-    fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
+    fn rounding(&self, format: Format, schemes: Vec<Scheme>, input_scale: Option<f32>) -> Rounding<'_> {
         let float_bytes = self.request.checkpoint.layout.float_bytes;
-        Rounding { method: self.request.steps.method, format, schemes, transforms: &self.request.steps.transforms, float_bytes }
+        Rounding {
+            method: self.request.steps.method,
+            format,
+            schemes,
+            transforms: &self.request.steps.transforms,
+            input_scale,
+            float_bytes,
+        }
     }
 
     /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
     fn embedding(&self) -> Result<QuantizedLinear> {
         let table = self.transforms.embedding(self.request.checkpoint)?;
         let (linear, format) = (&self.request.checkpoint.layout.embedding, self.request.plan.embedding);
-        Ok(quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None))
+        Ok(quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format), None), None))
     }
 
     fn run(mut self) -> Result<VariantManifest> {
@@ -235,10 +243,12 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         } else {
             BTreeMap::new()
         };
+        let scales = self.static_scales(spec, &transformed, &source, streams)?;
         let mut linears: BTreeMap<&str, QuantizedLinear> = BTreeMap::new();
         for linear in &spec.linears {
             let hessian = hessians.get(&linear.name).map(Vec::as_slice);
-            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
+            let (schemes, scale) = (linear.planned_schemes(plan, index), scales.linears.get(&linear.name).copied());
+            let rounding = self.rounding(plan.linear(index, &linear.stem), schemes, scale);
             linears.insert(&linear.name, quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
         }
         let mut tensors: Vec<TensorOut> = Vec::new();
@@ -254,12 +264,20 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         for linear in &spec.linears {
             self.push_linear(linear, &linears[linear.name.as_str()], &mut tensors)?;
         }
+        let kept = scales.internals.as_ref().map(|scales| internal_tensors(spec, scales)).unwrap_or_default();
+        tensors.extend(kept.iter().map(|(name, values)| float_vector(self.stored(name), values)));
         publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
         drop(tensors);
 
         let float_block = Block::load(self.backend, checkpoint, index)?;
+        let activations = self.request.steps.activations.ssm;
+        let internals = match scales.internals {
+            Some(scales) => SsmInternals::Int8Static(scales),
+            None if activations == SsmActivations::Int8PerToken && plan.blocks[index].quantizes_activations() => SsmInternals::Int8PerToken,
+            None => SsmInternals::Float,
+        };
         let quantized_block =
-            Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears })?;
+            Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears, internals })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
             let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
@@ -281,6 +299,26 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         })
     }
 
+    /// The static scales that the plan needs of a block, from what its transformed form reads on the quantized stream.
+    fn static_scales(
+        &self,
+        spec: &BlockSpec,
+        transformed: &Block<B>,
+        source: &FloatBlock<'_>,
+        streams: &Streams<B>,
+    ) -> Result<StaticScales> {
+        let (steps, plan, config) = (&self.request.steps, &self.request.plan, &self.request.checkpoint.config);
+        let int8 = |linear: &LinearSpec| plan.linear(spec.index, &linear.stem).quantizes_activations();
+        let wanted = Wanted {
+            linears: steps.activations.linears == ScaleKind::Static && spec.linears.iter().any(int8),
+            internals: spec.kind == BlockKind::Ssm
+                && steps.activations.ssm == SsmActivations::Int8Static
+                && plan.blocks[spec.index].quantizes_activations(),
+        };
+        let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
+        observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)
+    }
+
     /// Appends what stores `linear`: its quantized tensors, or the source's own.
     fn push_linear<'t>(&'t self, linear: &LinearSpec, quantized: &QuantizedLinear, tensors: &mut Vec<TensorOut<'t>>) -> Result<()> {
         match quantized.float() {
@@ -294,6 +332,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts, self.request.checkpoint.layout.float_bytes);
         tensors.extend(owned.into_iter().map(|(name, dtype, shape, bytes)| (name, dtype, shape, Cow::Owned(bytes))));
+        if let Some(scale) = quantized.input_scale {
+            tensors.push(float_vector(self.stored(&format!("{}.input_scale", linear.stem)), &[scale]));
+        }
         Ok(())
     }
 
@@ -376,7 +417,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
         let float_head = self.transforms.head(checkpoint)?;
-        let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
+        let rounding = self.rounding(plan.head, layout.head.schemes(plan.head), self.head_scale(&norm, streams)?);
         let head = quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref());
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
@@ -416,6 +457,18 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     fn unties(&self) -> bool {
         let plan = &self.request.plan;
         plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.steps.transforms.contains(&Transform::FoldNorms)
+    }
+
+    /// The static scale of the head's input, where it has one.
+    fn head_scale(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<f32>> {
+        let steps = &self.request.steps;
+        if steps.activations.linears != ScaleKind::Static || !self.request.plan.head.quantizes_activations() {
+            return Ok(None);
+        }
+        let eps = self.request.checkpoint.config.norm_eps;
+        let normalize = |h| self.backend.rms_norm(h, norm, eps, Emit::FLOAT);
+        let inputs = streams.quantized.iter().map(normalize).collect::<Result<Vec<_>>>()?;
+        observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
     }
 
     /// The Hessian of the head's input, where the method uses one.
@@ -495,8 +548,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 seed: request.sample.seed,
             },
             plan: request.plan.clone(),
-            activations: Activations::default(),
-            cache: CacheFormats::default(),
+            activations: request.steps.activations,
+            cache: request.steps.cache,
             sample,
             files,
             blocks: self.state.records.clone(),
@@ -541,6 +594,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 struct QuantizedBlock<'a> {
     float: FloatBlock<'a>,
     linears: &'a BTreeMap<&'a str, QuantizedLinear>,
+    internals: SsmInternals,
 }
 
 impl BlockSource for QuantizedBlock<'_> {
@@ -555,8 +609,8 @@ impl BlockSource for QuantizedBlock<'_> {
         }
     }
 
-    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
-        self.float.internals(block)
+    fn internals(&self, _: &BlockSpec) -> Result<SsmInternals> {
+        Ok(self.internals.clone())
     }
 
     fn rotates_state(&self) -> bool {
@@ -576,6 +630,17 @@ fn gather_notes(linears: &BTreeMap<&str, QuantizedLinear>) -> Vec<String> {
     }
     let line = |(name, what, more)| if more == 0 { format!("{name}: {what}") } else { format!("{name} and {more} more: {what}") };
     gathered.into_iter().map(line).collect()
+}
+
+/// The tensors that keep the scales of a mixer's internals: canonical name, values.
+fn internal_tensors(spec: &BlockSpec, scales: &SsmScales) -> Vec<(String, Vec<f32>)> {
+    let values = [&scales.z, &scales.conv_in, &scales.conv_out, &scales.dt];
+    spec.internal_scales().into_iter().zip(values).map(|(tensor, values)| (tensor.name, values.clone())).collect()
+}
+
+fn float_vector(name: String, values: &[f32]) -> TensorOut<'static> {
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    (name, Dtype::F32, vec![values.len()], Cow::Owned(bytes))
 }
 
 fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {
