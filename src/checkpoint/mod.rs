@@ -14,7 +14,7 @@ pub use config::{AttentionConfig, Config, MambaConfig, MlpConfig, MoeConfig, par
 pub use demo::{CALIBRATION as DEMO_CALIBRATION, DEMO, HELDOUT as DEMO_HELDOUT, TASKS as DEMO_TASKS};
 pub use layout::{BlockSpec, Layout, LinearSpec, SliceSpec, TensorSpec};
 pub use safetensors::Dtype;
-pub use shards::{INDEX_FILE, RawTensor, SINGLE_FILE, Shards, sha256_hex};
+pub use shards::{INDEX_FILE, RawTensor, SINGLE_FILE, Shards, hexadecimal, sha256_hex};
 pub use variant::{
     BlockRecord, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors,
     quantization_config,

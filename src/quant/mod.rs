@@ -1,11 +1,13 @@
 //! Quantization: recipes, the sample text, weight methods, and the pipeline that makes a variant on disk.
 //! Start with [`quantize`].
 
+mod boundary;
 mod calibrate;
 mod cluster;
 mod gptq;
 pub mod hadamard;
 mod method;
+mod need;
 mod observe;
 mod pipeline;
 mod publish;
