@@ -3,20 +3,30 @@
 //! Jobs take a [`Monitor`] and never print. The engine turns reports into its channels; tests pass
 //! [`Monitor::silent`].
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 
 /// One report of a running job. Counters are absolute, so a lost report costs nothing.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Report {
+    /// The stages that the job will go through, in order, and the work of each in a unit of the job's own. Stages that
+    /// are not named here (a download) count nothing.
+    Plan(Vec<(String, f64)>),
     /// A stage began: its name and how many steps it has (blocks, batches, files).
     Stage { name: String, total: usize },
     /// `done` steps of the current stage are finished; `note` says what the last one was.
     Step { done: usize, note: String },
+    /// `done` steps of the current stage were there already: nothing can be learned from them about speed.
+    Found { done: usize },
     /// A block was quantized: relative output error and the bytes its linears now take.
     Block { index: usize, error: f64, bytes: u64 },
+    /// Mean divergence from the reference over the text windows so far, in nats a token.
+    Divergence { windows: usize, mean: f64 },
+    /// The job stands still, or goes on again.
+    Paused(bool),
     /// A line for the log.
     Log(String),
     /// A line for the log that the user should not miss.
@@ -37,23 +47,67 @@ impl CancelToken {
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+
+    /// An error when the job was cancelled.
+    pub fn check(&self) -> Result<()> {
+        if self.is_cancelled() { Err(Error::cancelled()) } else { Ok(()) }
+    }
+}
+
+/// How often a job that is paused looks whether it was cancelled.
+const PAUSE_CHECK: Duration = Duration::from_millis(50);
+
+/// Makes the jobs that hold a clone of it wait at their next step.
+#[derive(Debug, Clone, Default)]
+pub struct PauseToken(Arc<(Mutex<bool>, Condvar)>);
+
+impl PauseToken {
+    /// Pauses, or lets go on.
+    pub fn set(&self, paused: bool) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = paused;
+        self.0.1.notify_all();
+    }
+
+    fn is_paused(&self) -> bool {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nothing pauses any more, or the job is cancelled.
+    fn wait(&self, cancel: &CancelToken) {
+        let mut paused = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while *paused && !cancel.is_cancelled() {
+            paused = self.0.1.wait_timeout(paused, PAUSE_CHECK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
 }
 
 /// Where a job reports to, and whether it should go on.
 pub struct Monitor<'a> {
     sink: Box<dyn Fn(Report) + Send + Sync + 'a>,
     cancel: CancelToken,
+    pause: PauseToken,
 }
 
 impl<'a> Monitor<'a> {
     /// A monitor that hands every report to `sink`.
     pub fn new(sink: impl Fn(Report) + Send + Sync + 'a, cancel: CancelToken) -> Self {
-        Self { sink: Box::new(sink), cancel }
+        Self { sink: Box::new(sink), cancel, pause: PauseToken::default() }
+    }
+
+    /// The same monitor, whose job waits at its next step while `pause` says so.
+    #[must_use]
+    pub fn pausable(self, pause: PauseToken) -> Self {
+        Self { pause, ..self }
     }
 
     /// A monitor that drops reports and never cancels.
     pub fn silent() -> Self {
         Self::new(|_| {}, CancelToken::default())
+    }
+
+    /// Says ahead which stages come, and the work of each.
+    pub fn plan(&self, stages: impl IntoIterator<Item = (impl Into<String>, f64)>) {
+        (self.sink)(Report::Plan(stages.into_iter().map(|(name, work)| (name.into(), work)).collect()));
     }
 
     /// Begins a stage of `total` steps.
@@ -65,6 +119,16 @@ impl<'a> Monitor<'a> {
     pub fn step(&self, done: usize, note: impl Into<String>) -> Result<()> {
         (self.sink)(Report::Step { done, note: note.into() });
         self.check()
+    }
+
+    /// Reports steps that were finished by an earlier run.
+    pub fn found(&self, done: usize) {
+        (self.sink)(Report::Found { done });
+    }
+
+    /// Reports the divergence over the text so far.
+    pub fn divergence(&self, windows: usize, mean: f64) {
+        (self.sink)(Report::Divergence { windows, mean });
     }
 
     /// Reports a quantized block.
@@ -82,8 +146,18 @@ impl<'a> Monitor<'a> {
         (self.sink)(Report::Warning(line.into()));
     }
 
-    /// An error when the job was cancelled.
+    /// Waits while the job is paused; an error when it was cancelled.
     pub fn check(&self) -> Result<()> {
-        if self.cancel.is_cancelled() { Err(Error::cancelled()) } else { Ok(()) }
+        if self.pause.is_paused() && !self.cancel.is_cancelled() {
+            (self.sink)(Report::Paused(true));
+            self.pause.wait(&self.cancel);
+            (self.sink)(Report::Paused(false));
+        }
+        self.cancel.check()
+    }
+
+    /// What cancels the job, for what should stop in the middle of a step.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
     }
 }

@@ -38,6 +38,11 @@ fn missing_directory() {
 }
 
 #[test]
+fn unknown_gpu() {
+    refused(&["analyze", "demo", "--gpu", "GTX 480"], &["no figures of a GPU `GTX 480`"]);
+}
+
+#[test]
 fn directory_without_config() {
     let folder = TempDir::new().unwrap();
     refused(&["analyze", folder.path().to_str().unwrap()], &["has no config.json"]);

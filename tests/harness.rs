@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use strata::backend::cpu::Cpu;
 use strata::eval::score::Sample;
-use strata::eval::{EvaluateRequest, ModelToEvaluate, Task, evaluate};
+use strata::eval::{DataSource, EvaluateRequest, ModelToEvaluate, Task, evaluate};
 use strata::monitor::Monitor;
 
 /// Largest difference of a log-likelihood. Both sides compute in float32 from the same bf16 weights, in another order.
@@ -41,7 +41,7 @@ fn read(path: &Path) -> Vec<Expected> {
 }
 
 /// The demo model's rows for the tasks of `expected`.
-fn score(expected: &[Expected], data: Option<PathBuf>, limit: Option<usize>) -> Vec<Sample> {
+fn score(expected: &[Expected], data: DataSource, limit: Option<usize>) -> Vec<Sample> {
     let request = EvaluateRequest {
         models: vec![ModelToEvaluate { name: "base".into(), path: "demo".into() }],
         tasks: Task::ALL.into_iter().filter(|task| expected.iter().any(|row| row.task == task.name())).collect(),
@@ -77,28 +77,28 @@ fn compare(expected: &[Expected], samples: &[Sample]) {
 #[test]
 fn every_twentieth_demo_row_is_that_of_the_harness() {
     let expected: Vec<Expected> = serde_json::from_str(include_str!("data/harness.json")).unwrap();
-    compare(&expected, &score(&expected, None, None));
+    compare(&expected, &score(&expected, DataSource::Embedded, None));
 }
 
 #[test]
 fn all_demo_rows_are_those_of_the_harness() {
     let Some(path) = shared("golden/lm-eval/demo.jsonl") else { return };
     let expected = read(&path);
-    let samples = score(&expected, None, None);
+    let samples = score(&expected, DataSource::Embedded, None);
     assert_eq!(samples.len(), expected.len());
     compare(&expected, &samples);
 }
 
 #[test]
 fn awkward_rows_are_those_of_the_harness() {
-    let (Some(path), data) = (shared("golden/lm-eval/odd.jsonl"), shared("golden/lm-eval/odd")) else { return };
+    let (Some(path), Some(data)) = (shared("golden/lm-eval/odd.jsonl"), shared("golden/lm-eval/odd")) else { return };
     let expected = read(&path);
-    compare(&expected, &score(&expected, data, None));
+    compare(&expected, &score(&expected, DataSource::Directory(data), None));
 }
 
 #[test]
 fn public_rows_are_those_of_the_harness() {
     let (Some(path), Some(data)) = (shared("golden/lm-eval/public.jsonl"), shared("data")) else { return };
     let expected = read(&path);
-    compare(&expected, &score(&expected, Some(data), Some(40)));
+    compare(&expected, &score(&expected, DataSource::Directory(data), Some(40)));
 }

@@ -67,7 +67,7 @@ impl LinearSpec {
     }
 
     /// Bytes stored in `schemes`, one a slice; scales included, bias not.
-    fn bytes_in(&self, schemes: &[Scheme], float_bytes: usize) -> u64 {
+    pub fn bytes_in(&self, schemes: &[Scheme], float_bytes: usize) -> u64 {
         self.slices.iter().zip(schemes).map(|(slice, scheme)| scheme.stored_bytes(slice.rows, self.cols, float_bytes)).sum()
     }
 

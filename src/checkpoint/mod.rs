@@ -158,7 +158,7 @@ impl Checkpoint {
     pub fn read(&self, canonical: &str) -> Result<Vec<f32>> {
         let stored = self.stored_name(canonical);
         let tensor = self.find(canonical).ok_or_else(|| Error::input(format!("{}: tensor `{stored}` is missing", self.name)))?;
-        let values = tensor.to_f32().ok_or_else(|| {
+        let values = tensor.to_f32()?.ok_or_else(|| {
             Error::input(format!("{}: tensor `{stored}` has type {:?}, expected F32, F16 or BF16", self.name, tensor.dtype))
                 .hint("strata quantizes float checkpoints: give the original one")
         })?;
@@ -315,10 +315,16 @@ impl Checkpoint {
         Ok(tokenizer)
     }
 
+    /// Whether the tokenizer is the demo's, so that the rows compiled in are in its vocabulary.
+    pub fn has_demo_tokenizer(&self) -> Result<bool> {
+        let own = self.companion("tokenizer.json")?;
+        Ok(own.as_deref() == demo::COMPANIONS.iter().find(|(file, _)| *file == "tokenizer.json").map(|(_, text)| text.as_bytes()))
+    }
+
     /// SHA-256 over config.json and every shard: the identity of the weights, whatever they are called.
     pub fn sha256(&self) -> Result<String> {
         let mut listing = format!("config.json {}\n", sha256_hex(self.config_text()?.as_bytes()));
-        for (name, hash) in self.shards.hashes() {
+        for (name, hash) in self.shards.hashes()? {
             listing.extend([name.as_str(), " ", hash.as_str(), "\n"]);
         }
         Ok(sha256_hex(listing.as_bytes()))
@@ -327,7 +333,7 @@ impl Checkpoint {
     /// Checks the shards against the hashes that the variant's manifest records.
     pub fn verify_files(&self) -> Result<()> {
         let Some(variant) = &self.variant else { return Ok(()) };
-        for (name, hash) in self.shards.hashes() {
+        for (name, hash) in self.shards.hashes()? {
             if variant.files.get(&name) != Some(&hash) {
                 return Err(Error::run(format!("{}: {name} is not the file that was validated when the variant was made", self.name))
                     .hint("the file was changed or damaged since: quantize again (`--fresh` in a replay)"));
@@ -339,6 +345,23 @@ impl Checkpoint {
     /// Bytes of the weight files.
     pub fn file_bytes(&self) -> u64 {
         self.shards.total_bytes()
+    }
+
+    /// Bytes that `linears` take in memory once loaded, where floats are f32 whatever they are on disk.
+    pub fn loaded_bytes<'s>(&self, linears: impl IntoIterator<Item = &'s LinearSpec>) -> Result<u64> {
+        let mut total = 0;
+        for linear in linears {
+            // A tied head has no weights of its own.
+            let tied = self.layout.tied && linear.stem == self.layout.head.stem;
+            if tied && self.stored_parts(&linear.stem, linear.rows, linear.cols).is_none() {
+                total += self.loaded_bytes([&self.layout.embedding])?;
+                continue;
+            }
+            for part in self.parts(linear)? {
+                total += part.scheme.stored_bytes(part.rows, part.cols, size_of::<f32>());
+            }
+        }
+        Ok(total)
     }
 
     /// Bytes that the linears of the blocks store, scales included: what `weight_bytes` reports.
@@ -369,9 +392,9 @@ impl StoredPart {
         let (rows, cols, scheme) = (self.rows, self.cols, self.scheme);
         let codes = match scheme {
             Scheme::Float => return Ok(WeightPart::Float(checkpoint.read(&format!("{}.weight", self.stem))?)),
-            Scheme::Int8 => tensor("weight")?.bytes.iter().map(|byte| byte.cast_signed()).collect(),
+            Scheme::Int8 => tensor("weight")?.bytes()?.iter().map(|byte| byte.cast_signed()).collect(),
             Scheme::Grouped { bits, .. } => {
-                let words: Vec<u32> = tensor("weight_packed")?.bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+                let words: Vec<u32> = tensor("weight_packed")?.bytes()?.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
                 packing::unpack(&words, cols, bits)
             }
         };

@@ -1,11 +1,16 @@
-//! Safetensors files as one name → bytes map: single or sharded, memory-mapped or compiled in.
+//! Safetensors files as one name → bytes map: single or sharded, in files of which one tensor at a time is mapped, or
+//! compiled in.
 
 use std::collections::BTreeMap;
-use std::path::{Component, Path};
+use std::fs::File;
+use std::ops::Deref;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use memmap2::{Mmap, MmapOptions};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -16,31 +21,47 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// File that holds every tensor when there is no index.
 pub const SINGLE_FILE: &str = "model.safetensors";
 
-enum Bytes {
-    Mapped(Mmap),
+/// Longest header that is read, as in the safetensors library.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Bytes that are hashed at a time.
+const HASHED: usize = 1 << 20;
+
+enum Source {
+    File { path: PathBuf, file: File, bytes: u64 },
     Embedded(&'static [u8]),
 }
 
-impl Bytes {
-    fn get(&self) -> &[u8] {
+struct Shard {
+    name: String,
+    source: Source,
+}
+
+/// A tensor where it lies in its shard.
+#[derive(Clone, Copy)]
+pub struct RawTensor<'a> {
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    source: &'a Source,
+    start: usize,
+    end: usize,
+}
+
+/// The bytes of a tensor: compiled in, or mapped for as long as this lives.
+pub enum TensorBytes<'a> {
+    Mapped(Mmap),
+    Embedded(&'a [u8]),
+}
+
+impl Deref for TensorBytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
             Self::Embedded(bytes) => bytes,
         }
     }
-}
-
-struct Shard {
-    name: String,
-    bytes: Bytes,
-}
-
-/// A tensor where it lies in its shard.
-#[derive(Debug, Clone, Copy)]
-pub struct RawTensor<'a> {
-    pub dtype: Dtype,
-    pub shape: &'a [usize],
-    pub bytes: &'a [u8],
 }
 
 struct Entry {
@@ -75,14 +96,14 @@ impl Shards {
                 .hint("give the directory of a checkpoint in safetensors format"));
         }
         let mut shards = Self { shards: Vec::new(), entries: BTreeMap::new() };
-        shards.add(SINGLE_FILE.into(), map(&single)?).map_err(|error| error.context(single.display()))?;
+        shards.add(SINGLE_FILE.into(), Source::open(&single)?).map_err(|error| error.context(single.display()))?;
         Ok(shards)
     }
 
     /// The single embedded file `bytes`.
     pub fn embedded(bytes: &'static [u8]) -> Result<Self> {
         let mut shards = Self { shards: Vec::new(), entries: BTreeMap::new() };
-        shards.add(SINGLE_FILE.into(), Bytes::Embedded(bytes))?;
+        shards.add(SINGLE_FILE.into(), Source::Embedded(bytes))?;
         Ok(shards)
     }
 
@@ -105,7 +126,7 @@ impl Shards {
                 return Err(Error::input(format!("{} names the shard `{file}`, which is not there", index.display()))
                     .hint("the download may be incomplete: fetch the checkpoint again"));
             }
-            shards.add(file.clone(), map(&path)?).map_err(|error| error.context(path.display()))?;
+            shards.add(file.clone(), Source::open(&path)?).map_err(|error| error.context(path.display()))?;
         }
         if let Some((tensor, file)) = parsed.weight_map.iter().find(|(tensor, _)| !shards.entries.contains_key(*tensor)) {
             return Err(Error::input(format!("{} places tensor `{tensor}` in `{file}`, which lacks it", index.display())));
@@ -113,30 +134,50 @@ impl Shards {
         Ok(shards)
     }
 
-    fn add(&mut self, name: String, bytes: Bytes) -> Result<()> {
-        let all = bytes.get();
+    fn add(&mut self, name: String, source: Source) -> Result<()> {
         let damaged = |what: String| Error::input(what).hint("the file may be truncated or damaged: copy or download it again");
-        let (header, metadata) =
-            SafeTensors::read_metadata(all).map_err(|error| damaged(format!("not a readable safetensors file: {error}")))?;
-        let data = header + 8;
+        let unreadable = |error: &dyn std::fmt::Display| damaged(format!("not a readable safetensors file: {error}"));
+        let mut length = [0; 8];
+        source.read_at(0, &mut length).map_err(|error| unreadable(&error))?;
+        let length = u64::from_le_bytes(length);
+        if length > MAX_HEADER.min(source.len().saturating_sub(8)) {
+            return Err(unreadable(&format!("its header has {length} bytes, and the file {}", source.len())));
+        }
+        let mut header = vec![0; length as usize];
+        source.read_at(8, &mut header).map_err(|error| unreadable(&error))?;
+        let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| unreadable(&error))?;
+        let data = 8 + header.len();
         let shard = self.shards.len();
-        for (tensor, info) in metadata.tensors() {
-            let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
-            if end > all.len() {
-                return Err(damaged(format!("tensor `{tensor}` ends at byte {end}, and the file has {}", all.len())));
+        let mut tensors: Vec<_> = metadata.tensors().into_iter().collect();
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        let mut end = data;
+        for (tensor, info) in tensors {
+            let (start, stop) = (data + info.data_offsets.0, data + info.data_offsets.1);
+            let values = info.shape.iter().try_fold(1, |product: usize, size| product.checked_mul(*size));
+            let bits = values.and_then(|values| values.checked_mul(info.dtype.bitsize()));
+            if start != end || stop < start || bits != (stop - start).checked_mul(8) {
+                return Err(damaged(format!(
+                    "tensor `{tensor}` lies at bytes {start} to {stop}, which its neighbours and shape contradict"
+                )));
+            }
+            end = stop;
+            if end as u64 > source.len() {
+                return Err(damaged(format!("tensor `{tensor}` ends at byte {end}, and the file has {}", source.len())));
             }
             let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end };
             self.entries.insert(tensor, entry);
         }
-        self.shards.push(Shard { name, bytes });
+        if end as u64 != source.len() {
+            return Err(damaged(format!("the tensors end at byte {end}, and the file has {}", source.len())));
+        }
+        self.shards.push(Shard { name, source });
         Ok(())
     }
 
     /// The tensor with this stored name.
     pub fn get(&self, name: &str) -> Option<RawTensor<'_>> {
-        let entry = self.entries.get(name)?;
-        let bytes = &self.shards[entry.shard].bytes.get()[entry.start..entry.end];
-        Some(RawTensor { dtype: entry.dtype, shape: &entry.shape, bytes })
+        let Entry { shard, dtype, shape, start, end } = self.entries.get(name)?;
+        Some(RawTensor { dtype: *dtype, shape, source: &self.shards[*shard].source, start: *start, end: *end })
     }
 
     /// Stored names in order.
@@ -145,13 +186,13 @@ impl Shards {
     }
 
     /// File names of the shards with the SHA-256 of each, in hexadecimal.
-    pub fn hashes(&self) -> Vec<(String, String)> {
-        self.shards.iter().map(|shard| (shard.name.clone(), sha256_hex(shard.bytes.get()))).collect()
+    pub fn hashes(&self) -> Result<Vec<(String, String)>> {
+        self.shards.iter().map(|shard| Ok((shard.name.clone(), shard.source.sha256()?))).collect()
     }
 
     /// Bytes of all shards.
     pub fn total_bytes(&self) -> u64 {
-        self.shards.iter().map(|shard| shard.bytes.get().len() as u64).sum()
+        self.shards.iter().map(|shard| shard.source.len()).sum()
     }
 }
 
@@ -169,23 +210,81 @@ pub fn hexadecimal(bytes: &[u8]) -> String {
     })
 }
 
-#[allow(unsafe_code, reason = "memory-mapping a file")]
-fn map(path: &Path) -> Result<Bytes> {
-    let file = std::fs::File::open(path).map_err(|error| Error::io("opening", path, &error))?;
-    // SAFETY: the map is read-only and private to this process. Another process that truncates the file while it
-    // is mapped would fault; checkpoints are written once and replaced by rename, never in place.
-    let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::io("mapping", path, &error))?;
-    Ok(Bytes::Mapped(map))
+impl Source {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::io("opening", path, &error))?;
+        let bytes = file.metadata().map_err(|error| Error::io("reading", path, &error))?.len();
+        Ok(Self::File { path: path.to_owned(), file, bytes })
+    }
+
+    fn len(&self) -> u64 {
+        match self {
+            Self::File { bytes, .. } => *bytes,
+            Self::Embedded(bytes) => bytes.len() as u64,
+        }
+    }
+
+    fn read_at(&self, offset: usize, into: &mut [u8]) -> std::io::Result<()> {
+        match self {
+            Self::File { file, .. } => file.read_exact_at(into, offset as u64),
+            Self::Embedded(bytes) => match bytes.get(offset..offset + into.len()) {
+                Some(bytes) => {
+                    into.copy_from_slice(bytes);
+                    Ok(())
+                }
+                None => Err(std::io::ErrorKind::UnexpectedEof.into()),
+            },
+        }
+    }
+
+    /// Maps no more than the bytes asked for, so that a checkpoint may be larger than the address space that is allowed.
+    #[allow(unsafe_code, reason = "memory-mapping a file")]
+    fn bytes(&self, start: usize, end: usize) -> Result<TensorBytes<'_>> {
+        match self {
+            Self::Embedded(bytes) => Ok(TensorBytes::Embedded(&bytes[start..end])),
+            // Nothing cannot be mapped.
+            Self::File { .. } if start == end => Ok(TensorBytes::Embedded(&[])),
+            Self::File { path, file, .. } => {
+                // SAFETY: the map is read-only and private to this process. Another process that truncates the file while
+                // it is mapped would fault; checkpoints are written once and replaced by rename, never in place.
+                let map = unsafe { MmapOptions::new().offset(start as u64).len(end - start).map(file) };
+                map.map(TensorBytes::Mapped).map_err(|error| Error::io("mapping", path, &error))
+            }
+        }
+    }
+
+    fn sha256(&self) -> Result<String> {
+        let Self::File { path, bytes, .. } = self else { return self.bytes(0, self.len() as usize).map(|bytes| sha256_hex(&bytes)) };
+        let mut hash = Sha256::new();
+        let mut chunk = vec![0; HASHED];
+        for start in (0..*bytes as usize).step_by(HASHED) {
+            let part = &mut chunk[..HASHED.min(*bytes as usize - start)];
+            self.read_at(start, part).map_err(|error| Error::io("reading", path, &error))?;
+            hash.update(part);
+        }
+        Ok(hexadecimal(&hash.finalize()))
+    }
 }
 
-impl RawTensor<'_> {
+impl<'a> RawTensor<'a> {
+    /// Number of bytes.
+    pub fn byte_count(self) -> usize {
+        self.end - self.start
+    }
+
+    /// The bytes, mapped from the file for as long as the result lives.
+    pub fn bytes(self) -> Result<TensorBytes<'a>> {
+        self.source.bytes(self.start, self.end)
+    }
+
     /// The values in f32 (from f32, f16 or bf16), or `None` for another type.
-    pub fn to_f32(self) -> Option<Vec<f32>> {
-        Some(match self.dtype {
-            Dtype::F32 => self.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Dtype::BF16 => self.bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-            Dtype::F16 => self.bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            _ => return None,
-        })
+    pub fn to_f32(self) -> Result<Option<Vec<f32>>> {
+        let bytes = self.bytes()?;
+        Ok(Some(match self.dtype {
+            Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            _ => return Ok(None),
+        }))
     }
 }

@@ -1,14 +1,17 @@
 //! `strata analyze`.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
-use strata::analysis::Inventory;
+use strata::analysis::{Footprint, Gpu, Inventory, Prediction, predict};
 use strata::checkpoint::{self, Checkpoint, Config, Layout, hub};
 use strata::error::{Error, Result};
+use strata::format::Plan;
 use strata::monitor::Monitor;
+use strata::quant::Recipe;
 use strata::session::report::{self, Table};
 
 use super::{Common, output};
@@ -26,6 +29,18 @@ pub struct Analyze {
     /// Print comma-separated values.
     #[arg(long, conflicts_with = "json")]
     csv: bool,
+    /// Predict time per token, prefill and the longest context on this GPU, such as "RTX 4090"; may be repeated.
+    #[arg(long = "gpu", value_name = "NAME", conflicts_with = "tensors")]
+    gpus: Vec<String>,
+}
+
+/// What a plan would cost on the GPUs that were asked for.
+#[derive(Serialize)]
+struct PlanPredictions {
+    /// `base`, a recipe's name, or `suggested`.
+    plan: String,
+    bits_per_weight: f64,
+    predictions: Vec<Prediction>,
 }
 
 #[derive(Serialize)]
@@ -46,16 +61,23 @@ impl Analyze {
         if self.tensors {
             return self.print_tensors(common);
         }
-        let inventory = self.inventory()?;
+        let gpus = self.gpus.iter().map(|name| Gpu::find(name)).collect::<Result<Vec<_>>>()?;
+        let (inventory, config) = self.inventory()?;
+        let predictions = predictions(&config, &inventory, &gpus)?;
         if common.json {
             let mut document =
                 serde_json::to_value(&inventory).map_err(|error| Error::run(format!("the inventory cannot be written: {error}")))?;
             document["schema"] = json!("strata.analyze/1");
+            if !gpus.is_empty() {
+                document["gpus"] = json!(gpus);
+                document["predictions"] = json!(predictions);
+            }
             return output::json(&document);
         }
         let blocks = block_table(&inventory);
+        let predicted = (!gpus.is_empty()).then(|| prediction_table(&predictions));
         if self.csv {
-            return output::line(blocks.csv().trim_end());
+            return output::line(predicted.as_ref().unwrap_or(&blocks).csv().trim_end());
         }
         for line in blocks.lines() {
             output::line(&line)?;
@@ -73,11 +95,21 @@ impl Analyze {
             inventory.suggested_plan.head,
             inventory.suggested_transitions,
         ))?;
-        output::line("outliers: largest |w| over root mean square; sensitivity: a rule of thumb by kind and place, not a measurement")
+        output::line("outliers: largest |w| over root mean square; sensitivity: a rule of thumb by kind and place, not a measurement")?;
+        if let Some(table) = predicted {
+            output::line("")?;
+            table.lines().iter().try_for_each(|line| output::line(line))?;
+            output::line(&assumptions())?;
+        }
+        Ok(())
     }
 
-    fn inventory(&self) -> Result<Inventory> {
-        let of_config = |path: &Path| Ok(Inventory::of_layout(&self.model, &Layout::new(&Config::read(path)?)));
+    /// What the model's layers are, and the configuration that says so.
+    fn inventory(&self) -> Result<(Inventory, Config)> {
+        let of_config = |path: &Path| {
+            let config = Config::read(path)?;
+            Ok((Inventory::of_layout(&self.model, &Layout::new(&config)), config))
+        };
         let path = Path::new(&self.model);
         if path.is_file() {
             return of_config(path);
@@ -92,7 +124,9 @@ impl Analyze {
             return of_config(&hub::fetch_config(id, revision, &Monitor::silent())?.join("config.json"));
         }
         let checkpoint = checkpoint::open(&self.model)?;
-        if self.config_only { Ok(Inventory::of_layout(&self.model, &checkpoint.layout)) } else { Inventory::of_checkpoint(&checkpoint) }
+        let inventory =
+            if self.config_only { Inventory::of_layout(&self.model, &checkpoint.layout) } else { Inventory::of_checkpoint(&checkpoint)? };
+        Ok((inventory, checkpoint.config))
     }
 
     fn print_tensors(&self, common: &Common) -> Result<()> {
@@ -112,6 +146,63 @@ impl Analyze {
     }
 }
 
+/// The unquantized model, the three phases and the suggested plan on each GPU.
+fn predictions(config: &Config, inventory: &Inventory, gpus: &[Gpu]) -> Result<Vec<PlanPredictions>> {
+    let layout = Arc::new(Layout::new(config));
+    let footprint = Footprint::new(config, Arc::clone(&layout));
+    let mut plans = vec![("base".to_owned(), Plan::unquantized(layout.blocks.len()))];
+    for name in ["phase1", "phase2", "phase3"] {
+        plans.push((name.to_owned(), Recipe::find(name)?.plan(&layout, &[])?));
+    }
+    plans.push(("suggested".to_owned(), inventory.suggested_plan.clone()));
+    let predict = |(name, plan): (String, Plan)| PlanPredictions {
+        plan: name,
+        bits_per_weight: footprint.bits_per_weight(&plan),
+        predictions: gpus.iter().map(|gpu| Prediction::new(config, &footprint, &plan, gpu)).collect(),
+    };
+    Ok(plans.into_iter().map(predict).collect())
+}
+
+fn prediction_table(plans: &[PlanPredictions]) -> Table {
+    let mut table =
+        Table::new(&["plan", "GPU", "bytes", "bits", "ms/token", "prefill t/s", "context", "transitions", "their ms/1k tokens"]);
+    for plan in plans {
+        for prediction in &plan.predictions {
+            let context = match (prediction.fits, prediction.context_tokens) {
+                (false, _) => "does not fit".to_owned(),
+                (true, None) => "any".to_owned(),
+                (true, Some(tokens)) => format!("~{}", report::count(tokens)),
+            };
+            table.push(vec![
+                plan.plan.clone(),
+                prediction.gpu.to_owned(),
+                report::bytes(prediction.weight_bytes),
+                format!("{:.2}", plan.bits_per_weight),
+                format!("~{:.2}", 1000.0 * prediction.decode_seconds),
+                format!("~{:.0}", prediction.prefill_tokens_per_s),
+                context,
+                prediction.transitions.to_string(),
+                format!("~{:.3}", 1000.0 * prediction.transition_seconds),
+            ]);
+        }
+    }
+    table
+}
+
+/// What the predictions rest on.
+fn assumptions() -> String {
+    format!(
+        "~ is predicted from bytes and operations, not measured: one sequence, {:.0}% of the memory's peak rate, {:.0}% of the tensor \
+         cores', {:.0} µs a block; time per token behind {} tokens, prefill of {} tokens; {} of memory set aside",
+        100.0 * predict::BANDWIDTH_EFFICIENCY,
+        100.0 * predict::COMPUTE_EFFICIENCY,
+        1e6 * predict::BLOCK_SECONDS,
+        predict::DECODE_CONTEXT,
+        predict::PROMPT_TOKENS,
+        report::bytes(predict::RESERVED_BYTES),
+    )
+}
+
 fn tensor_rows(checkpoint: &Checkpoint) -> Vec<TensorRow> {
     let layout = &checkpoint.layout;
     let row = |(name, tensor): (&str, checkpoint::RawTensor<'_>)| {
@@ -129,7 +220,7 @@ fn tensor_rows(checkpoint: &Checkpoint) -> Vec<TensorRow> {
             shape: tensor.shape.to_vec(),
             dtype: format!("{:?}", tensor.dtype),
             kind: kind.into(),
-            bytes: tensor.bytes.len(),
+            bytes: tensor.byte_count(),
             linear,
         }
     };

@@ -19,7 +19,7 @@ pub struct Compare {
 
 impl Compare {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let mut request = self.measure.request()?;
+        let mut request = self.measure.request(common.host_memory)?;
         let base = name(&self.model)?;
         if base.name != "base" {
             return Err(

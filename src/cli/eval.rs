@@ -6,10 +6,10 @@ use clap::Args;
 use strata::checkpoint;
 use strata::engine::{Event, Job};
 use strata::error::{Error, Result};
-use strata::eval::ResultSet;
 use strata::eval::run::{EvaluateRequest, Evaluated, ModelToEvaluate};
 use strata::eval::speed::SpeedRequest;
 use strata::eval::tasks::Task;
+use strata::eval::{DataSource, ResultSet};
 use strata::session::paths;
 use strata::session::replay::finish;
 
@@ -32,8 +32,9 @@ pub struct Measure {
     /// Tasks, separated by commas; all five unless given, `none` for none.
     #[arg(long, value_delimiter = ',')]
     tasks: Option<Vec<String>>,
-    /// Directory with a JSON-lines file a task; the rows compiled in unless given.
-    #[arg(long, value_name = "DIR")]
+    /// `embedded`, `hub`, or a directory with a JSON-lines file a task. Unless given: the rows compiled in for the demo
+    /// and its variants, the public datasets from the hub for other models.
+    #[arg(long, value_name = "SOURCE")]
     data: Option<PathBuf>,
     /// First rows of each task only.
     #[arg(long)]
@@ -65,11 +66,17 @@ pub struct Measure {
     /// Do not measure speed.
     #[arg(long)]
     no_speed: bool,
+    /// Prompt lengths at which speed is measured beside 512 tokens, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS")]
+    speed_prompts: Vec<usize>,
+    /// Numbers of sequences at once at which speed is measured beside 1, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "SEQUENCES")]
+    speed_batches: Vec<usize>,
 }
 
 impl Eval {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let mut request = self.measure.request()?;
+        let mut request = self.measure.request(common.host_memory)?;
         let mut models = self.models.iter().map(|path| name(path)).collect::<Result<Vec<_>>>()?;
         if models.len() > 1
             && let Some(base) = models.iter().position(|model| model.name == "base")
@@ -83,7 +90,10 @@ impl Eval {
 
 impl Measure {
     /// The engine's request, models yet to be named.
-    pub fn request(&self) -> Result<EvaluateRequest> {
+    pub fn request(&self, host_memory: Option<u64>) -> Result<EvaluateRequest> {
+        if self.speed_prompts.iter().chain(&self.speed_batches).any(|count| *count == 0) {
+            return Err(Error::input("speed cannot be measured on 0 tokens or sequences").hint("give counts of 1 or more"));
+        }
         if self.windows > 0 && self.window_tokens < 2 {
             return Err(
                 Error::input("a window of fewer than 2 tokens predicts nothing").hint("give --window-tokens 2 or more, or --windows 0")
@@ -98,15 +108,17 @@ impl Measure {
             reference: None,
             models: Vec::new(),
             tasks,
-            data: self.data.clone(),
+            data: self.data.as_deref().map_or(DataSource::Automatic, DataSource::named),
             limit: self.limit,
             text: self.text.clone(),
             windows: self.windows,
             window_tokens: self.window_tokens,
-            speed: (!self.no_speed).then_some(SpeedRequest { prompt_tokens: 512, decode_tokens: 64, repetitions: 3 }),
+            speed: (!self.no_speed).then(|| SpeedRequest::with_grid(&self.speed_prompts, &self.speed_batches)),
             skip_bad_rows: self.skip_bad_rows,
             journal: Some(paths::evaluations_directory()),
             fresh: self.fresh,
+            references: Some(paths::references_directory()),
+            host_memory,
         })
     }
 

@@ -12,6 +12,7 @@ mod progress;
 mod quantize;
 mod replay;
 mod results;
+mod runs;
 mod trace;
 
 use std::io::IsTerminal;
@@ -68,6 +69,31 @@ pub struct Common {
     /// Computing threads; one for each processor unless given.
     #[arg(long, global = true)]
     threads: Option<usize>,
+    /// Memory that a model may take, as in `6GiB`; a larger one is evaluated block by block. What is free unless given.
+    #[arg(long, global = true, value_name = "SIZE", value_parser = bytes)]
+    host_memory: Option<u64>,
+}
+
+/// A number of bytes as people write it: `800MB`, `6GiB`, `1.5e9`.
+fn bytes(text: &str) -> Result<u64, String> {
+    let unit_at = text.find(|c: char| c.is_ascii_alphabetic() && c != 'e').unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let factor = match unit {
+        "" | "B" => 1.0,
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        "KiB" => 1024.0,
+        "MiB" => f64::from(1 << 20),
+        "GiB" => f64::from(1 << 30),
+        "TiB" => f64::from(1 << 30) * 1024.0,
+        _ => return Err("the units are B, kB, MB, GB, TB, KiB, MiB, GiB and TiB".into()),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok((number * factor) as u64),
+        _ => Err("expected a positive number with a unit, such as 6GiB".into()),
+    }
 }
 
 #[derive(Subcommand)]
@@ -82,6 +108,8 @@ enum Command {
     Compare(compare::Compare),
     /// Run a session file headless.
     Replay(replay::Replay),
+    /// List, follow, cancel and remove runs: every replay and every job of the workbench is one.
+    Runs(runs::Runs),
     /// List, filter, import and export what was measured.
     Results(results::Results),
     /// Continue a prompt.
@@ -106,6 +134,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Eval(command)) => command.run(&common),
         Some(Command::Compare(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
+        Some(Command::Runs(command)) => command.run(&common),
         Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),
         Some(Command::Trace(command)) => command.run(&common),
@@ -158,7 +187,12 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
         return Err(Error::input("the workbench needs a terminal, and there is none")
             .hint("`strata analyze`, `strata quantize` and `strata replay` work without one"));
     }
-    replay::headless(&session, file.as_deref(), strata::session::ReplayOptions::default(), common)
+    replay::headless(
+        &session,
+        file.as_deref(),
+        strata::session::ReplayOptions { host_memory: common.host_memory, ..Default::default() },
+        common,
+    )
 }
 
 impl Common {

@@ -47,7 +47,20 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
         line("")?;
         line("ppl (gptq): every token of a window but its first; ppl (llama.cpp): the second half of each window")?;
         line("RMS dp: root mean square difference of the probability of the token that follows")?;
+        if let Some(floor) = set.results.iter().find_map(|result| result.noise_floor.as_ref()) {
+            line(&format!("rounded: from itself with {}; divergences near it say nothing about a variant", floor.rounding))?;
+        }
     }
+    if set.results.iter().any(|result| result.speed_points.len() > 1) {
+        line("")?;
+        table(&report::speed(&set.results))?;
+    }
+    line("")?;
+    table(&report::memory(&set.results))?;
+    line("")?;
+    line(
+        "weights: as the backend holds them; peak: of the process, with what was evaluated before; SSM, conv and KV: predicted, a sequence",
+    )?;
     if !set.comparisons.is_empty() {
         line("")?;
         table(&report::paired(&set.comparisons))?;
@@ -67,6 +80,8 @@ pub fn page(set: &ResultSet) -> String {
     let tables = [
         ("Models", report::comparison(&set.results)),
         ("Text: divergence and perplexity", report::divergence(&set.results)),
+        ("Speed", report::speed(&set.results)),
+        ("Memory", report::memory(&set.results)),
         ("Row by row against the base", report::paired(&set.comparisons)),
         ("Rows that changed", report::flips(&set.comparisons)),
     ];

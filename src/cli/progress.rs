@@ -66,7 +66,13 @@ impl Follow {
             }
             Report::Log(line) => self.say(line),
             Report::Warning(line) => self.say(&format!("warning: {line}")),
-            Report::Block { .. } => {}
+            Report::Found { done } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_position(*done as u64);
+                    bar.reset_eta();
+                }
+            }
+            Report::Plan(_) | Report::Block { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
         }
     }
 

@@ -1,20 +1,27 @@
 //! `strata replay`, and what `strata` does without a terminal.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use strata::error::Result;
-use strata::eval::ResultSet;
-use strata::session::{self, ReplayOptions, Session};
+use strata::eval::{Evaluated, ResultSet};
+use strata::monitor::CancelToken;
+use strata::session::runs::{self, Ending, Made, Notice, Request, Run, RunWriter};
+use strata::session::store::Store;
+use strata::session::{self, ReplayOptions, Session, paths};
 
 use super::progress::Follow;
-use super::results::Recorder;
 use super::{Common, output};
 
 #[derive(Args)]
 pub struct Replay {
     /// A session file.
-    session: PathBuf,
+    #[arg(required_unless_present = "resume")]
+    session: Option<PathBuf>,
+    /// Go on with a run that was interrupted, cancelled or failed; several one after another. See `strata runs`.
+    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["session", "variant", "fresh", "output", "no_eval"])]
+    resume: Vec<String>,
     /// Only this variant.
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
@@ -31,10 +38,24 @@ pub struct Replay {
 
 impl Replay {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let session = Session::read(&self.session)?;
-        let options =
-            ReplayOptions { variant: self.variant.clone(), fresh: self.fresh, output: self.output.clone(), skip_evaluation: self.no_eval };
-        headless(&session, Some(&self.session), options, common)
+        for name in &self.resume {
+            resume(&runs::find(name)?, common)?;
+        }
+        let Some(path) = &self.session else { return Ok(()) };
+        let session = Session::read(path)?;
+        let output = match &self.output {
+            // A run is resumed from wherever the user is then.
+            Some(output) => Some(std::path::absolute(output).map_err(|error| strata::error::Error::io("finding", output, &error))?),
+            None => None,
+        };
+        let options = ReplayOptions {
+            variant: self.variant.clone(),
+            fresh: self.fresh,
+            output,
+            skip_evaluation: self.no_eval,
+            host_memory: common.host_memory,
+        };
+        headless(&session, Some(path), options, common)
     }
 }
 
@@ -42,13 +63,60 @@ impl Replay {
 pub fn headless(session: &Session, path: Option<&Path>, options: ReplayOptions, common: &Common) -> Result<()> {
     let mut session = session.clone();
     session.calibration.seed = common.seed.unwrap_or(session.calibration.seed);
+    let title = path.and_then(Path::file_stem).map_or_else(|| "demo".into(), |stem| stem.to_string_lossy().into_owned());
+    let request = Request::new(format!("replay {title}"), path.map(Path::to_owned), options.clone());
+    let run = match Run::create(&paths::runs_directory(), &session, &request) {
+        Ok(run) => Some(run),
+        Err(error) => {
+            eprintln!("warning: {error}: this run can be neither followed nor resumed");
+            None
+        }
+    };
+    replay(&session, options, run, Made::default(), Duration::ZERO, common)
+}
+
+/// Goes on with `run` where its last process stopped.
+fn resume(run: &Run, common: &Common) -> Result<()> {
+    let (session, request, made) = (run.session()?, run.request()?, run.made());
+    let mut options = request.options;
+    if made.evaluation_begun {
+        options.fresh = false;
+    }
+    replay(&session, options, Some(run.clone()), made, runs::TAKE_OVER, common)
+}
+
+fn replay(session: &Session, options: ReplayOptions, run: Option<Run>, made: Made, patience: Duration, common: &Common) -> Result<()> {
     let (engine, mut events) = common.engine()?;
+    let cancel = CancelToken::default();
+    let writer = match run {
+        Some(run) => {
+            let lock = run.lock(patience)?;
+            let (cancel, cancel_jobs) = (cancel.clone(), engine.canceller());
+            let notify = move |notice| match notice {
+                Notice::Cancel => {
+                    cancel.cancel();
+                    cancel_jobs();
+                }
+                Notice::Trouble(error) => eprintln!("warning: {error}: the run goes on, and less of it is kept"),
+            };
+            Some(RunWriter::start(run, lock, Store::user(), notify)?)
+        }
+        None => None,
+    };
     let mut follow = Follow::new();
-    let replay = session::Replay { session: &session, options };
-    let recorder = Recorder::new(Some(path.map_or_else(|| "demo".to_owned(), |path| path.display().to_string())));
-    let results = replay.run(&engine, &mut events, &mut |event| {
+    let replay = session::Replay { session, options, made: made.variants, cancel };
+    let outcome = replay.run(&engine, &mut events, &mut |event| {
         follow.event(event);
-        recorder.event(event);
-    })?;
+        if let Some(writer) = &writer {
+            writer.event(event);
+        }
+    });
+    if let Some(writer) = writer {
+        writer.end(Ending::of(&outcome));
+    }
+    print(outcome?, common)
+}
+
+fn print(results: Vec<Evaluated>, common: &Common) -> Result<()> {
     if results.is_empty() { Ok(()) } else { output::results(&ResultSet::new(results), false, common) }
 }

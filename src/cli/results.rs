@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use strata::engine::Event;
-use strata::error::{Error, Result};
+use strata::error::Result;
 use strata::eval::ModelResult;
 use strata::session::store::{Record, Store};
 use strata::session::{html, import, report};
@@ -27,7 +27,20 @@ pub struct Results {
     /// Write a page with tables and plots that needs no network.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// First take in a `results_*.json` of lm-evaluation-harness. May be given several times.
+    /// Only records of sessions whose name holds this.
+    #[arg(long, value_name = "TEXT")]
+    session: Option<String>,
+    /// Only records of this source: strata, lm-evaluation-harness or llama-perplexity.
+    #[arg(long, value_name = "NAME")]
+    source: Option<String>,
+    /// Only records from this time on (UTC), such as 2026-03-01 or 2026-03-01T12:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    since: Option<String>,
+    /// Only the last records of those.
+    #[arg(long, value_name = "COUNT")]
+    last: Option<usize>,
+    /// First take in a file of another program: results_*.json or samples_*.jsonl of lm-evaluation-harness, or what
+    /// llama-perplexity printed. May be given several times.
     #[arg(long, value_name = "FILE")]
     import: Vec<PathBuf>,
 }
@@ -45,8 +58,7 @@ impl Results {
         let store = Store::user();
         let mut held = store.read()?;
         for path in &self.import {
-            let bytes = std::fs::read(path).map_err(|error| Error::io("reading", path, &error))?;
-            let record = import::harness(&bytes, &path.display().to_string())?;
+            let record = import::read(path)?;
             if held.records.contains(&record) {
                 eprintln!("{}: is there already", path.display());
                 continue;
@@ -58,11 +70,16 @@ impl Results {
             eprintln!("warning: {} lines of {} are damaged or newer than this program", held.unreadable, store.path().display());
         }
         let holds = |name: &str, part: &Option<String>| part.as_ref().is_none_or(|part| name.contains(part.as_str()));
-        let records: Vec<Record> = held
+        let mut records: Vec<Record> = held
             .records
             .into_iter()
             .filter(|record| holds(&record.result.model, &self.model) && holds(&record.result.variant, &self.variant))
+            .filter(|record| holds(record.session.as_deref().unwrap_or(""), &self.session))
+            .filter(|record| self.source.as_ref().is_none_or(|source| record.source == *source))
+            // Times in this form sort as text.
+            .filter(|record| self.since.as_ref().is_none_or(|since| record.time >= *since))
             .collect();
+        records.drain(..records.len().saturating_sub(self.last.unwrap_or(usize::MAX)));
         if let Some(path) = &self.html {
             let results: Vec<ModelResult> = records.iter().map(|record| record.result.clone()).collect();
             let page = html::page("strata results", &[("Results", report::records(&records))], &results);

@@ -2,9 +2,7 @@
 
 use std::path::PathBuf;
 
-use tokio::sync::watch;
-
-use super::{Event, JobId, Progress};
+use super::{Event, JobId};
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
@@ -13,7 +11,7 @@ use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
-use crate::monitor::{CancelToken, Monitor, Report};
+use crate::monitor::{CancelToken, Monitor, PauseToken, Report};
 use crate::quant::{self, QuantizeRequest, Sample, SampleSpec, Steps};
 
 /// Work for the engine.
@@ -82,20 +80,8 @@ impl Job {
 }
 
 /// Runs a job on the current computing pool.
-pub(super) fn run(
-    id: JobId,
-    job: Job,
-    cancel: &CancelToken,
-    progress: &watch::Sender<Progress>,
-    send: &(impl Fn(Event) + Sync),
-) -> Result<()> {
-    let monitor = Monitor::new(
-        |report: Report| {
-            progress.send_modify(|progress| progress.update(&report));
-            send(Event::Report { id, report });
-        },
-        cancel.clone(),
-    );
+pub(super) fn run(id: JobId, job: Job, cancel: &CancelToken, pause: &PauseToken, send: &(impl Fn(Event) + Sync)) -> Result<()> {
+    let monitor = Monitor::new(|report: Report| send(Event::Report { id, report }), cancel.clone()).pausable(pause.clone());
     monitor.check()?;
     match job {
         Job::Quantize(job) => quantize(id, *job, &monitor, send),

@@ -1,8 +1,8 @@
-//! The worker that owns the device: jobs in over a bounded channel, progress and results out.
+//! The worker that owns the device: jobs in over a bounded channel, events out.
 //!
-//! [`Engine::start`] spawns one thread. It takes [`Job`]s in order, reports the latest [`Progress`] over a watch
-//! channel and everything that must not be missed as [`Event`]s. The workbench and the headless commands use the
-//! same engine and the same jobs; neither holds a tensor.
+//! [`Engine::start`] spawns one thread. It takes [`Job`]s in order and reports [`Event`]s; [`Progress`] makes of them
+//! how far a job is. The workbench and the headless commands use the same engine and the same jobs; neither holds a
+//! tensor.
 
 mod job;
 mod progress;
@@ -11,16 +11,17 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
-pub use progress::Progress;
+pub use progress::{Progress, Snapshot};
 
 use crate::checkpoint::VariantManifest;
 use crate::error::{Error, Result};
 use crate::eval::run::Evaluated;
-use crate::monitor::{CancelToken, Report};
+use crate::monitor::{CancelToken, PauseToken, Report};
 
 /// Jobs that may wait.
 const QUEUE: usize = 64;
@@ -76,8 +77,8 @@ pub struct EngineOptions {
 /// A handle on the worker thread. Dropping it cancels what runs and ends the thread.
 pub struct Engine {
     jobs: Option<SyncSender<(JobId, Job, CancelToken)>>,
-    progress: watch::Receiver<Progress>,
     tokens: Arc<Mutex<HashMap<JobId, CancelToken>>>,
+    pause: PauseToken,
     next: Mutex<u64>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -87,7 +88,6 @@ impl Engine {
     pub fn start(options: &EngineOptions) -> Result<(Self, mpsc::UnboundedReceiver<Event>)> {
         let (jobs, queue) = sync_channel::<(JobId, Job, CancelToken)>(QUEUE);
         let (event_sender, events) = mpsc::unbounded_channel();
-        let (progress_sender, progress) = watch::channel(Progress::default());
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.threads.unwrap_or(0))
             .thread_name(|index| format!("strata-compute-{index}"))
@@ -95,20 +95,20 @@ impl Engine {
             .map_err(|error| Error::run(format!("the computing threads cannot be started: {error}")))?;
         let tokens = Arc::new(Mutex::new(HashMap::new()));
         let finished = Arc::clone(&tokens);
+        let pause = PauseToken::default();
+        let paused = pause.clone();
         let worker = move || {
             while let Ok((id, job, cancel)) = queue.recv() {
                 let title = job.title();
                 // Receivers may be gone when the program is ending: nobody is left to be told.
                 let send = |event| drop(event_sender.send(event));
                 send(Event::Started { id, title: title.clone() });
-                progress_sender.send_replace(Progress::begin(id, title.clone()));
                 // A panic in a job is that job's failure; the panic hook has told where it was.
-                let run = AssertUnwindSafe(|| pool.install(|| job::run(id, job, &cancel, &progress_sender, &send)));
+                let run = AssertUnwindSafe(|| pool.install(|| job::run(id, job, &cancel, &paused, &send)));
                 let outcome = catch_unwind(run).unwrap_or_else(|_| {
                     Err(Error::run(format!("the job `{title}` crashed; this is a fault of strata"))
                         .hint("please report it with what was printed above"))
                 });
-                progress_sender.send_replace(Progress::default());
                 lock(&finished).remove(&id);
                 send(Event::Finished { id, outcome });
             }
@@ -117,7 +117,7 @@ impl Engine {
             .name("strata-engine".into())
             .spawn(worker)
             .map_err(|error| Error::run(format!("the engine's thread cannot be started: {error}")))?;
-        Ok((Self { jobs: Some(jobs), progress, tokens, next: Mutex::new(1), thread: Some(thread) }, events))
+        Ok((Self { jobs: Some(jobs), tokens, pause, next: Mutex::new(1), thread: Some(thread) }, events))
     }
 
     /// Puts a job into the queue.
@@ -148,17 +148,37 @@ impl Engine {
         }
     }
 
-    /// The latest progress; wakes on change.
-    pub fn progress(&self) -> watch::Receiver<Progress> {
-        self.progress.clone()
+    /// Makes the running job wait at its next step, or lets it go on. Jobs that follow wait, too.
+    pub fn pause(&self, paused: bool) {
+        self.pause.set(paused);
+    }
+
+    /// Something that cancels all jobs and may be kept elsewhere.
+    pub fn canceller(&self) -> impl Fn() + Send + use<> {
+        let tokens = Arc::clone(&self.tokens);
+        move || lock(&tokens).values().for_each(CancelToken::cancel)
+    }
+
+    /// Cancels everything and gives the worker `patience` to end; returns whether it did. A worker that did not is
+    /// left behind: what a job writes survives being killed at any moment, so the process may end under it.
+    pub fn shutdown(mut self, patience: Duration) -> bool {
+        self.canceller()();
+        self.jobs = None;
+        let start = Instant::now();
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            if start.elapsed() >= patience {
+                self.thread = None;
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        for token in lock(&self.tokens).values() {
-            token.cancel();
-        }
+        self.canceller()();
         self.jobs = None;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()

@@ -1,4 +1,45 @@
-//! Memory of this process and of the machine, as the kernel accounts it.
+//! Memory of this process and of the machine, as the kernel accounts it, and what caches will take.
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Config, Layout};
+use crate::format::BlockKind;
+
+/// Context lengths that caches are predicted for.
+pub const CONTEXTS: [u64; 4] = [4 << 10, 32 << 10, 128 << 10, 1 << 20];
+
+/// Bytes of one sequence's caches behind `context` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheBytes {
+    pub context: u64,
+    /// Keys and values of the attention blocks: the only part that grows.
+    pub kv: u64,
+    /// SSM states.
+    pub state: u64,
+    /// Inputs that the convolutions still need.
+    pub conv: u64,
+}
+
+impl CacheBytes {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.kv + self.state + self.conv
+    }
+}
+
+/// Bytes of the caches of one sequence of `context` tokens, from the shapes of a model that keeps them in f32.
+pub fn predict_caches(config: &Config, layout: &Layout, context: u64) -> CacheBytes {
+    let count = |kind| layout.blocks.iter().filter(|block| block.kind == kind).count() as u64;
+    let (mamba, attention) = (&config.mamba, &config.attention);
+    let state = (mamba.heads * mamba.head_dim * mamba.state) as u64;
+    let window = (mamba.conv_kernel.saturating_sub(1) * mamba.conv_channels()) as u64;
+    CacheBytes {
+        context,
+        kv: 4 * count(BlockKind::Attention) * context * 2 * (attention.kv_heads * attention.head_dim) as u64,
+        state: 4 * count(BlockKind::Ssm) * state,
+        conv: 4 * count(BlockKind::Ssm) * window,
+    }
+}
 
 /// Highest resident set so far in bytes (`VmHWM`), where the system tells.
 pub fn peak_bytes() -> Option<u64> {
@@ -24,4 +65,25 @@ pub fn total_bytes() -> Option<u64> {
 /// Memory that can be taken without swapping, in bytes, where the system tells.
 pub fn available_bytes() -> Option<u64> {
     field("/proc/meminfo", "MemAvailable:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{Config, Layout};
+
+    /// Nemotron-H 8B by hand: 4 attention blocks of 8 x 128 keys and values; 24 SSM blocks of 128 heads x 64 x state 128,
+    /// a window of 3 x (8192 + 2 x 8 x 128) inputs.
+    #[test]
+    fn caches_of_the_8b_shape() {
+        let config = r#"{"model_type": "nemotron_h", "hidden_size": 4096, "vocab_size": 131072, "intermediate_size": 21504,
+            "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-", "mamba_num_heads": 128,
+            "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "attention_head_dim": 128}"#;
+        let config = Config::parse(config).unwrap();
+        let found = predict_caches(&config, &Layout::new(&config), 1 << 20);
+        let expected = CacheBytes { context: 1 << 20, kv: 34_359_738_368, state: 100_663_296, conv: 2_949_120 };
+        assert_eq!(found, expected);
+        assert_eq!(found.total(), 34_463_350_784);
+    }
 }

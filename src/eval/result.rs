@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::memory::CacheBytes;
 use super::paired::{self, Comparison};
 use super::run::Evaluated;
 use super::score::TaskScore;
-use super::speed::Speed;
-use super::statistics::{DivergenceSummary, Perplexity};
+use super::speed::{Speed, SpeedPoint};
+use super::statistics::{DivergenceSummary, NoiseFloor, Perplexity};
+use crate::checkpoint::BlockRecord;
+use crate::format::{BlockKind, Format};
 
 /// Schema of [`ResultSet`].
 pub const RESULTS_SCHEMA: &str = "strata.results/1";
@@ -40,7 +43,7 @@ impl ResultSet {
 }
 
 /// Results of one model.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelResult {
     pub model: String,
     /// `base` for the unquantized model.
@@ -53,20 +56,50 @@ pub struct ModelResult {
     /// Weight files on disk.
     pub file_bytes: u64,
     pub tasks: BTreeMap<String, TaskScore>,
-    /// Divergence from the unquantized model; `null` for itself.
+    /// Divergence from the unquantized model, both reading whole windows; `null` for itself.
     pub kld: Option<DivergenceSummary>,
+    /// Of the unquantized model, where others are compared with it: its divergence from itself at a lower precision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise_floor: Option<NoiseFloor>,
     /// Of the same windows as the divergence, every token of a window but its first: `perplexities.gptq`.
     pub perplexity: Option<f64>,
     /// The same in both usual conventions.
     #[serde(default)]
     pub perplexities: Option<Perplexity>,
+    /// Relative error of each block's output on the calibration sample, as the variant recorded it; empty for the
+    /// unquantized model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockError>,
     pub speed: Option<Speed>,
+    /// Times at every prompt length and batch size that was measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub speed_points: Vec<SpeedPoint>,
+    /// Bytes of the caches of one sequence at several context lengths, predicted from the model's shapes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub caches: Vec<CacheBytes>,
     pub memory: Memory,
     pub provenance: Evidence,
 }
 
+/// What a block of a variant lost when it was quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct BlockError {
+    pub index: usize,
+    pub kind: BlockKind,
+    pub format: Format,
+    /// ‖quantized − float‖ / ‖float‖ of its output, same input.
+    pub error: f64,
+}
+
+impl BlockError {
+    /// From what the variant's manifest has of the block.
+    pub fn of(record: &BlockRecord) -> Self {
+        Self { index: record.index, kind: record.kind, format: record.format, error: record.error }
+    }
+}
+
 /// Memory, measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Highest resident set of the process so far; it includes what was evaluated before in the same process.
     pub peak_bytes: u64,
@@ -75,7 +108,7 @@ pub struct Memory {
 }
 
 /// Where the figures come from.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     pub tool: String,
     /// SHA-256 of the evaluated weights and configuration.
@@ -83,6 +116,14 @@ pub struct Evidence {
     pub backend: String,
     pub threads: usize,
     pub processor: String,
+    /// Processors that the process may run on, and memory of the machine.
+    #[serde(default)]
+    pub cores: usize,
+    #[serde(default)]
+    pub memory_bytes: u64,
+    /// Versions of the libraries that compute.
+    #[serde(default)]
+    pub libraries: BTreeMap<String, String>,
     /// What the text windows of divergence and perplexity were: count × tokens, and from where.
     pub text: String,
     pub limit: Option<usize>,

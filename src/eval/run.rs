@@ -1,19 +1,22 @@
 //! One evaluation of several models: rows, tokens and the reference pass are shared between them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use super::dataset::DataSource;
+use super::divergence::{Compared, TextReader, TextReading};
 use super::journal::Journal;
-use super::result::{Evidence, Memory, ModelResult};
-use super::score::{self, Sample};
-use super::speed::{self, SpeedRequest};
-use super::statistics::{DivergenceSummary, Perplexity};
+use super::reference::{FOLDER_BYTES, References};
+use super::result::{BlockError, Evidence, Memory, ModelResult};
+use super::score::{self, BATCH_TOKENS, Sample, TaskScore};
+use super::speed::{self, Speed, SpeedPoint, SpeedRequest};
+use super::statistics::Perplexity;
 use super::tasks::{Rows, Task};
-use super::{memory, statistics, text};
-use crate::backend::{Backend, Sequences};
+use super::{hardware, memory, text};
+use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, TOOL};
 use crate::error::{Error, Result};
-use crate::model::Hybrid;
+use crate::model::Reader;
 use crate::monitor::Monitor;
 
 /// A model or variant and what to call it in the results.
@@ -32,8 +35,8 @@ pub struct EvaluateRequest {
     pub reference: Option<ModelToEvaluate>,
     pub models: Vec<ModelToEvaluate>,
     pub tasks: Vec<Task>,
-    /// Directory with a JSON-lines file a task; `None` takes the rows compiled in.
-    pub data: Option<PathBuf>,
+    /// Where the rows come from.
+    pub data: DataSource,
     /// First rows of each task only.
     pub limit: Option<usize>,
     /// Text for perplexity and divergence; `None` takes the demo's held-out text.
@@ -48,6 +51,10 @@ pub struct EvaluateRequest {
     pub journal: Option<PathBuf>,
     /// Forget what the journal has.
     pub fresh: bool,
+    /// Folder where the reference's log-probabilities are kept; `None` keeps them for this evaluation only.
+    pub references: Option<PathBuf>,
+    /// Bytes of memory to take, beyond which a model is read block by block; `None` for what is free.
+    pub host_memory: Option<u64>,
 }
 
 impl Default for EvaluateRequest {
@@ -56,7 +63,7 @@ impl Default for EvaluateRequest {
             reference: None,
             models: Vec::new(),
             tasks: Task::ALL.to_vec(),
-            data: None,
+            data: DataSource::Automatic,
             limit: None,
             text: None,
             windows: 24,
@@ -65,6 +72,8 @@ impl Default for EvaluateRequest {
             skip_bad_rows: false,
             journal: None,
             fresh: false,
+            references: None,
+            host_memory: None,
         }
     }
 }
@@ -83,43 +92,67 @@ pub fn evaluate<B: Backend>(
     monitor: &Monitor,
     mut each: impl FnMut(Evaluated),
 ) -> Result<()> {
-    let questions = load_questions(request, monitor)?;
+    let Some(first) = request.reference.iter().chain(&request.models).next() else { return Ok(()) };
+    let demo = checkpoint::open_watched(&first.path, monitor)?.has_demo_tokenizer()?;
+    let questions = load_questions(request, demo, monitor)?;
     let heldout = match &request.text {
         _ if request.windows == 0 => None,
         Some(path) => Some(text::read(path)?),
         None => Some(DEMO_HELDOUT.to_owned()),
     };
-    let mut reference: Option<Reference<B>> = None;
+    let temporary = tempfile::tempdir().map_err(|error| Error::io("making a folder in", &std::env::temp_dir(), &error))?;
+    let references = References::new(request.references.clone().unwrap_or_else(|| temporary.path().to_owned()), FOLDER_BYTES);
+    announce(request, &questions, monitor);
+    let mut compared: Option<Compared> = None;
     let mut journals = Vec::new();
+    let mut kept_journal = None;
     for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
         monitor.check()?;
         monitor.stage("load", 1);
         let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
-        let loaded = Hybrid::load(backend(), &checkpoint)?;
+        let host_memory = request.host_memory.or_else(memory::available_bytes).unwrap_or(u64::MAX);
+        let batch_tokens = if heldout.is_some() { BATCH_TOKENS.max(request.window_tokens) } else { BATCH_TOKENS };
+        let reader = Reader::load(backend(), &checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let sha256 = checkpoint.sha256()?;
         let mut journal = None;
         if let Some(directory) = &request.journal {
             // Without a journal an evaluation cannot be resumed, which is no reason not to evaluate.
-            match Journal::open(directory, &sha256, &loaded.backend.name(), request.fresh) {
+            match Journal::open(directory, &sha256, &reader.backend().name(), request.fresh) {
                 Ok(opened) => journal = Some(opened),
                 Err(error) => monitor.warn(format!("{error}: this evaluation could not be resumed")),
             }
         }
-        journals.extend(journal.as_ref().map(|journal| journal.path().to_owned()));
         let is_reference = index == 0 && request.reference.is_some();
-        let evaluated = Evaluation {
+        let path = journal.as_ref().map(|journal| journal.path().to_owned());
+        if is_reference {
+            // It stays: every other evaluation of the reference's variants would score the same rows again.
+            kept_journal = path;
+        } else {
+            journals.extend(path.filter(|path| Some(path) != kept_journal.as_ref()));
+        }
+        let evaluation = Evaluation {
             request,
             checkpoint: &checkpoint,
-            model: &loaded,
+            reader: &reader,
             name: &model.name,
             sha256,
             questions: &questions,
             text: heldout.as_deref(),
         };
-        let (evaluated, kept) = evaluated.run(if is_reference { None } else { reference.as_ref() }, is_reference, journal, monitor)?;
-        reference = reference.or(kept);
-        each(evaluated);
+        let (tasks, samples) = evaluation.score(journal, monitor)?;
+        let windows = evaluation.windows()?;
+        let text =
+            TextReader { reader: &reader, checkpoint: &checkpoint, name: &model.name, sha256: &evaluation.sha256, windows: &windows };
+        let reading = if is_reference {
+            let (reading, kept) = text.read_as_reference(&references, monitor)?;
+            compared = kept;
+            reading
+        } else {
+            text.read(compared.as_mut(), monitor)?
+        };
+        let speed = evaluation.speed(&windows, monitor)?;
+        each(Evaluated { result: evaluation.result(tasks, reading, windows.len(), speed)?, samples });
     }
     for path in journals {
         // A journal that stays behind costs disk space only.
@@ -128,17 +161,10 @@ pub fn evaluate<B: Backend>(
     Ok(())
 }
 
-/// What the unquantized model said about the text windows.
-struct Reference<B: Backend> {
-    tokenizer: Option<Vec<u8>>,
-    logits: Vec<B::Tensor>,
-    scores: Vec<Vec<f64>>,
-}
-
 struct Evaluation<'a, B: Backend> {
     request: &'a EvaluateRequest,
     checkpoint: &'a Checkpoint,
-    model: &'a Hybrid<B>,
+    reader: &'a Reader<'a, B>,
     name: &'a str,
     sha256: String,
     questions: &'a [(Task, Rows)],
@@ -146,21 +172,17 @@ struct Evaluation<'a, B: Backend> {
 }
 
 impl<B: Backend> Evaluation<'_, B> {
-    fn run(
-        &self,
-        reference: Option<&Reference<B>>,
-        keep_logits: bool,
-        mut journal: Option<Journal>,
-        monitor: &Monitor,
-    ) -> Result<(Evaluated, Option<Reference<B>>)> {
-        let (checkpoint, request) = (self.checkpoint, self.request);
-        let tokenizer = checkpoint.tokenizer()?;
-        let mut tasks = BTreeMap::new();
-        let mut samples = Vec::new();
+    /// Scores the rows of every task.
+    fn score(&self, mut journal: Option<Journal>, monitor: &Monitor) -> Result<(BTreeMap<String, TaskScore>, Vec<Sample>)> {
+        let (mut tasks, mut samples) = (BTreeMap::new(), Vec::new());
+        if self.questions.is_empty() {
+            return Ok((tasks, samples));
+        }
+        let tokenizer = self.checkpoint.tokenizer()?;
         for (task, rows) in self.questions {
-            let max_tokens = checkpoint.config.max_positions;
+            let max_tokens = self.checkpoint.config.max_positions;
             let (mut score, scored) =
-                score::score_task(self.model, &tokenizer, *task, &rows.questions, max_tokens, journal.as_mut(), monitor)?;
+                score::score_task(self.reader, &tokenizer, *task, &rows.questions, max_tokens, journal.as_mut(), monitor)?;
             score.skipped = rows.skipped;
             if score.truncated > 0 {
                 monitor.warn(format!("{task}: {} contexts were cut from the left to {max_tokens} tokens", score.truncated));
@@ -168,23 +190,37 @@ impl<B: Backend> Evaluation<'_, B> {
             tasks.insert(task.name().to_owned(), score);
             samples.extend(scored);
         }
+        Ok((tasks, samples))
+    }
 
-        let windows = match self.text {
-            Some(text) => text::windows(&text::tokenize(&tokenizer, text)?, request.windows, request.window_tokens)?,
-            None => Vec::new(),
-        };
-        let read = self.read_text(&windows, reference, keep_logits, monitor)?;
-        let speed = match request.speed {
-            Some(speed) => {
-                let text = windows.first().map_or(&[1][..], Vec::as_slice);
-                Some(speed::measure(self.model, text, speed, monitor)?)
-            }
-            None => None,
-        };
+    /// The text's windows of tokens.
+    fn windows(&self) -> Result<Vec<Vec<u32>>> {
+        let Some(text) = self.text else { return Ok(Vec::new()) };
+        text::windows(&text::tokenize(&self.checkpoint.tokenizer()?, text)?, self.request.windows, self.request.window_tokens)
+    }
 
-        let perplexities = Perplexity::of(&read.scores);
+    /// The usual prompt's speed, and every point's.
+    fn speed(&self, windows: &[Vec<u32>], monitor: &Monitor) -> Result<(Option<Speed>, Vec<SpeedPoint>)> {
+        let Some(request) = &self.request.speed else { return Ok((None, Vec::new())) };
+        let Some(model) = self.reader.resident() else {
+            monitor.warn("speed is not measured: the model is read block by block, and decoding needs all of it");
+            return Ok((None, Vec::new()));
+        };
+        let (speed, points) = speed::measure(model, windows.first().map_or(&[1][..], Vec::as_slice), request, monitor)?;
+        Ok((Some(speed), points))
+    }
+
+    fn result(
+        &self,
+        tasks: BTreeMap<String, TaskScore>,
+        reading: TextReading,
+        windows: usize,
+        (speed, speed_points): (Option<Speed>, Vec<SpeedPoint>),
+    ) -> Result<ModelResult> {
+        let checkpoint = self.checkpoint;
+        let perplexities = Perplexity::of(&reading.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
-        let result = ModelResult {
+        Ok(ModelResult {
             model: checkpoint.name.clone(),
             variant: self.name.to_owned(),
             recipe: checkpoint.variant.as_ref().map(|variant| variant.provenance.recipe.clone()),
@@ -192,86 +228,35 @@ impl<B: Backend> Evaluation<'_, B> {
             bits_per_weight: 8.0 * weight_bytes as f64 / checkpoint.layout.linear_weights() as f64,
             file_bytes: checkpoint.file_bytes(),
             tasks,
-            kld: read.divergence,
-            perplexity: perplexities.map(|perplexity| perplexity.gptq),
+            kld: reading.divergence,
+            noise_floor: reading.noise_floor,
+            perplexity: perplexities.and_then(|perplexity| perplexity.gptq),
             perplexities,
+            blocks: checkpoint.variant.as_ref().map_or_else(Vec::new, |variant| variant.blocks.iter().map(BlockError::of).collect()),
             speed,
-            memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.model.resident_bytes() },
+            speed_points,
+            caches: memory::CONTEXTS.map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, context)).to_vec(),
+            memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.reader.resident_bytes() },
             provenance: Evidence {
                 tool: TOOL.into(),
                 sha256: self.sha256.clone(),
-                backend: self.model.backend.name(),
+                backend: self.reader.backend().name(),
                 threads: rayon::current_num_threads(),
-                processor: processor(),
-                text: text_description(request, windows.len()),
-                limit: request.limit,
+                processor: hardware::processor(),
+                cores: hardware::cores(),
+                memory_bytes: memory::total_bytes().unwrap_or(0),
+                libraries: hardware::libraries(),
+                text: text_description(self.request, windows),
+                limit: self.request.limit,
             },
-        };
-        let kept = if keep_logits {
-            Some(Reference { tokenizer: checkpoint.companion("tokenizer.json")?, logits: read.logits, scores: read.scores })
-        } else {
-            None
-        };
-        Ok((Evaluated { result, samples }, kept))
-    }
-
-    /// Runs the model over the text's windows, beside what the reference said about them.
-    fn read_text(
-        &self,
-        windows: &[Vec<u32>],
-        reference: Option<&Reference<B>>,
-        keep_logits: bool,
-        monitor: &Monitor,
-    ) -> Result<TextReading<B>> {
-        let mut read = TextReading { scores: Vec::new(), divergence: None, logits: Vec::new() };
-        if windows.is_empty() {
-            return Ok(read);
-        }
-        if let Some(reference) = reference
-            && reference.tokenizer != self.checkpoint.companion("tokenizer.json")?
-        {
-            return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
-                .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
-        }
-        let backend = &self.model.backend;
-        let mut divergence = Vec::new();
-        monitor.stage("text", windows.len());
-        for (index, window) in windows.iter().enumerate() {
-            let logits = self.model.logits(window, &Sequences::new(vec![window.len()]), None)?;
-            let targets: Vec<(usize, u32)> = window[1..].iter().copied().enumerate().collect();
-            read.scores.push(backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score).collect());
-            if let Some(reference) = reference {
-                divergence.extend(backend.divergence(&reference.logits[index], &logits)?);
-            }
-            if keep_logits {
-                read.logits.push(logits);
-            }
-            monitor.step(index + 1, format!("window {}", index + 1))?;
-        }
-        if let Some(reference) = reference {
-            let rms_probability = Some(statistics::rms_probability(&reference.scores.concat(), &read.scores.concat()));
-            read.divergence = Some(DivergenceSummary { rms_probability, ..statistics::summarize_divergence(&divergence) });
-        }
-        Ok(read)
+        })
     }
 }
 
-/// What a model says about the text's windows.
-struct TextReading<B: Backend> {
-    /// Log-probability of every token but the first, by window.
-    scores: Vec<Vec<f64>>,
-    /// From the reference.
-    divergence: Option<DivergenceSummary>,
-    /// By window, where later models are compared with this one.
-    logits: Vec<B::Tensor>,
-}
-
-fn load_questions(request: &EvaluateRequest, monitor: &Monitor) -> Result<Vec<(Task, Rows)>> {
+/// The rows of every task; `demo` says whether the first model reads the rows compiled in.
+fn load_questions(request: &EvaluateRequest, demo: bool, monitor: &Monitor) -> Result<Vec<(Task, Rows)>> {
     let load = |task: &Task| {
-        let mut rows = match &request.data {
-            Some(directory) => task.from_directory(directory, request.skip_bad_rows)?,
-            None => task.embedded()?,
-        };
+        let mut rows = request.data.rows(*task, demo, request.skip_bad_rows, monitor)?;
         if rows.skipped > 0 {
             monitor.warn(format!("{task}: {} bad rows were left out", rows.skipped));
         }
@@ -281,14 +266,44 @@ fn load_questions(request: &EvaluateRequest, monitor: &Monitor) -> Result<Vec<(T
     request.tasks.iter().map(load).collect()
 }
 
+/// Tokens that are decoded one by one cost about this many times what they cost in a prompt.
+const DECODING: f64 = 12.0;
+/// Characters of a token, about.
+const TOKEN: f64 = 4.0;
+/// Share of a model's evaluation that loading it takes, about.
+const LOADING: f64 = 0.03;
+
+/// Tells the monitor which stages come, and their work in characters that the model reads.
+fn announce(request: &EvaluateRequest, questions: &[(Task, Rows)], monitor: &Monitor) {
+    let mut stages = Vec::new();
+    for (task, rows) in questions {
+        let work: usize = rows
+            .questions
+            .iter()
+            .map(|question| {
+                // A context that choices share is read once.
+                let contexts: BTreeSet<&str> = question.requests.iter().map(|(context, _)| context.as_str()).collect();
+                let continuations = question.requests.iter().map(|(_, continuation)| continuation.len());
+                contexts.into_iter().map(str::len).chain(continuations).sum::<usize>()
+            })
+            .sum();
+        stages.push((task.name().to_owned(), work as f64));
+    }
+    if request.windows > 0 {
+        stages.push(("text".to_owned(), TOKEN * (request.windows * request.window_tokens) as f64));
+    }
+    if let Some(speed) = &request.speed {
+        let points = speed.grid.iter().copied().chain([(speed.prompt_tokens, 1)]);
+        let round: f64 = points.map(|(prompt, sequences)| sequences as f64 * (prompt as f64 + DECODING * speed.decode_tokens as f64)).sum();
+        stages.push(("speed".to_owned(), TOKEN * round * (speed.repetitions + 1) as f64));
+    }
+    let load = LOADING * stages.iter().map(|(_, work)| work).sum::<f64>();
+    stages.insert(0, ("load".to_owned(), load));
+    let models = request.reference.iter().chain(&request.models).count();
+    monitor.plan(std::iter::repeat_n(stages, models).flatten());
+}
+
 fn text_description(request: &EvaluateRequest, windows: usize) -> String {
     let source = request.text.as_ref().map_or_else(|| "demo held-out text".to_owned(), |path| path.display().to_string());
     format!("{windows} x {} tokens of {source}", request.window_tokens)
-}
-
-/// The processor's name as the system gives it.
-fn processor() -> String {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned()));
-    name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }

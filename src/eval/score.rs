@@ -10,14 +10,11 @@ use super::tasks::{Question, Task};
 use super::text;
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::model::Hybrid;
+use crate::model::{Batch, HEAD_VALUES, Outputs, Reader, Rounding};
 use crate::monitor::Monitor;
 
 /// Tokens of a batch, at most (one longer sequence makes a batch of its own).
-const BATCH_TOKENS: usize = 4096;
-
-/// Logits that are held at a time: 128 MiB.
-const HEAD_VALUES: usize = 1 << 25;
+pub const BATCH_TOKENS: usize = 4096;
 
 /// A continuation to be scored: the model reads `input`, and its last outputs predict `continuation`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -86,10 +83,10 @@ impl TaskScore {
     }
 }
 
-/// Scores `questions` of `task` with `model`; `max_tokens` is the longest sequence that the model takes. Batches that
+/// Scores `questions` of `task` with the model of `reader`; `max_tokens` is the longest sequence that the model takes. Batches that
 /// `journal` has are not computed again, and those computed are added to it.
 pub fn score_task<B: Backend>(
-    model: &Hybrid<B>,
+    reader: &Reader<B>,
     tokenizer: &Tokenizer,
     task: Task,
     questions: &[Question],
@@ -104,7 +101,7 @@ pub fn score_task<B: Backend>(
         truncated += usize::from(cut);
         requests.push(request);
     }
-    let scores = loglikelihoods(model, &requests, task, journal, monitor)?;
+    let scores = loglikelihoods(reader, &requests, task, journal, monitor)?;
     let mut scores = scores.iter();
     let samples: Vec<Sample> = questions
         .iter()
@@ -177,7 +174,7 @@ fn encode_pair(tokenizer: &Tokenizer, context: &str, continuation: &str, max_tok
 /// Sum of the log-probabilities of each request's continuation. Equal requests are computed once, and what their inputs
 /// begin with is computed once a batch. Batches are fixed from all requests, in the order of their tokens.
 fn loglikelihoods<B: Backend>(
-    model: &Hybrid<B>,
+    reader: &Reader<B>,
     requests: &[Request],
     task: Task,
     mut journal: Option<&mut Journal>,
@@ -186,16 +183,27 @@ fn loglikelihoods<B: Backend>(
     let mut unique: Vec<&Request> = requests.iter().collect();
     unique.sort_unstable();
     unique.dedup();
+    let batches: Vec<&[&Request]> = batches(&unique).collect();
+    let key = |batch: &&[&Request]| Journal::key(batch.iter().map(|request| (request.input.as_slice(), request.continuation.as_slice())));
+    let keys: Vec<String> = batches.iter().map(key).collect();
+    let known = |index: usize| journal.as_ref().and_then(|journal| journal.get(&keys[index], batches[index].len())).map(<[f64]>::to_vec);
+    let known: Vec<Option<Vec<f64>>> = (0..batches.len()).map(known).collect();
+    let missing = batches.iter().zip(&known).filter(|(_, known)| known.is_none());
+    let trees: Vec<PrefixTree> = missing.map(|(batch, _)| PrefixTree::new(&inputs(batch))).collect();
+    let read: Vec<Batch> = trees.iter().map(|tree| Batch { ids: &tree.ids, sequences: &tree.sequences }).collect();
+    let mut pass = reader.pass(&read, Rounding::None, task.name(), monitor)?;
+
     let mut scores = Vec::with_capacity(unique.len());
-    let mut kept = 0;
+    let (mut kept, mut computed) = (0, 0);
     monitor.stage(task.name(), unique.len());
-    for batch in batches(&unique) {
-        let key = Journal::key(batch.iter().map(|request| (request.input.as_slice(), request.continuation.as_slice())));
-        if let Some(known) = journal.as_ref().and_then(|journal| journal.get(&key, batch.len())) {
+    for ((batch, key), known) in batches.into_iter().zip(keys).zip(known) {
+        if let Some(known) = known {
             kept += known.len();
-            scores.extend_from_slice(known);
+            scores.extend(known);
+            monitor.found(scores.len());
         } else {
-            let new = score_batch(model, batch)?;
+            let new = score_batch(reader.backend(), &pass.outputs(computed)?, &trees[computed], batch)?;
+            computed += 1;
             if let Some(journal) = &mut journal {
                 journal.put(key, &new)?;
             }
@@ -204,7 +212,7 @@ fn loglikelihoods<B: Backend>(
         monitor.step(scores.len(), format!("{} continuations", scores.len()))?;
     }
     if kept > 0 {
-        monitor.log(format!("{task}: {kept} of {} continuations were scored by an evaluation that did not end", unique.len()));
+        monitor.log(format!("{task}: {kept} of {} continuations were scored by an earlier evaluation", unique.len()));
     }
     Ok(requests.iter().map(|request| unique.binary_search(&request).map_or(f64::NAN, |at| scores[at])).collect())
 }
@@ -223,10 +231,16 @@ fn batches<'a, 'r>(mut rest: &'a [&'r Request]) -> impl Iterator<Item = &'a [&'r
     })
 }
 
-fn score_batch<B: Backend>(model: &Hybrid<B>, batch: &[&Request]) -> Result<Vec<f64>> {
+/// The inputs of sorted requests, each once.
+fn inputs<'r>(batch: &[&'r Request]) -> Vec<&'r [u32]> {
     let mut inputs: Vec<&[u32]> = batch.iter().map(|request| request.input.as_slice()).collect();
     inputs.dedup();
-    let tree = PrefixTree::new(&inputs);
+    inputs
+}
+
+/// Scores of the requests of a batch, whose inputs make `tree`.
+fn score_batch<B: Backend>(backend: &B, outputs: &Outputs<B>, tree: &PrefixTree, batch: &[&Request]) -> Result<Vec<f64>> {
+    let inputs = inputs(batch);
     // The token of the batch whose output predicts each token of each continuation.
     let mut targets = Vec::new();
     for request in batch {
@@ -239,13 +253,12 @@ fn score_batch<B: Backend>(model: &Hybrid<B>, batch: &[&Request]) -> Result<Vec<
     let mut rows: Vec<usize> = targets.iter().map(|(row, _)| *row).collect();
     rows.sort_unstable();
     rows.dedup();
-    let h = model.forward(&tree.ids, &tree.sequences, None)?;
     let mut probabilities = vec![0.0; targets.len()];
-    for rows in rows.chunks((HEAD_VALUES / model.vocabulary()).max(1)) {
-        let logits = model.logits_at(&h, rows)?;
+    for rows in rows.chunks((HEAD_VALUES / outputs.vocabulary()).max(1)) {
+        let logits = outputs.logits_at(rows)?;
         let here = targets.iter().enumerate().filter_map(|(i, (row, token))| Some((i, (rows.binary_search(row).ok()?, *token))));
         let (indices, here): (Vec<usize>, Vec<(usize, u32)>) = here.unzip();
-        for (index, (probability, _)) in indices.into_iter().zip(model.backend.log_probabilities(&logits, &here)?) {
+        for (index, (probability, _)) in indices.into_iter().zip(backend.log_probabilities(&logits, &here)?) {
             probabilities[index] = probability;
         }
     }

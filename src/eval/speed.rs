@@ -11,14 +11,35 @@ use crate::model::Hybrid;
 use crate::monitor::Monitor;
 
 /// What to time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SpeedRequest {
     pub prompt_tokens: usize,
     pub decode_tokens: usize,
     pub repetitions: usize,
+    /// Further (tokens of a prompt, sequences at once).
+    pub grid: Vec<(usize, usize)>,
 }
 
-/// Medians over the repetitions; spreads are (largest − smallest) / median.
+impl Default for SpeedRequest {
+    fn default() -> Self {
+        Self { prompt_tokens: 512, decode_tokens: 64, repetitions: 3, grid: Vec::new() }
+    }
+}
+
+impl SpeedRequest {
+    /// The usual prompt alone, and every prompt of `prompts` tokens in batches of every size of `batches`. One of the two
+    /// lists being empty stands for what the usual prompt has.
+    pub fn with_grid(prompts: &[usize], batches: &[usize]) -> Self {
+        let usual = Self::default();
+        let or_usual = |list: &[usize], usual: usize| if list.is_empty() { vec![usual] } else { list.to_vec() };
+        let (prompts, batches) = (or_usual(prompts, usual.prompt_tokens), or_usual(batches, 1));
+        let mut grid: Vec<(usize, usize)> = prompts.iter().flat_map(|prompt| batches.iter().map(|batch| (*prompt, *batch))).collect();
+        grid.retain(|point| *point != (usual.prompt_tokens, 1));
+        Self { grid, ..usual }
+    }
+}
+
+/// The usual prompt's figures: medians over the repetitions; spreads are (largest − smallest) / median.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
     pub prefill_tokens_per_s: f64,
@@ -30,37 +51,94 @@ pub struct Speed {
     pub repetitions: usize,
 }
 
-/// Times `model` on one sequence made of `text` repeated: a prompt, then token after token.
-pub fn measure<B: Backend>(model: &Hybrid<B>, text: &[u32], request: SpeedRequest, monitor: &Monitor) -> Result<Speed> {
-    let prompt: Vec<u32> = text.iter().copied().cycle().take(request.prompt_tokens).collect();
-    let next: Vec<u32> = text.iter().copied().cycle().skip(request.prompt_tokens).take(request.decode_tokens).collect();
-    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
-    monitor.stage("speed", request.repetitions + 1);
-    // The first round warms caches and clocks up and is not counted.
-    for round in 0..=request.repetitions {
-        let mut cache = model.cache(1);
-        let start = Instant::now();
-        let logits = model.last_logits(&prompt, &Sequences::new(vec![prompt.len()]), Some(&mut cache))?;
-        model.backend.download(&logits)?;
-        let after_prompt = Instant::now();
-        for token in &next {
-            let logits = model.last_logits(&[*token], &Sequences::steps(1), Some(&mut cache))?;
-            model.backend.download(&logits)?;
-        }
-        if round > 0 {
-            prefill.push(prompt.len() as f64 / (after_prompt - start).as_secs_f64());
-            decode.push(next.len() as f64 / after_prompt.elapsed().as_secs_f64());
-        }
-        monitor.step(round + 1, format!("round {round}"))?;
+/// Times of one prompt length and batch size.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct SpeedPoint {
+    /// Tokens of each prompt.
+    pub prompt_tokens: usize,
+    /// Sequences that are read, and then decoded, at once.
+    pub sequences: usize,
+    /// Seconds until the first token of all of them is there.
+    pub first_token_s: f64,
+    pub first_token_spread: f64,
+    /// Seconds of a decoding step, which gives each sequence a token.
+    pub token_s: f64,
+    pub token_spread: f64,
+}
+
+impl SpeedPoint {
+    /// Prompt tokens a second, over all sequences.
+    pub fn prefill_tokens_per_s(&self) -> f64 {
+        (self.prompt_tokens * self.sequences) as f64 / self.first_token_s
     }
-    Ok(Speed {
-        prefill_tokens_per_s: statistics::median(&prefill),
-        decode_tokens_per_s: statistics::median(&decode),
-        prefill_spread: spread(&prefill),
-        decode_spread: spread(&decode),
+
+    /// Decoded tokens a second, over all sequences.
+    pub fn decode_tokens_per_s(&self) -> f64 {
+        self.sequences as f64 / self.token_s
+    }
+}
+
+/// Times `model` on sequences made of `text` repeated: prompts, then token after token. The usual prompt comes first
+/// among the points, too.
+pub fn measure<B: Backend>(model: &Hybrid<B>, text: &[u32], request: &SpeedRequest, monitor: &Monitor) -> Result<(Speed, Vec<SpeedPoint>)> {
+    let grid = std::iter::once((request.prompt_tokens, 1)).chain(request.grid.iter().copied());
+    let grid: Vec<(usize, usize)> = grid.collect();
+    let rounds = request.repetitions + 1;
+    monitor.stage("speed", grid.len() * rounds);
+    let mut points = Vec::new();
+    for (index, (prompt, sequences)) in grid.into_iter().enumerate() {
+        let note = |round: usize| monitor.step(index * rounds + round, format!("{sequences} x {prompt} tokens, round {round}"));
+        points.push(time(model, text, prompt, sequences, request, note)?);
+    }
+    let first = points[0];
+    let speed = Speed {
+        prefill_tokens_per_s: first.prefill_tokens_per_s(),
+        decode_tokens_per_s: first.decode_tokens_per_s(),
+        prefill_spread: first.first_token_spread,
+        decode_spread: first.token_spread,
         prompt_tokens: request.prompt_tokens,
         decode_tokens: request.decode_tokens,
         repetitions: request.repetitions,
+    };
+    Ok((speed, points))
+}
+
+fn time<B: Backend>(
+    model: &Hybrid<B>,
+    text: &[u32],
+    prompt_tokens: usize,
+    sequences: usize,
+    request: &SpeedRequest,
+    note: impl Fn(usize) -> Result<()>,
+) -> Result<SpeedPoint> {
+    let prompt: Vec<u32> = text.iter().copied().cycle().take(prompt_tokens).collect();
+    let next: Vec<u32> = text.iter().copied().cycle().skip(prompt_tokens).take(request.decode_tokens).collect();
+    let prompts = prompt.repeat(sequences);
+    let (mut first, mut token) = (Vec::new(), Vec::new());
+    // The first round warms caches and clocks up and is not counted.
+    for round in 0..=request.repetitions {
+        let mut cache = model.cache(sequences);
+        let start = Instant::now();
+        let logits = model.last_logits(&prompts, &Sequences::new(vec![prompt_tokens; sequences]), Some(&mut cache))?;
+        model.backend.download(&logits)?;
+        let after_prompt = Instant::now();
+        for token in &next {
+            let logits = model.last_logits(&vec![*token; sequences], &Sequences::steps(sequences), Some(&mut cache))?;
+            model.backend.download(&logits)?;
+        }
+        if round > 0 {
+            first.push((after_prompt - start).as_secs_f64());
+            token.push(after_prompt.elapsed().as_secs_f64() / next.len() as f64);
+        }
+        note(round + 1)?;
+    }
+    Ok(SpeedPoint {
+        prompt_tokens,
+        sequences,
+        first_token_s: statistics::median(&first),
+        first_token_spread: spread(&first),
+        token_s: statistics::median(&token),
+        token_spread: spread(&token),
     })
 }
 
@@ -68,4 +146,17 @@ fn spread(values: &[f64]) -> f64 {
     let (low, high) = values.iter().fold((f64::INFINITY, 0.0_f64), |(low, high), value| (low.min(*value), high.max(*value)));
     let median = statistics::median(values);
     if median > 0.0 { (high - low) / median } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grid_is_every_prompt_in_every_batch_without_the_usual_one() {
+        assert_eq!(SpeedRequest::with_grid(&[], &[]).grid, []);
+        assert_eq!(SpeedRequest::with_grid(&[128, 512], &[1, 4]).grid, [(128, 1), (128, 4), (512, 4)]);
+        assert_eq!(SpeedRequest::with_grid(&[], &[8]).grid, [(512, 8)]);
+        assert!((spread(&[2.0, 1.0, 3.0]) - 1.0).abs() < 1e-12);
+    }
 }

@@ -56,6 +56,14 @@ pub struct DivergenceSummary {
     pub tokens: usize,
 }
 
+/// How far a model is from itself when it computes less precisely: divergences near this say nothing about a variant.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NoiseFloor {
+    /// What was rounded.
+    pub rounding: String,
+    pub kld: DivergenceSummary,
+}
+
 /// Summarizes the divergence of many rows.
 pub fn summarize_divergence(rows: &[Divergence]) -> DivergenceSummary {
     let mut sorted: Vec<f64> = rows.iter().map(|row| row.kl).collect();
@@ -82,8 +90,8 @@ pub fn rms_probability(reference: &[f64], other: &[f64]) -> f64 {
 /// Perplexity of one text in both usual conventions, over the same windows, which follow each other without overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
-    /// As in the GPTQ papers: every token of a window but the first is scored.
-    pub gptq: f64,
+    /// As in the GPTQ papers: every token of a window but the first is scored. `null` where another program measured.
+    pub gptq: Option<f64>,
     /// As in llama.cpp: the tokens of the second half of a window are scored, so that each has half a window in front.
     pub llama_cpp: f64,
     /// Windows, and the tokens of each.
@@ -99,7 +107,7 @@ impl Perplexity {
             let scored: Vec<f64> = windows.iter().flat_map(|window| &window[skipped.min(window.len())..]).map(|score| -score).collect();
             mean(&scored).exp()
         };
-        Some(Self { gptq: perplexity(0), llama_cpp: perplexity(window_tokens / 2), windows: windows.len(), window_tokens })
+        Some(Self { gptq: Some(perplexity(0)), llama_cpp: perplexity(window_tokens / 2), windows: windows.len(), window_tokens })
     }
 }
 
@@ -122,7 +130,7 @@ mod tests {
     fn perplexity_conventions_score_what_they_say() {
         let windows = [vec![-1.0, -2.0, -3.0, -4.0], vec![-5.0, -6.0, -7.0, -8.0]];
         let found = Perplexity::of(&windows).unwrap();
-        assert!((found.gptq.ln() - 4.5).abs() < 1e-12 && (found.llama_cpp.ln() - 5.5).abs() < 1e-12, "{found:?}");
+        assert!((found.gptq.unwrap().ln() - 4.5).abs() < 1e-12 && (found.llama_cpp.ln() - 5.5).abs() < 1e-12, "{found:?}");
         assert_eq!((found.windows, found.window_tokens), (2, 5));
         // ((0.5 − 0.25)² + (0.5 − 0.5)²) / 2, its root.
         let rms = rms_probability(&[0.5_f64.ln(), 0.5_f64.ln()], &[0.25_f64.ln(), 0.5_f64.ln()]);

@@ -5,6 +5,7 @@ use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::CacheFormats;
+use crate::monitor::CancelToken;
 
 /// What stands before and behind the blocks: embedding, final norm and head.
 pub struct Ends<B: Backend> {
@@ -65,6 +66,7 @@ pub struct Hybrid<B: Backend> {
     blocks: Vec<Block<B>>,
     vocabulary: usize,
     caches: CacheFormats,
+    cancel: CancelToken,
 }
 
 impl<B: Backend> Hybrid<B> {
@@ -73,7 +75,13 @@ impl<B: Backend> Hybrid<B> {
         let ends = Ends::load(&backend, checkpoint)?;
         let blocks = (0..checkpoint.layout.blocks.len()).map(|index| Block::load(&backend, checkpoint, index)).collect::<Result<_>>()?;
         let caches = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();
-        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, caches, backend })
+        Ok(Self { ends, blocks, vocabulary: checkpoint.config.vocab_size, caches, backend, cancel: CancelToken::default() })
+    }
+
+    /// The same model, whose passes end between two blocks, with an error, once `cancel` says so.
+    #[must_use]
+    pub fn stopped_by(self, cancel: CancelToken) -> Self {
+        Self { cancel, ..self }
     }
 
     /// Tokens that the model knows.
@@ -109,9 +117,31 @@ impl<B: Backend> Hybrid<B> {
         let mut h = self.ends.embed(&self.backend, ids)?;
         let mut caches = cache.map(|cache| cache.blocks.iter_mut());
         for block in &self.blocks {
+            self.cancel.check()?;
             h = block.forward(&self.backend, h, sequences, caches.as_mut().and_then(Iterator::next))?;
         }
         Ok(h)
+    }
+
+    /// [`Hybrid::forward`] without a cache, the residual stream being handed through `between` behind the embedding and
+    /// every block.
+    pub fn forward_through(
+        &self,
+        ids: &[u32],
+        sequences: &Sequences,
+        between: impl Fn(B::Tensor) -> Result<B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let mut h = between(self.ends.embed(&self.backend, ids)?)?;
+        for block in &self.blocks {
+            self.cancel.check()?;
+            h = between(block.forward(&self.backend, h, sequences, None)?)?;
+        }
+        Ok(h)
+    }
+
+    /// Embedding, final norm and head.
+    pub(super) fn ends(&self) -> &Ends<B> {
+        &self.ends
     }
 
     /// Logits `[tokens, vocabulary]`.

@@ -41,6 +41,7 @@ pub fn hessians<B: Backend>(
     block: &Block<B>,
     inputs: &[B::Tensor],
     sequences: &[Sequences],
+    monitor: &Monitor,
 ) -> Result<BTreeMap<String, Vec<f64>>> {
     let sums: RefCell<BTreeMap<String, Vec<f64>>> = RefCell::new(BTreeMap::new());
     let tap = |name: &str, x: &B::Activation| {
@@ -49,6 +50,7 @@ pub fn hessians<B: Backend>(
         Ok(())
     };
     for (h, sequences) in inputs.iter().zip(sequences) {
+        monitor.check()?;
         block.mix(backend, h, sequences, None, Some(&tap))?;
     }
     Ok(sums.into_inner())

@@ -119,6 +119,7 @@ struct Pipeline<'a, B: Backend> {
 
 impl<'a, B: Backend> Pipeline<'a, B> {
     fn new(backend: &'a B, request: &'a QuantizeRequest<'a>, work: &'a Path, monitor: &'a Monitor<'a>) -> Result<Self> {
+        announce(request, monitor);
         monitor.stage("load", 1);
         let source = request.checkpoint.sha256()?;
         monitor.step(1, "source hashed")?;
@@ -222,6 +223,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         for record in &self.state.records {
             self.monitor.block(record.index, record.error, record.bytes);
         }
+        self.monitor.found(self.state.records.len());
         for index in self.state.records.len()..blocks {
             let record = self.quantize_block(index, &mut streams)?;
             self.monitor.block(index, record.error, record.bytes);
@@ -244,13 +246,14 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
         let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
         let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
-            calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences)?
+            calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences, self.monitor)?
         } else {
             BTreeMap::new()
         };
         let scales = self.static_scales(spec, &transformed, &source, streams)?;
         let mut linears: BTreeMap<&str, QuantizedLinear> = BTreeMap::new();
         for linear in &spec.linears {
+            self.monitor.check()?;
             let hessian = hessians.get(&linear.name).map(Vec::as_slice);
             let (schemes, scale) = (linear.planned_schemes(plan, index), scales.linears.get(&linear.name).copied());
             let rounding = self.rounding(plan.linear(index, &linear.stem), schemes, scale);
@@ -285,6 +288,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears, internals })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
+            self.monitor.check()?;
             let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
             let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
             for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
@@ -346,7 +350,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     /// A tensor of the source as it is.
     fn copy(&self, canonical: &str) -> Result<TensorOut<'_>> {
         let (name, tensor) = self.request.checkpoint.raw(canonical)?;
-        Ok((name, tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)))
+        Ok((name, tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())))
     }
 
     /// SHA-256 over the values of every batch; an error when one is not finite.
@@ -416,7 +420,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         for (name, tensor) in checkpoint.tensors() {
             if name.starts_with("mtp.") {
-                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Borrowed(tensor.bytes)));
+                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())));
             }
         }
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
@@ -657,6 +661,18 @@ fn kept_second_moment<B: Backend>(
 fn logit_pieces(tokens: usize, vocabulary: usize) -> impl Iterator<Item = Vec<usize>> {
     let piece = ((1 << 23) / vocabulary).max(1);
     (0..tokens).step_by(piece).map(move |start| (start..tokens.min(start + piece)).collect())
+}
+
+/// Tells the monitor which stages come. The unit of work is a pass over the sample through one block; choosing a
+/// block's codes takes several.
+fn announce(request: &QuantizeRequest<'_>, monitor: &Monitor) {
+    let blocks = request.checkpoint.layout.blocks.len() as f64;
+    let choosing = if request.steps.method == Method::Gptq { 12.0 } else { 5.0 };
+    let mut stages = vec![("load", 0.5), ("quantize", choosing * blocks), ("validate", blocks + 1.0), ("save", 0.1)];
+    if request.steps.transforms.contains(&Transform::RotateResidual) {
+        stages.insert(1, ("calibrate", 1.5 * blocks));
+    }
+    monitor.plan(stages);
 }
 
 fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {

@@ -7,6 +7,7 @@ use toml_edit::{DocumentMut, Item, TableLike};
 
 use crate::checkpoint::{DEMO, Layout};
 use crate::error::{Error, Result};
+use crate::eval::DataSource;
 use crate::eval::run::EvaluateRequest;
 use crate::eval::speed::SpeedRequest;
 use crate::eval::tasks::Task;
@@ -80,7 +81,7 @@ pub struct EvaluateSpec {
     pub tasks: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
-    /// Directory with the tasks' rows; without it the rows compiled in.
+    /// `embedded`, `hub`, or a directory with the tasks' rows; without it the rows compiled in for the demo, the hub's for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
     /// `embedded` or a text file, for perplexity and divergence.
@@ -89,6 +90,11 @@ pub struct EvaluateSpec {
     pub windows: usize,
     pub window_tokens: usize,
     pub speed: bool,
+    /// Further prompt lengths and batch sizes whose speed is measured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub speed_prompts: Vec<usize>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub speed_batches: Vec<usize>,
 }
 
 impl Default for EvaluateSpec {
@@ -101,6 +107,8 @@ impl Default for EvaluateSpec {
             windows: 24,
             window_tokens: 256,
             speed: true,
+            speed_prompts: Vec::new(),
+            speed_batches: Vec::new(),
         }
     }
 }
@@ -112,12 +120,12 @@ impl EvaluateSpec {
             reference: None,
             models: Vec::new(),
             tasks: self.tasks.iter().map(|name| name.parse()).collect::<Result<_>>()?,
-            data: self.data.clone(),
+            data: self.data.as_deref().map_or(DataSource::Automatic, DataSource::named),
             limit: self.limit,
             text: (self.text != "embedded").then(|| PathBuf::from(&self.text)),
             windows: self.windows,
             window_tokens: self.window_tokens,
-            speed: self.speed.then_some(SpeedRequest { prompt_tokens: 512, decode_tokens: 64, repetitions: 3 }),
+            speed: self.speed.then(|| SpeedRequest::with_grid(&self.speed_prompts, &self.speed_batches)),
             ..EvaluateRequest::default()
         })
     }
@@ -133,6 +141,9 @@ pub struct UiSpec {
     /// Column that the results were sorted by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sort: Option<String>,
+    /// GPU that costs were predicted for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
 }
 
 impl UiSpec {

@@ -12,7 +12,13 @@ const SCRIPT: &str = include_str!("report.js");
 /// A page with `tables` under their titles and the plots that `results` allow.
 pub fn page(title: &str, tables: &[(&str, Table)], results: &[ModelResult]) -> String {
     let mut body = format!("<h1>{}</h1>\n", escape(title));
-    for (title, plot) in [("Accuracy with 95 % intervals", plot::accuracy(results)), ("Size against divergence", plot::size(results))] {
+    let plots = [
+        ("Accuracy with 95 % intervals", plot::accuracy(results)),
+        ("Size against divergence", plot::size(results)),
+        ("Error by block", plot::block_errors(results)),
+        ("Speed", plot::speed(results)),
+    ];
+    for (title, plot) in plots {
         if let Some(plot) = plot {
             section(&mut body, title, &plot);
         }

@@ -1,13 +1,15 @@
-//! Sessions: one TOML file that names model, calibration, variants and evaluation; its headless replay; the store of
-//! results, and their table and page.
+//! Sessions: one TOML file that names model, calibration, variants and evaluation; its headless replay; the folders of
+//! runs; the store of results, and their table and page.
 
 mod file;
 pub mod html;
 pub mod import;
+pub mod lock;
 pub mod paths;
 mod plot;
 pub mod replay;
 pub mod report;
+pub mod runs;
 pub mod store;
 
 pub use file::{EvaluateSpec, ModelSpec, SESSION_SCHEMA, Session, UiSpec, VariantSpec};

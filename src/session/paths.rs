@@ -17,6 +17,21 @@ pub fn evaluations_directory() -> PathBuf {
     data_directory().join("evals")
 }
 
+/// The folder of what unquantized models say about texts, which can be computed again.
+pub fn references_directory() -> PathBuf {
+    directory("XDG_CACHE_HOME", ".cache").join("references")
+}
+
+/// The folder of runs: see [`crate::session::runs`].
+pub fn runs_directory() -> PathBuf {
+    data_directory().join("runs")
+}
+
+/// `$XDG_STATE_HOME/strata`, or `~/.local/state/strata`: what the workbench remembers from one start to the next.
+pub fn state_directory() -> PathBuf {
+    directory("XDG_STATE_HOME", ".local/state")
+}
+
 fn directory(variable: &str, fallback: &str) -> PathBuf {
     let base = std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(fallback)));

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::html::escape;
 use super::report;
+use crate::eval::speed::Speed;
 use crate::eval::{ModelResult, Task};
 
 /// Classes of colours in the page's style.
@@ -11,6 +12,9 @@ const SERIES: usize = 6;
 
 /// Half of a 95 % interval in standard errors.
 const HALF_WIDTH: f64 = 1.96;
+
+/// Height of a row of the legend, which has four names.
+const LEGEND_ROW: f64 = 18.0;
 
 /// A plot under construction, with a linear horizontal axis.
 struct Plot {
@@ -47,6 +51,23 @@ impl Plot {
         let _ = writeln!(self.body, "<circle class=\"series-{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\"><title>{title}</title></circle>");
     }
 
+    fn bar(&mut self, series: usize, (x, y): (f64, f64), (width, height): (f64, f64), title: &str) {
+        let (class, title) = (series % SERIES, escape(title));
+        let _ = writeln!(
+            self.body,
+            "<rect class=\"series-{class}\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\"><title>{title}</title></rect>"
+        );
+    }
+
+    /// Names of the models beside their colours, in rows from `top` on.
+    fn legend<'r>(&mut self, names: impl Iterator<Item = (usize, &'r str)>, top: f64) {
+        for (place, (series, name)) in names.enumerate() {
+            let (x, y) = (Self::LEFT + (place % 4) as f64 * 155.0, top + (place / 4) as f64 * LEGEND_ROW);
+            self.dot(series, x, y - 4.0, name);
+            self.text(x + 9.0, y, "start", name);
+        }
+    }
+
     fn finish(self, label: &str) -> String {
         let (width, height, body, label) = (Self::WIDTH, self.height, self.body, escape(label));
         format!("<svg viewBox=\"0 0 {width} {height:.0}\" role=\"img\" aria-label=\"{label}\">\n{body}</svg>\n")
@@ -64,7 +85,7 @@ pub fn accuracy(results: &[ModelResult]) -> Option<String> {
     }
     let group = results.len() as f64 * STEP + GAP;
     let bottom = 20.0 + tasks.len() as f64 * group;
-    let mut plot = Plot::new(bottom + 26.0 + 18.0 * results.len().div_ceil(4) as f64);
+    let mut plot = Plot::new(bottom + 26.0 + LEGEND_ROW * results.len().div_ceil(4) as f64);
     for percent in (0..=100).step_by(20) {
         let x = Plot::x(f64::from(percent) / 100.0);
         plot.line("grid", (x, 14.0), (x, bottom));
@@ -82,11 +103,7 @@ pub fn accuracy(results: &[ModelResult]) -> Option<String> {
             plot.dot(series, Plot::x(value), y, &title);
         }
     }
-    for (series, result) in results.iter().enumerate() {
-        let (x, y) = (Plot::LEFT + (series % 4) as f64 * 155.0, bottom + 34.0 + (series / 4) as f64 * 18.0);
-        plot.dot(series, x, y - 4.0, &result.variant);
-        plot.text(x + 9.0, y, "start", &result.variant);
-    }
+    plot.legend(results.iter().map(|result| result.variant.as_str()).enumerate(), bottom + 34.0);
     Some(plot.finish("accuracy of each model on each task with 95 % intervals"))
 }
 
@@ -142,12 +159,102 @@ pub fn size(results: &[ModelResult]) -> Option<String> {
     Some(plot.finish("bytes of the linears against mean divergence"))
 }
 
+/// The error of every block of every variant on a logarithmic axis; `None` without variants.
+pub fn block_errors(results: &[ModelResult]) -> Option<String> {
+    const TOP: f64 = 20.0;
+    const BOTTOM: f64 = 240.0;
+    let variants: Vec<(usize, &ModelResult)> = results.iter().enumerate().filter(|(_, result)| !result.blocks.is_empty()).collect();
+    let logs = variants.iter().flat_map(|(_, result)| &result.blocks).filter(|block| block.error > 0.0).map(|block| block.error.log10());
+    let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), log| (low.min(log), high.max(log)));
+    let blocks = &variants.iter().map(|(_, result)| &result.blocks).max_by_key(|blocks| blocks.len())?;
+    if low > high {
+        return None;
+    }
+    let (low, high) = (low.floor(), (high.floor() + 1.0).max(low.floor() + 1.0));
+    let step = 1.0 / blocks.len().max(1) as f64;
+    let place = |index: usize, log: f64| (Plot::x((index as f64 + 0.5) * step), BOTTOM - (log - low) / (high - low) * (BOTTOM - TOP));
+    let mut plot = Plot::new(BOTTOM + 56.0 + LEGEND_ROW * variants.len().div_ceil(4) as f64);
+    for decade in low as i32..=high as i32 {
+        let (_, y) = place(0, f64::from(decade));
+        plot.line("grid", (Plot::x(0.0), y), (Plot::x(1.0), y));
+        plot.text(Plot::x(0.0) - 8.0, y + 4.0, "end", &format!("1e{decade}"));
+    }
+    // As many labels as fit beside each other.
+    for block in blocks.iter().step_by(blocks.len().div_ceil(32).max(1)) {
+        let (x, _) = place(block.index, low);
+        plot.text(x, BOTTOM + 16.0, "middle", &block.index.to_string());
+    }
+    plot.text(Plot::x(0.5), BOTTOM + 36.0, "middle", "block; upwards: relative error of its output on the calibration sample");
+    for (series, result) in &variants {
+        let mut before: Option<(f64, f64)> = None;
+        for block in result.blocks.iter().filter(|block| block.error > 0.0) {
+            let here = place(block.index, block.error.log10());
+            if let Some(before) = before {
+                plot.line(&format!("series-{} thin", series % SERIES), before, here);
+            }
+            let title = format!("{}: block {} ({}, {}), {:.2e}", result.variant, block.index, block.kind.name(), block.format, block.error);
+            plot.dot(*series, here.0, here.1, &title);
+            before = Some(here);
+        }
+    }
+    plot.legend(variants.iter().map(|(series, result)| (*series, result.variant.as_str())), BOTTOM + 62.0);
+    Some(plot.finish("relative error of each block of each variant"))
+}
+
+/// Prompt and decoded tokens a second as bars; `None` where no speed was measured.
+pub fn speed(results: &[ModelResult]) -> Option<String> {
+    const STEP: f64 = 18.0;
+    const GAP: f64 = 20.0;
+    /// Share of the width that the longest bar takes, so that its figure stands beside it.
+    const LONGEST: f64 = 0.82;
+    /// Tokens a second and their spread.
+    type Figure = fn(&Speed) -> (f64, f64);
+    let measured: Vec<(usize, &ModelResult, Speed)> =
+        results.iter().enumerate().filter_map(|(series, result)| Some((series, result, result.speed?))).collect();
+    if measured.is_empty() {
+        return None;
+    }
+    let figures: [(&str, Figure); 2] = [
+        ("prompt", |speed| (speed.prefill_tokens_per_s, speed.prefill_spread)),
+        ("decoding", |speed| (speed.decode_tokens_per_s, speed.decode_spread)),
+    ];
+    let group = measured.len() as f64 * STEP + GAP;
+    let bottom = 10.0 + figures.len() as f64 * group;
+    let mut plot = Plot::new(bottom + 10.0 + LEGEND_ROW * measured.len().div_ceil(4) as f64);
+    for (index, (name, figure)) in figures.iter().enumerate() {
+        let top = 10.0 + index as f64 * group;
+        plot.text(Plot::LEFT - 10.0, top + (group - GAP) / 2.0 + 4.0, "end", name);
+        let largest = measured.iter().map(|(_, _, speed)| figure(speed).0).fold(0.0, f64::max);
+        for (row, (series, result, speed)) in measured.iter().enumerate() {
+            let (rate, spread) = figure(speed);
+            let (y, width) = (top + row as f64 * STEP, Plot::x(LONGEST * rate / largest) - Plot::x(0.0));
+            let text = format!("{rate:.0} tokens/s (spread {:.0} %)", 100.0 * spread);
+            plot.bar(*series, (Plot::x(0.0), y), (width, STEP - 4.0), &format!("{}: {text}", result.variant));
+            plot.text(Plot::x(0.0) + width + 6.0, y + 11.0, "start", &format!("{rate:.0} t/s"));
+        }
+    }
+    plot.legend(measured.iter().map(|(series, result, _)| (*series, result.variant.as_str())), bottom + 10.0);
+    Some(plot.finish("prompt and decoded tokens a second of each model"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::Divergence;
+    use crate::eval::result::BlockError;
     use crate::eval::statistics;
+    use crate::format::{BlockKind, Format};
     use crate::session::import;
+
+    const SPEED: Speed = Speed {
+        prefill_tokens_per_s: 0.0,
+        decode_tokens_per_s: 10.0,
+        prefill_spread: 0.1,
+        decode_spread: 0.2,
+        prompt_tokens: 512,
+        decode_tokens: 64,
+        repetitions: 3,
+    };
 
     #[test]
     fn plots_show_every_model_and_the_front() {
@@ -165,5 +272,16 @@ mod tests {
         let size = size(&results).unwrap();
         assert_eq!((size.matches("<circle").count(), size.matches("class=\"front\"").count()), (3, 1));
         assert!(size.contains("a: 500 B, KLD 1.00e-2"));
+        assert_eq!((block_errors(&results), speed(&results)), (None, None));
+        let mut results = results;
+        for (index, result) in results[1..].iter_mut().enumerate() {
+            let block = |block, error| BlockError { index: block, kind: BlockKind::Mlp, format: Format::W4A8, error };
+            result.blocks = vec![block(0, 1e-3), block(1, 0.0), block(2, 2e-2)];
+            result.speed = Some(Speed { prefill_tokens_per_s: 100.0 * (index + 1) as f64, ..SPEED });
+        }
+        let errors = block_errors(&results).unwrap();
+        assert_eq!(errors.matches("block 2 (mlp, w4a8), 2.00e-2").count(), 3);
+        let speed = speed(&results).unwrap();
+        assert_eq!((speed.matches("<rect").count(), speed.matches(">300 t/s<").count()), (6, 1));
     }
 }

@@ -1,7 +1,9 @@
 //! Headless replay of a session: quantize its variants, evaluate the model and them, hand out the results.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::file::{Session, VariantSpec};
@@ -10,9 +12,10 @@ use crate::checkpoint::{self, StorageLayout};
 use crate::engine::{Engine, Event, Job, QuantizeJob};
 use crate::error::{Error, Result};
 use crate::eval::run::{Evaluated, ModelToEvaluate};
+use crate::monitor::CancelToken;
 
 /// What a replay does beside what its session says.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ReplayOptions {
     /// Only this variant.
     pub variant: Option<String>,
@@ -22,12 +25,18 @@ pub struct ReplayOptions {
     pub output: Option<PathBuf>,
     /// Quantize only.
     pub skip_evaluation: bool,
+    /// Bytes of memory that evaluation may take; `None` for what is free.
+    pub host_memory: Option<u64>,
 }
 
 /// A session being replayed on an engine.
 pub struct Replay<'a> {
     pub session: &'a Session,
     pub options: ReplayOptions,
+    /// Variants that an earlier process of the same run has made.
+    pub made: BTreeMap<String, PathBuf>,
+    /// Looked at between two jobs; the engine has tokens of its own for those that run.
+    pub cancel: CancelToken,
 }
 
 impl Replay<'_> {
@@ -37,6 +46,11 @@ impl Replay<'_> {
         let variants = self.variants()?;
         let mut models = Vec::new();
         for variant in variants {
+            self.cancel.check()?;
+            if let Some(path) = self.made.get(&variant.name) {
+                models.push(ModelToEvaluate { name: variant.name.clone(), path: path.display().to_string() });
+                continue;
+            }
             engine.submit(Job::Quantize(Box::new(self.quantize_job(variant)?)))?;
             let mut path = None;
             finish(events, &mut |event| {
@@ -51,11 +65,14 @@ impl Replay<'_> {
         if self.options.skip_evaluation {
             return Ok(Vec::new());
         }
+        self.cancel.check()?;
         let mut request = self.session.evaluate.request()?;
         request.reference = Some(ModelToEvaluate { name: "base".into(), path: self.session.model.name() });
         request.models = models;
         request.journal = Some(paths::evaluations_directory());
         request.fresh = self.options.fresh;
+        request.references = Some(paths::references_directory());
+        request.host_memory = self.options.host_memory;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut results = Vec::new();
         finish(events, &mut |event| {

@@ -1,8 +1,9 @@
 //! Results as a table of text.
 
 use super::store::Record;
+use crate::eval::memory::CacheBytes;
 use crate::eval::paired::{Comparison, McNemarTest};
-use crate::eval::statistics::{DivergenceSummary, Perplexity};
+use crate::eval::statistics::DivergenceSummary;
 use crate::eval::{ModelResult, Task};
 
 /// Rows of columns, the first row being the heads; numbers are right-aligned. Reads the same on screen and in a file.
@@ -107,17 +108,19 @@ pub fn records(records: &[Record]) -> Table {
     let tasks = tasks_of(&records.iter().map(|record| &record.result).collect::<Vec<_>>());
     let mut heads = vec!["time", "source", "session", "model", "variant", "linears", "bits"];
     heads.extend(tasks.iter().map(|task| task.name()));
-    heads.extend(["mean", "KLD", "ppl", "prefill t/s", "decode t/s", "backend"]);
+    heads.extend(["mean", "KLD", "top1", "ppl (gptq)", "ppl (llama.cpp)", "prefill t/s", "decode t/s", "backend"]);
     let mut table = Table::new(&heads);
     for Record { time, source, session, result, .. } in records {
         let measured = |known: bool, text: String| if known { text } else { "-".to_owned() };
         let mut row = vec![time.clone(), source.clone(), session.clone().unwrap_or_else(|| "-".into())];
         row.extend([result.model.clone(), result.variant.clone()]);
         row.push(measured(result.weight_bytes > 0, bytes(result.weight_bytes)));
-        row.push(measured(result.weight_bytes > 0, format!("{:.2}", result.bits_per_weight)));
+        row.push(measured(result.bits_per_weight > 0.0, format!("{:.2}", result.bits_per_weight)));
         row.extend(scores(&tasks, result));
         row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.2e}", kld.mean)));
+        row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.1}%", 100.0 * kld.top1)));
         row.push(result.perplexity.map_or_else(|| "-".into(), |perplexity| format!("{perplexity:.4}")));
+        row.push(result.perplexities.map_or_else(|| "-".into(), |perplexities| format!("{:.4}", perplexities.llama_cpp)));
         row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
         row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.decode_tokens_per_s)));
         row.push(result.provenance.backend.clone());
@@ -126,14 +129,22 @@ pub fn records(records: &[Record]) -> Table {
     table
 }
 
-/// How far each variant's next-token distributions are from the base's, in full.
+/// How far each variant's next-token distributions are from the base's, in full; first the base's own noise floor.
 pub fn divergence(results: &[ModelResult]) -> Table {
     let heads = ["variant", "KLD mean", "median", "p90", "p95", "p99", "p99.9", "max", "top1", "RMS dp", "ppl (gptq)", "ppl (llama.cpp)"];
     let mut table = Table::new(&heads);
+    let floors = results.iter().filter_map(|result| Some((format!("{}, rounded", result.variant), result.noise_floor.as_ref()?.kld)));
+    for (variant, kld) in floors {
+        let value = |value: f64| format!("{value:.2e}");
+        let rms = kld.rms_probability.map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms));
+        let mut row = vec![variant];
+        row.extend([kld.mean, kld.median, kld.p90, kld.p95, kld.p99, kld.p999, kld.max].map(value));
+        row.extend([format!("{:.2}%", 100.0 * kld.top1), rms, "-".into(), "-".into()]);
+        table.push(row);
+    }
     for result in results {
         let kld = |of: fn(&DivergenceSummary) -> f64| result.kld.as_ref().map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", of(kld)));
-        let perplexity =
-            |of: fn(&Perplexity) -> f64| result.perplexities.as_ref().map_or_else(|| "-".to_owned(), |p| format!("{:.4}", of(p)));
+        let perplexity = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |perplexity| format!("{perplexity:.4}"));
         table.push(vec![
             result.variant.clone(),
             kld(|kld| kld.mean),
@@ -145,9 +156,58 @@ pub fn divergence(results: &[ModelResult]) -> Table {
             kld(|kld| kld.max),
             result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2}%", 100.0 * kld.top1)),
             result.kld.and_then(|kld| kld.rms_probability).map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms)),
-            perplexity(|perplexity| perplexity.gptq),
-            perplexity(|perplexity| perplexity.llama_cpp),
+            perplexity(result.perplexities.and_then(|perplexities| perplexities.gptq)),
+            perplexity(result.perplexities.map(|perplexities| perplexities.llama_cpp)),
         ]);
+    }
+    table
+}
+
+/// Times at every prompt length and batch size.
+pub fn speed(results: &[ModelResult]) -> Table {
+    let heads = ["variant", "prompt", "sequences", "first token ms", "spread", "per token ms", "spread", "prefill t/s", "decode t/s"];
+    let mut table = Table::new(&heads);
+    for result in results {
+        for point in &result.speed_points {
+            table.push(vec![
+                result.variant.clone(),
+                point.prompt_tokens.to_string(),
+                point.sequences.to_string(),
+                format!("{:.1}", 1e3 * point.first_token_s),
+                format!("{:.0}%", 100.0 * point.first_token_spread),
+                format!("{:.3}", 1e3 * point.token_s),
+                format!("{:.0}%", 100.0 * point.token_spread),
+                format!("{:.0}", point.prefill_tokens_per_s()),
+                format!("{:.0}", point.decode_tokens_per_s()),
+            ]);
+        }
+    }
+    table
+}
+
+/// Memory: measured for weights and process, predicted for the caches of one sequence.
+pub fn memory(results: &[ModelResult]) -> Table {
+    let contexts: Vec<u64> =
+        results.iter().map(|result| &result.caches).max_by_key(|caches| caches.len()).into_iter().flatten().map(|c| c.context).collect();
+    let name = |context: &u64| if *context < 1 << 20 { format!("{}K", context >> 10) } else { format!("{}M", context >> 20) };
+    let mut heads: Vec<String> =
+        ["variant", "on disk", "weights", "peak of process", "SSM state", "conv state"].map(str::to_owned).to_vec();
+    heads.extend(contexts.iter().map(|context| format!("KV at {}", name(context))));
+    let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
+    for result in results {
+        let cache = |of: fn(&CacheBytes) -> u64| result.caches.first().map_or_else(|| "-".to_owned(), |cache| bytes(of(cache)));
+        let mut row = vec![
+            result.variant.clone(),
+            bytes(result.file_bytes),
+            bytes(result.memory.resident_weight_bytes),
+            bytes(result.memory.peak_bytes),
+            cache(|cache| cache.state),
+            cache(|cache| cache.conv),
+        ];
+        let kv =
+            |context: &u64| result.caches.iter().find(|cache| cache.context == *context).map_or_else(|| "-".to_owned(), |c| bytes(c.kv));
+        row.extend(contexts.iter().map(kv));
+        table.push(row);
     }
     table
 }

@@ -1,9 +1,10 @@
 //! The result store: every evaluation on this machine, one JSON line a model, never rewritten.
 //!
-//! Several processes may append at once: a line is one write to a file opened for appending. Start with [`Store`].
+//! Several processes may append at once: a line is one write to a file that is opened for appending and locked for it.
+//! Start with [`Store`].
 
 use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -75,8 +76,16 @@ impl Store {
             if let Some(folder) = self.path.parent() {
                 fs::create_dir_all(folder)?;
             }
-            let mut file = OpenOptions::new().create(true).append(true).open(&self.path)?;
-            file.write_all(format!("{line}\n").as_bytes())?;
+            let mut file = OpenOptions::new().create(true).read(true).append(true).open(&self.path)?;
+            // A file system without locks leaves the one write, which others do not come between either.
+            drop(file.lock());
+            // A writer that was killed may have left half a line, which must not swallow this one.
+            let mut last = [b'\n'];
+            if file.seek(SeekFrom::End(-1)).is_ok() {
+                file.read_exact(&mut last)?;
+            }
+            let begin = if last == [b'\n'] { "" } else { "\n" };
+            file.write_all(format!("{begin}{line}\n").as_bytes())?;
             file.sync_data()
         };
         write().map_err(|error| Error::io("appending to", &self.path, &error))
@@ -149,11 +158,14 @@ mod tests {
         let mut text = fs::read_to_string(store.path()).unwrap();
         text.push_str("{\"schema\": \"strata.record/2\"}\n{\"torn\n");
         fs::write(store.path(), text).unwrap();
+        // The next line stands alone behind what a killed writer left.
+        fs::write(store.path(), format!("{}{{\"half", fs::read_to_string(store.path()).unwrap())).unwrap();
+        store.append(&record(999)).unwrap();
         let records = store.read().unwrap();
-        assert_eq!((records.records.len(), records.unreadable), (100, 2));
+        assert_eq!((records.records.len(), records.unreadable), (101, 3));
         let mut names: Vec<String> = records.records.into_iter().map(|record| record.result.variant).collect();
         names.sort();
         names.dedup();
-        assert_eq!(names.len(), 100);
+        assert_eq!(names.len(), 101);
     }
 }

@@ -1,6 +1,6 @@
 //! Every command of the workbench, in the order of the help.
 
-use super::actions::{files, formats, jobs, navigate, results, screen, select, variants};
+use super::actions::{files, formats, jobs, navigate, plan, results, screen, select, variants};
 use super::commands::Command;
 use super::state::{Pane, State};
 
@@ -20,19 +20,27 @@ macro_rules! command {
 
 /// The table.
 #[rustfmt::skip]
-pub static TABLE: [Command; 58] = [
+pub static TABLE: [Command; 66] = [
     // Formats
     command!("format-w4a8", "Format w4a8", Some((1, "w4a8")), ["4"], PLANNING, always, formats::w4a8, "Gives the selected blocks 4-bit weights and 8-bit activations."),
     command!("format-w8a8", "Format w8a8", Some((1, "w8a8")), ["8"], PLANNING, always, formats::w8a8, "Gives the selected blocks 8-bit weights and activations."),
     command!("format-w16a16", "Format w16a16", Some((1, "w16a16")), ["6"], PLANNING, always, formats::w16a16, "Leaves the selected blocks as they are in the checkpoint."),
     command!("format-w8a16", "Format w8a16", None, [], PLANNING, always, formats::w8a16, "Gives the selected blocks 8-bit weights and float activations."),
     command!("format-w4a16", "Format w4a16", None, [], PLANNING, always, formats::w4a16, "Gives the selected blocks 4-bit weights and float activations."),
+    command!("narrower", "Narrower format", Some((3, "narrower")), [">"], PLANNING, always, formats::narrower, "Gives the selected blocks the next narrower format: w16a16, w8a16, w8a8, w4a16, w4a8, and round."),
+    command!("wider", "Wider format", None, ["<"], PLANNING, always, formats::wider, "Gives the selected blocks the next wider format."),
+    command!("copy-format", "Copy formats", None, ["y"], &[Pane::Layers, Pane::Block], always, formats::copy, "Copies the format of the block under the cursor, or the formats of the selection in their order."),
+    command!("paste-format", "Paste formats", None, ["p"], &[Pane::Layers, Pane::Block], formats::can_paste, formats::paste, "Gives a copied format to the selected blocks; several, to the blocks from the cursor on."),
+    command!("preset", "Formats of a preset", Some((4, "preset")), ["P"], PLANNING, always, formats::preset, "Takes the formats of phase 1, 2 or 3, of a recipe, or what the inventory suggests (attention and the SSM block in front of it kept wide)."),
     command!("embedding", "Format of the embedding", Some((5, "embedding")), ["e"], &[Pane::Plan], always, formats::embedding, "Chooses the format of the embedding."),
     command!("head", "Format of the head", Some((5, "head")), ["h"], &[Pane::Plan], always, formats::head, "Chooses the format of the output head."),
     command!("suggested", "Suggested formats", None, [], EVERYWHERE, always, formats::suggested, "Takes the plan that the layer inventory suggests: SSM at w4a8, but w8a8 in front of attention; the rest at w8a8."),
     command!("reset", "Back to the recipe", None, [], EVERYWHERE, always, formats::reset, "Takes all changes of the variant back to what its recipe says."),
     command!("undo", "Undo", Some((4, "undo")), ["u"], EVERYWHERE, formats::can_undo, formats::undo, "Takes the last edit back."),
     command!("redo", "Redo", None, ["U", "ctrl-r"], EVERYWHERE, formats::can_redo, formats::redo, "Does again what was undone."),
+    command!("history", "History of edits", None, ["H"], EVERYWHERE, always, formats::history, "Lists every edit, to go back or forward to."),
+    command!("gpu", "Predict for a GPU", Some((3, "GPU")), ["t"], &[Pane::Plan], always, plan::gpu, "Chooses the GPU that time per token, prefill and context are predicted for."),
+    command!("beside", "Plan beside", Some((3, "beside")), ["b"], &[Pane::Plan], variants::has_others, plan::beside, "Puts another variant's plan beside this one, with the differences; once more takes it away."),
     // Selection
     command!("select", "Select the block", Some((2, "select")), ["space"], &[Pane::Layers], always, select::toggle, "Selects the block under the cursor, or lets it go, and moves on."),
     command!("select-range", "Select a range", Some((5, "range")), ["v"], &[Pane::Layers], always, select::range, "Selects from here to where the cursor goes; once more ends the range."),

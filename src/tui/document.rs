@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::overrides;
-use crate::checkpoint::{self, Layout};
+use crate::analysis::Footprint;
+use crate::checkpoint::{self, Config, Layout};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, Format, Plan, Selector};
 use crate::quant::{Override, Recipe};
@@ -53,7 +54,10 @@ pub struct Document {
     /// What was last opened or saved.
     saved: Session,
     written: BTreeMap<u32, Written>,
+    pub config: Arc<Config>,
     pub layout: Arc<Layout>,
+    /// The layout's bytes in every format.
+    pub footprint: Arc<Footprint>,
     pub kinds: Vec<BlockKind>,
     pub drafts: Vec<Draft>,
     current: usize,
@@ -66,21 +70,24 @@ impl Document {
     /// Opens the session's model, as far as its layout, and its variants. A session without variants gets one of
     /// phase 1 to begin with.
     pub fn open(mut session: Session) -> Result<Self> {
-        let layout = checkpoint::open(&session.model.name())?.layout;
+        let config = checkpoint::open(&session.model.name())?.config;
         if session.variants.is_empty() {
             session.variants.push(VariantSpec { name: "phase1".into(), recipe: "phase1".into(), overrides: Vec::new() });
         }
-        Self::of_layout(session, layout)
+        Self::of_config(session, config)
     }
 
-    /// The session over a known layout.
-    pub fn of_layout(session: Session, layout: Layout) -> Result<Self> {
+    /// The session over a model of this configuration.
+    pub fn of_config(session: Session, config: Config) -> Result<Self> {
+        let layout = Arc::new(Layout::new(&config));
         let mut document = Self {
             saved: session.clone(),
             session,
             written: BTreeMap::new(),
             kinds: layout.kinds(),
-            layout: Arc::new(layout),
+            footprint: Arc::new(Footprint::new(&config, Arc::clone(&layout))),
+            config: Arc::new(config),
+            layout,
             drafts: Vec::new(),
             current: 0,
             next_id: 0,
@@ -323,13 +330,11 @@ impl Document {
         Some(label)
     }
 
-    /// What undo and redo would do next, and how many edits each holds.
-    pub fn history(&self) -> (Option<&str>, usize, Option<&str>, usize) {
+    /// Edits that can be undone, the latest last, and edits that were undone, the next to come back first.
+    pub fn history(&self) -> (Vec<&str>, Vec<&str>) {
         (
-            self.undo.last().map(|snapshot| snapshot.label.as_str()),
-            self.undo.len(),
-            self.redo.last().map(|snapshot| snapshot.label.as_str()),
-            self.redo.len(),
+            self.undo.iter().map(|snapshot| snapshot.label.as_str()).collect(),
+            self.redo.iter().rev().map(|snapshot| snapshot.label.as_str()).collect(),
         )
     }
 }

@@ -246,6 +246,7 @@ impl Queue {
                 }
                 self.errors[index] = error;
             }
+            Report::Plan(_) | Report::Found { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
             Report::Log(line) => self.line(Level::Info, line),
             Report::Warning(line) => self.line(Level::Warning, line),
         }

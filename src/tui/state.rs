@@ -10,9 +10,9 @@ use super::measurements::Measurements;
 use super::popups::Popup;
 use super::queue::{Level, Queue};
 use super::theme::Theme;
-use crate::analysis::Inventory;
+use crate::analysis::{Gpu, Inventory, Prediction};
 use crate::error::Error;
-use crate::format::Selector;
+use crate::format::{Format, Plan, Selector};
 use crate::session::UiSpec;
 
 /// The panes.
@@ -72,6 +72,23 @@ pub struct Layers {
     pub filter: Filter,
 }
 
+/// How the plan is shown, and what is copied from it.
+#[derive(Debug)]
+pub struct PlanView {
+    /// The GPU that predictions are made for.
+    pub gpu: Gpu,
+    /// Name of the variant whose plan stands beside the current one.
+    pub beside: Option<String>,
+    /// Formats of the blocks that were copied, in their order.
+    pub clipboard: Vec<Format>,
+}
+
+impl Default for PlanView {
+    fn default() -> Self {
+        Self { gpu: Gpu::ALL[0], beside: None, clipboard: Vec::new() }
+    }
+}
+
 /// How the results are shown.
 #[derive(Debug, Default)]
 pub struct ResultsView {
@@ -92,6 +109,7 @@ pub struct State {
     /// The session's file, when it has one.
     pub path: Option<PathBuf>,
     pub layers: Layers,
+    pub plan: PlanView,
     pub queue: Queue,
     pub measurements: Measurements,
     pub results: ResultsView,
@@ -120,6 +138,7 @@ impl State {
             document,
             path,
             layers: Layers::default(),
+            plan: PlanView::default(),
             queue: Queue::default(),
             measurements: Measurements::default(),
             results: ResultsView::default(),
@@ -149,12 +168,19 @@ impl State {
             self.results.descending = sort.starts_with('-');
             self.results.sort = Some(sort.trim_start_matches('-').to_owned());
         }
+        if let Some(gpu) = ui.gpu.and_then(|name| Gpu::find(&name).ok()) {
+            self.plan.gpu = gpu;
+        }
     }
 
     /// The screen as `[ui]` would say it.
     pub fn ui(&self) -> UiSpec {
         let sign = if self.results.descending { "-" } else { "" };
-        UiSpec { pane: Some(self.focus.title().to_lowercase()), sort: self.results.sort.as_ref().map(|sort| format!("{sign}{sort}")) }
+        UiSpec {
+            pane: Some(self.focus.title().to_lowercase()),
+            sort: self.results.sort.as_ref().map(|sort| format!("{sign}{sort}")),
+            gpu: Some(self.plan.gpu.name.to_owned()),
+        }
     }
 
     /// Says `text` in the status line.
@@ -173,6 +199,17 @@ impl State {
         let plan = &self.document.draft().plan;
         let meets = |index: &usize| self.layers.filter.meets(*index, self.document.kinds[*index], plan.blocks[*index]);
         (0..self.document.kinds.len()).filter(meets).collect()
+    }
+
+    /// What `plan` would cost on the chosen GPU.
+    pub fn predict(&self, plan: &Plan) -> Prediction {
+        Prediction::new(&self.document.config, &self.document.footprint, plan, &self.plan.gpu)
+    }
+
+    /// Place of the variant whose plan stands beside the current one.
+    pub fn beside(&self) -> Option<usize> {
+        let name = self.plan.beside.as_ref()?;
+        self.document.drafts.iter().position(|draft| draft.name == *name).filter(|index| *index != self.document.current())
     }
 
     /// What an edit means: the selection, or the block under the cursor; as ranges.

@@ -64,7 +64,12 @@ impl Parts {
 /// The binary with a data folder of the test's own.
 pub fn strata(data: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
-    command.env("XDG_DATA_HOME", data).env("HF_HUB_OFFLINE", "1").env("HF_HOME", data.join("hf")).env_remove("RUST_BACKTRACE");
+    command
+        .env("XDG_DATA_HOME", data)
+        .env("XDG_CACHE_HOME", data.join("cache"))
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HOME", data.join("hf"))
+        .env_remove("RUST_BACKTRACE");
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
     command
 }

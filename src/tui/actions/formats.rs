@@ -3,7 +3,8 @@
 use super::super::message::Effect;
 use super::super::popups::Choose;
 use super::super::state::State;
-use crate::format::{Format, Selector};
+use crate::format::{Format, Plan, Selector};
+use crate::quant::{Formats, Recipe};
 use crate::session::report;
 
 pub fn w4a8(state: &mut State) -> Vec<Effect> {
@@ -26,6 +27,58 @@ pub fn w4a16(state: &mut State) -> Vec<Effect> {
     set_blocks(state, Format::W4A16)
 }
 
+/// The formats that one steps through; those below 4 bits are in the palette.
+const STEPS: [Format; 5] = [Format::W16A16, Format::W8A16, Format::W8A8, Format::W4A16, Format::W4A8];
+
+/// Gives the blocks the format after that of the block under the cursor.
+pub fn narrower(state: &mut State) -> Vec<Effect> {
+    cycle(state, 1)
+}
+
+pub fn wider(state: &mut State) -> Vec<Effect> {
+    cycle(state, STEPS.len() - 1)
+}
+
+fn cycle(state: &mut State, by: usize) -> Vec<Effect> {
+    let current = state.document.draft().plan.blocks[state.layers.cursor];
+    let at = STEPS.iter().position(|format| *format == current).unwrap_or(STEPS.len() - 1);
+    set_blocks(state, STEPS[(at + by) % STEPS.len()])
+}
+
+/// Copies the formats of the selection, or that of the block under the cursor.
+pub fn copy(state: &mut State) -> Vec<Effect> {
+    let blocks = &state.document.draft().plan.blocks;
+    state.plan.clipboard = if state.layers.selected.is_empty() {
+        vec![blocks[state.layers.cursor]]
+    } else {
+        state.layers.selected.iter().map(|index| blocks[*index]).collect()
+    };
+    state.say(match state.plan.clipboard.as_slice() {
+        [format] => format!("{format} copied; p gives it to other blocks"),
+        formats => format!("{} formats copied; p gives them to the blocks from the cursor on", formats.len()),
+    });
+    Vec::new()
+}
+
+pub fn can_paste(state: &State) -> Result<(), &'static str> {
+    if state.plan.clipboard.is_empty() { Err("nothing is copied: y copies the format of a block") } else { Ok(()) }
+}
+
+/// Gives one copied format to the selection or the block under the cursor, several to the blocks from the cursor on.
+pub fn paste(state: &mut State) -> Vec<Effect> {
+    if let [format] = state.plan.clipboard[..] {
+        return set_blocks(state, format);
+    }
+    let mut plan = state.document.draft().plan.clone();
+    let targets = plan.blocks.iter_mut().skip(state.layers.cursor);
+    for (block, format) in targets.zip(&state.plan.clipboard) {
+        *block = *format;
+    }
+    let last = (state.layers.cursor + state.plan.clipboard.len()).min(plan.blocks.len()) - 1;
+    set_plan(state, plan, &format!("formats pasted to blocks {}-{last}", state.layers.cursor));
+    Vec::new()
+}
+
 fn set_blocks(state: &mut State, format: Format) -> Vec<Effect> {
     let what = match state.layers.selected.len() {
         0 | 1 => format!("block {}", state.layers.selected.first().unwrap_or(&state.layers.cursor)),
@@ -38,10 +91,10 @@ fn set_blocks(state: &mut State, format: Format) -> Vec<Effect> {
 
 /// Sets formats and says what that does to the size.
 fn set(state: &mut State, targets: &[Selector], format: Format, what: &str) {
-    let before = state.document.layout.total_bytes(&state.document.draft().plan);
+    let before = state.document.footprint.total_bytes(&state.document.draft().plan);
     match state.document.set_format(targets, format, format!("{what} to {format}")) {
         Ok(true) => {
-            let after = state.document.layout.total_bytes(&state.document.draft().plan);
+            let after = state.document.footprint.total_bytes(&state.document.draft().plan);
             let (sign, difference) = if after < before { ("−", before - after) } else { ("+", after - before) };
             state.say(format!("{what}: {format}, {sign}{}", report::bytes(difference)));
         }
@@ -90,7 +143,43 @@ pub fn reset(state: &mut State) -> Vec<Effect> {
     Vec::new()
 }
 
-fn set_plan(state: &mut State, plan: crate::format::Plan, label: &str) {
+/// Ready-made formats: the three phases, what the inventory suggests, and every recipe's.
+pub fn preset(state: &mut State) -> Vec<Effect> {
+    let recipes = match Recipe::built_in() {
+        Ok(recipes) => recipes,
+        Err(error) => {
+            state.complain(&error);
+            return Vec::new();
+        }
+    };
+    let mut presets: Vec<(String, String, Plan)> = Vec::new();
+    for recipe in recipes {
+        match recipe.plan(&state.document.layout, &[]) {
+            Ok(plan) => presets.push((recipe.name, formats_of(&recipe.formats), plan)),
+            Err(error) => state.complain(&error),
+        }
+    }
+    let suggested = state.inventory.suggested_plan.clone();
+    presets.push(("suggested".into(), "SSM w4a8, but w8a8 in front of attention; the rest w8a8".into(), suggested));
+    presets.push(("unquantized".into(), "everything as in the checkpoint".into(), Plan::unquantized(state.document.kinds.len())));
+    let items = presets.iter().map(|(name, what, _)| (name.clone(), what.clone())).collect();
+    state.popups.push(Choose::popup("Formats of a preset (the recipe's method stays)", items, 0, move |state, index| {
+        let (name, _, plan) = &presets[index];
+        set_plan(state, plan.clone(), &format!("formats of {name}"));
+        Vec::new()
+    }));
+    Vec::new()
+}
+
+fn formats_of(formats: &Formats) -> String {
+    let Formats { ssm, mlp, attention, moe, .. } = formats;
+    if [mlp, attention, moe].iter().all(|format| *format == ssm) {
+        return format!("{ssm} everywhere");
+    }
+    format!("SSM {ssm}, MLP {mlp}, attention {attention}, experts {moe}")
+}
+
+fn set_plan(state: &mut State, plan: Plan, label: &str) {
     match state.document.set_plan(plan, label) {
         Ok(true) => state.say(format!("{}: {label}", state.document.draft().name)),
         Ok(false) => state.say(format!("{}: {label}, which it has already", state.document.draft().name)),
@@ -99,11 +188,11 @@ fn set_plan(state: &mut State, plan: crate::format::Plan, label: &str) {
 }
 
 pub fn can_undo(state: &State) -> Result<(), &'static str> {
-    if state.document.history().1 > 0 { Ok(()) } else { Err("there is nothing to undo") }
+    if state.document.history().0.is_empty() { Err("there is nothing to undo") } else { Ok(()) }
 }
 
 pub fn can_redo(state: &State) -> Result<(), &'static str> {
-    if state.document.history().3 > 0 { Ok(()) } else { Err("there is nothing to redo") }
+    if state.document.history().1.is_empty() { Err("there is nothing to redo") } else { Ok(()) }
 }
 
 pub fn undo(state: &mut State) -> Vec<Effect> {
@@ -117,5 +206,22 @@ pub fn redo(state: &mut State) -> Vec<Effect> {
     if let Some(label) = state.document.redo() {
         state.say(format!("done again: {label}"));
     }
+    Vec::new()
+}
+
+/// Every edit, to go back or forward to.
+pub fn history(state: &mut State) -> Vec<Effect> {
+    let (done, undone) = state.document.history();
+    let present = done.len();
+    let edits = done.iter().chain(&undone).enumerate();
+    let note = |index: usize| if index < present { String::new() } else { "undone".to_owned() };
+    let items: Vec<(String, String)> = std::iter::once(("as opened".to_owned(), String::new()))
+        .chain(edits.map(|(index, label)| ((*label).to_owned(), note(index))))
+        .collect();
+    state.popups.push(Choose::popup("History: go to the state after", items, present, |state, target| {
+        while state.document.history().0.len() > target && state.document.undo().is_some() {}
+        while state.document.history().0.len() < target && state.document.redo().is_some() {}
+        Vec::new()
+    }));
     Vec::new()
 }

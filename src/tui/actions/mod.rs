@@ -4,6 +4,7 @@ pub mod files;
 pub mod formats;
 pub mod jobs;
 pub mod navigate;
+pub mod plan;
 pub mod results;
 pub mod screen;
 pub mod select;

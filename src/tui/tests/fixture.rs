@@ -8,7 +8,7 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::buffer::Buffer;
 
-use crate::checkpoint::{BlockRecord, Config, Layout, Provenance, SampleRecord, StorageLayout, VARIANT_SCHEMA, VariantManifest};
+use crate::checkpoint::{BlockRecord, Config, Provenance, SampleRecord, StorageLayout, VARIANT_SCHEMA, VariantManifest};
 use crate::engine::{Event, JobId};
 use crate::eval::ModelResult;
 use crate::eval::result::{Evidence, Memory};
@@ -40,8 +40,7 @@ pub fn synthetic(pattern: &str, size: (u16, u16)) -> State {
         "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856, "n_group": 1, "topk_group": 1,
         "moe_shared_expert_intermediate_size": 3712, "n_shared_experts": 1}}"#
     );
-    let layout = Layout::new(&Config::parse(&config).unwrap());
-    let document = Document::of_layout(Session::demo().unwrap(), layout).unwrap();
+    let document = Document::of_config(Session::demo().unwrap(), Config::parse(&config).unwrap()).unwrap();
     State::new(document, None, Theme::find(Some("ansi16"), false).unwrap(), false, size)
 }
 
@@ -164,14 +163,12 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
     ModelResult {
         model: "demo".into(),
         variant: variant.into(),
-        recipe: None,
         weight_bytes,
         bits_per_weight,
         file_bytes: weight_bytes,
         tasks: tasks.into_iter().map(|(task, acc)| (task.to_owned(), score(acc))).collect(),
         kld: (loss > 0.0).then_some(kld),
         perplexity: Some(1.69 + loss),
-        perplexities: None,
         speed: Some(Speed {
             prefill_tokens_per_s: 4000.0 + 1e6 * loss,
             decode_tokens_per_s: 300.0 + 1e5 * loss,
@@ -182,14 +179,7 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
             repetitions: 3,
         }),
         memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000 },
-        provenance: Evidence {
-            tool: "strata".into(),
-            sha256: String::new(),
-            backend: "cpu".into(),
-            threads: 2,
-            processor: String::new(),
-            text: String::new(),
-            limit: None,
-        },
+        provenance: Evidence { tool: "strata".into(), backend: "cpu".into(), threads: 2, ..Evidence::default() },
+        ..ModelResult::default()
     }
 }

@@ -37,6 +37,43 @@ fn formats_go_to_the_selection_and_to_the_cursor_without_one() {
 }
 
 #[test]
+fn formats_cycle_and_are_copied_between_blocks() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &[">"]);
+    assert_eq!(state.document.draft().plan.blocks[0], Format::W4A16, "after w8a8");
+    press(&mut state, &["<", "<"]);
+    assert_eq!(state.document.draft().plan.blocks[0], Format::W8A16);
+    press(&mut state, &["p"]);
+    assert!(state.message.as_ref().unwrap().text.contains("nothing is copied"));
+    press(&mut state, &["6", "y", "j", "s", "p", "esc"]);
+    assert_eq!(formats(&state), "ff8f88f8f88f", "one format goes to the selection");
+    press(&mut state, &["g", "v", "j", "j", "y", "v", "esc", "G", "k", "k", "k", "p"]);
+    assert_eq!(formats(&state), "ff8f88f8ff8f", "several go to the blocks from the cursor on");
+    assert_eq!(state.document.history().0.last(), Some(&"formats pasted to blocks 8-10"));
+}
+
+#[test]
+fn presets_plan_beside_history_and_gpu() {
+    let mut state = fresh((80, 24));
+    press(&mut state, &["P", "3"]);
+    assert_eq!(formats(&state), "484848848488", "phase 3");
+    press(&mut state, &["P", "down", "down", "down", "down", "down", "down", "enter"]);
+    assert_eq!(formats(&state), "484888848888", "SSM blocks in front of attention stay wide");
+    press(&mut state, &["2", "b"]);
+    let screen = text(&render(&state, (80, 24)));
+    assert!(screen.contains("difference") && screen.contains("blocks      9: 1 3 4 5 6 8 9 10 11"), "{screen}");
+    press(&mut state, &["b", "t", "8"]);
+    assert_eq!(state.plan.gpu.name, "H200");
+    assert_eq!(state.ui().gpu.as_deref(), Some("H200"));
+    assert!(text(&render(&state, (80, 24))).contains("H200        ~fits with"));
+    press(&mut state, &["H", "up", "up", "enter"]);
+    assert_eq!(formats(&state), "888888888888", "as opened");
+    assert_eq!(state.document.history().1, ["formats of phase3", "formats of suggested"]);
+    press(&mut state, &["H", "down", "enter"]);
+    assert_eq!(formats(&state), "484848848488");
+}
+
+#[test]
 fn predictions_change_in_the_same_frame() {
     let mut state = fresh((160, 48));
     let before = text(&render(&state, (160, 48)));
@@ -241,7 +278,7 @@ proptest! {
             render(&state, size);
         }
         let session = state.document.session();
-        let reopened = Document::of_layout(session.clone(), (*state.document.layout).clone()).unwrap();
+        let reopened = Document::of_config(session.clone(), (*state.document.config).clone()).unwrap();
         prop_assert_eq!(reopened.session(), session);
         for (again, draft) in reopened.drafts.iter().zip(&state.document.drafts) {
             prop_assert_eq!(&again.plan, &draft.plan);

@@ -1,14 +1,15 @@
-//! Results that other programs measured, as records of the result store.
+//! A `results_*.json` of lm-evaluation-harness, as a record.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::store::{RECORD_SCHEMA, Record, utc};
+use super::super::store::{RECORD_SCHEMA, Record, utc};
+use super::HARNESS;
 use crate::error::{Error, Result};
 use crate::eval::ModelResult;
-use crate::eval::result::{Evidence, Memory};
+use crate::eval::result::Evidence;
 use crate::eval::score::TaskScore;
 use crate::eval::tasks::Task;
 
@@ -33,10 +34,10 @@ struct HarnessRows {
 }
 
 /// The record of a result file of lm-evaluation-harness. Tasks without an accuracy are left out.
-pub fn harness(bytes: &[u8], origin: &str) -> Result<Record> {
+pub fn record(bytes: &[u8], origin: &str) -> Result<Record> {
     let file: HarnessFile = serde_json::from_slice(bytes).map_err(|error| {
         Error::input(format!("{origin} is not a result file of lm-evaluation-harness: {error}"))
-            .hint("give the results_*.json that `lm_eval --output_path` writes")
+            .hint("give the results_*.json or samples_*.jsonl that `lm_eval` writes, or the output of llama-perplexity")
     })?;
     let mut tasks = BTreeMap::new();
     for (name, metrics) in &file.results {
@@ -57,27 +58,16 @@ pub fn harness(bytes: &[u8], origin: &str) -> Result<Record> {
     let result = ModelResult {
         model,
         variant,
-        recipe: None,
-        weight_bytes: 0,
-        bits_per_weight: 0.0,
-        file_bytes: 0,
         tasks,
-        kld: None,
-        perplexity: None,
-        perplexities: None,
-        speed: None,
-        memory: Memory { peak_bytes: 0, resident_weight_bytes: 0 },
         provenance: Evidence {
-            tool: "lm-evaluation-harness".into(),
-            sha256: String::new(),
+            tool: HARNESS.into(),
             backend: text("device").unwrap_or_default(),
-            threads: 0,
-            processor: String::new(),
-            text: String::new(),
             limit: file.config.get("limit").and_then(Value::as_f64).map(|limit| limit as usize),
+            ..Evidence::default()
         },
+        ..ModelResult::default()
     };
-    Ok(Record { schema: RECORD_SCHEMA.into(), time: utc(file.date as u64), source: "lm-evaluation-harness".into(), session: None, result })
+    Ok(Record { schema: RECORD_SCHEMA.into(), time: utc(file.date as u64), source: HARNESS.into(), session: None, result })
 }
 
 #[cfg(test)]
@@ -98,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_result_file_of_the_harness_becomes_a_record() {
-        let record = harness(FILE.as_bytes(), "results.json").unwrap();
+        let record = record(FILE.as_bytes(), "results.json").unwrap();
         assert_eq!((record.time.as_str(), record.source.as_str()), ("2000-02-29T12:34:56Z", "lm-evaluation-harness"));
         assert_eq!((record.result.model.as_str(), record.result.variant.as_str()), ("org/model", "model"));
         assert_eq!(record.result.tasks.keys().collect::<Vec<_>>(), ["arc_easy", "winogrande"]);
@@ -110,7 +100,7 @@ mod tests {
 
     #[test]
     fn other_files_are_refused() {
-        assert!(harness(b"{}", "x.json").unwrap_err().message.contains("x.json is not a result file"));
-        assert!(harness(br#"{"results": {"wikitext": {}}}"#, "x.json").unwrap_err().message.contains("no task"));
+        assert!(record(b"{}", "x.json").unwrap_err().message.contains("x.json is not a result file"));
+        assert!(record(br#"{"results": {"wikitext": {}}}"#, "x.json").unwrap_err().message.contains("no task"));
     }
 }

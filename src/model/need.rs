@@ -1,0 +1,60 @@
+//! What reading a model takes of the host's memory, before anything is loaded.
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+
+/// Logits that are computed at a time, at most: 128 MiB.
+pub const HEAD_VALUES: usize = 1 << 25;
+
+/// Bytes of memory, estimated from shapes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryNeed {
+    /// Embedding, final norm and head.
+    pub ends: u64,
+    /// All blocks, and the largest of them.
+    pub blocks: u64,
+    pub largest_block: u64,
+    /// Activations and logits of the largest batch.
+    pub batch: u64,
+}
+
+impl MemoryNeed {
+    /// For reading `checkpoint` in batches of up to `batch_tokens` tokens.
+    pub fn of(checkpoint: &Checkpoint, batch_tokens: usize) -> Result<Self> {
+        let layout = &checkpoint.layout;
+        let blocks = layout.blocks.iter().map(|block| checkpoint.loaded_bytes(&block.linears)).collect::<Result<Vec<_>>>()?;
+        let ends = checkpoint.loaded_bytes([&layout.embedding, &layout.head])?;
+        let hidden = checkpoint.config.hidden_size;
+        let widest = layout.blocks.iter().flat_map(|block| &block.linears).map(|linear| linear.rows.max(linear.cols)).max();
+        // A block holds its input, a norm of it, and about three tensors of its widest linear.
+        let activations = 4 * batch_tokens * (2 * hidden + 3 * widest.unwrap_or(hidden));
+        let logits = 4 * (batch_tokens * layout.head.rows).min(HEAD_VALUES);
+        Ok(Self {
+            ends,
+            blocks: blocks.iter().sum(),
+            largest_block: blocks.iter().copied().max().unwrap_or(0),
+            batch: (activations + logits) as u64,
+        })
+    }
+
+    /// With every block loaded.
+    pub fn resident(&self) -> u64 {
+        self.ends + self.blocks + self.batch
+    }
+
+    /// With one block loaded at a time, batches between blocks not counted.
+    pub fn streamed(&self) -> u64 {
+        self.ends + self.largest_block + self.batch
+    }
+
+    /// The need against what there is, in words.
+    pub fn statement(&self, host_memory: u64) -> String {
+        let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
+        let (resident, streamed, limit) = (mb(self.resident()), mb(self.streamed()), mb(host_memory));
+        if self.resident() <= host_memory {
+            format!("about {resident} of memory, {limit} may be taken")
+        } else {
+            format!("about {resident} of memory whole, {streamed} and what waits between blocks block by block; {limit} may be taken")
+        }
+    }
+}
