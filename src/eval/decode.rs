@@ -12,6 +12,9 @@ use crate::error::Result;
 use crate::model::Hybrid;
 use crate::monitor::Monitor;
 
+/// Tokens that are decoded unless something else is asked for.
+pub const DEFAULT_TOKENS: usize = 8192;
+
 /// Positions of which every one is compared: the head figures are over these.
 pub const DENSE_TOKENS: usize = 2048;
 /// Beyond them one position in so many is compared, to see how the error grows with the position.

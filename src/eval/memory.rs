@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Config, Layout};
-use crate::format::BlockKind;
+use crate::checkpoint::{Config, Layout, VariantManifest};
+use crate::format::{BlockKind, CacheFormat, SsmActivations};
 
 /// Context lengths that caches are predicted for.
 pub const CONTEXTS: [u64; 4] = [4 << 10, 32 << 10, 128 << 10, 1 << 20];
@@ -27,17 +27,32 @@ impl CacheBytes {
     }
 }
 
-/// Bytes of the caches of one sequence of `context` tokens, from the shapes of a model that keeps them in f32.
-pub fn predict_caches(config: &Config, layout: &Layout, context: u64) -> CacheBytes {
+/// Bytes of the caches of one sequence of `context` tokens, from the shapes and in the formats of a model; one that is no
+/// variant keeps them in f32.
+pub fn predict_caches(config: &Config, layout: &Layout, variant: Option<&VariantManifest>, context: u64) -> CacheBytes {
+    let formats = variant.map(|variant| variant.cache).unwrap_or_default();
     let count = |kind| layout.blocks.iter().filter(|block| block.kind == kind).count() as u64;
     let (mamba, attention) = (&config.mamba, &config.attention);
     let state = (mamba.heads * mamba.head_dim * mamba.state) as u64;
+    // A scale for each head of x, and for each group of B and of C.
+    let scale_run = (mamba.conv_channels() / (mamba.heads + 2 * mamba.groups).max(1)).max(1) as u64;
     let window = (mamba.conv_kernel.saturating_sub(1) * mamba.conv_channels()) as u64;
+    let conv = layout.blocks.iter().filter(|block| block.kind == BlockKind::Ssm).map(|block| {
+        let int8 = |variant: &&VariantManifest| variant.plan.blocks[block.index].quantizes_activations();
+        match variant.filter(int8).map(|variant| variant.activations.ssm) {
+            // Codes, whose scales are the variant's.
+            Some(SsmActivations::Int8Static) => window,
+            Some(SsmActivations::Int8PerToken) => CacheFormat::Int8.bytes(window, scale_run),
+            _ => formats.conv.bytes(window, scale_run),
+        }
+    });
+    let conv = conv.sum();
     CacheBytes {
         context,
-        kv: 4 * count(BlockKind::Attention) * context * 2 * (attention.kv_heads * attention.head_dim) as u64,
-        state: 4 * count(BlockKind::Ssm) * state,
-        conv: 4 * count(BlockKind::Ssm) * window,
+        kv: count(BlockKind::Attention)
+            * formats.kv.bytes(context * 2 * (attention.kv_heads * attention.head_dim) as u64, attention.head_dim as u64),
+        state: count(BlockKind::Ssm) * formats.state.bytes(state, mamba.state as u64),
+        conv,
     }
 }
 
@@ -81,7 +96,7 @@ mod tests {
             "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "num_attention_heads": 32,
             "num_key_value_heads": 8, "attention_head_dim": 128}"#;
         let config = Config::parse(config).unwrap();
-        let found = predict_caches(&config, &Layout::new(&config), 1 << 20);
+        let found = predict_caches(&config, &Layout::new(&config), None, 1 << 20);
         let expected = CacheBytes { context: 1 << 20, kv: 34_359_738_368, state: 100_663_296, conv: 2_949_120 };
         assert_eq!(found, expected);
         assert_eq!(found.total(), 34_463_350_784);

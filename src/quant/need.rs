@@ -1,6 +1,6 @@
 //! What quantizing takes of the host's memory, before it starts.
 
-use crate::checkpoint::{BlockSpec, Layout};
+use crate::checkpoint::{BlockSpec, Layout, LinearSpec};
 
 /// Bytes of memory, estimated from shapes. One block is in memory at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub struct MemoryNeed {
 impl MemoryNeed {
     /// For a sample of `tokens` tokens in all; `hessians`: whether rounding needs them.
     pub fn of(layout: &Layout, hidden: usize, tokens: usize, hessians: bool) -> Self {
-        let weights = |block: &BlockSpec| block.linears.iter().map(|linear| linear.weights()).sum::<u64>();
+        let weights = |block: &BlockSpec| block.linears.iter().map(LinearSpec::weights).sum::<u64>();
         let square = |cols: usize| (cols * cols) as u64;
         let moments = |block: &BlockSpec| {
             let largest = block.linears.iter().map(|linear| square(linear.cols)).max().unwrap_or(0);
