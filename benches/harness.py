@@ -7,12 +7,14 @@
     python3 benches/harness.py --data DIR --tasks arc_easy,piqa  # public rows as JSON lines, one file a task
 
 Every round runs strata in f32, the harness in f32 and strata in W8A8, one after another, so that a machine that others
-use slows all of them alike; the ratio is that of the medians. The harness is timed from its loaded model to its results,
-strata from the start of its process to its end.
+use slows all of them alike; ratios are those of the medians. The harness is timed from its loaded model to its results,
+strata from the start of its process to its end. Processor time is printed beside wall time, since only it means
+something on a busy machine.
 """
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -52,26 +54,31 @@ def harness(model, tasks, data, threads, batch):
             shutil.copy(helper, folder)
     lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch, trust_remote_code=False)
     manager = TaskManager(include_path=str(folder))
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     found = lm_eval.simple_evaluate(model=lm, tasks=["local_" + task for task in tasks], task_manager=manager, bootstrap_iters=0)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     shutil.rmtree(folder)
     rows = sum(counts["effective"] for counts in found["n-samples"].values())
     acc = {name.removeprefix("local_"): metrics["acc,none"] for name, metrics in found["results"].items()}
-    print(json.dumps({"seconds": seconds, "rows": rows, "acc": acc, "torch": torch.__version__, "transformers": transformers.__version__}))
+    print(json.dumps({"seconds": seconds, "cpu": busy, "rows": rows, "acc": acc, "torch": torch.__version__, "transformers": transformers.__version__}))
 
 
 def strata(binary, model, tasks, data, threads, home):
     command = [binary, "eval", model, "--tasks", ",".join(tasks), "--data", data, "--windows", "0", "--no-speed", "--fresh", "--json",
                "--threads", str(threads)]
     environment = dict(os.environ, XDG_DATA_HOME=home, XDG_CACHE_HOME=home)
-    start = time.perf_counter()
+    def children():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    start, busy = time.perf_counter(), children()
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, children() - busy
     if run.returncode != 0:
         sys.exit(run.stderr)
     tasks = json.loads(run.stdout)["results"][0]["tasks"]
-    return {"seconds": seconds, "rows": sum(task["rows"] for task in tasks.values()), "acc": {name: task["acc"] for name, task in tasks.items()}}
+    rows = sum(task["rows"] for task in tasks.values())
+    return {"seconds": seconds, "cpu": busy, "rows": rows, "acc": {name: task["acc"] for name, task in tasks.items()}}
 
 
 def main():
@@ -110,19 +117,20 @@ def main():
         runs["lm-evaluation-harness f32"] = json.loads(run.stdout.strip().splitlines()[-1])
         runs["strata W8A8"] = strata(options.binary, variant, tasks, options.data, options.threads, home)
         for name, run in runs.items():
-            times[name].append(run["seconds"])
+            times[name].append((run["seconds"], run["cpu"]))
         own, theirs = runs["strata f32"], runs["lm-evaluation-harness f32"]
         if own["rows"] != theirs["rows"] or any(abs(own["acc"][task] - theirs["acc"][task]) > 0.002 for task in tasks):
             sys.exit(f"the two do not agree: {own}, {theirs}")
-        print(f"round {turn + 1}: " + ", ".join(f"{name} {run['seconds']:.1f} s" for name, run in runs.items()), file=sys.stderr, flush=True)
+        print(f"round {turn + 1}: " + ", ".join(f"{name} {run['seconds']:.1f} s ({run['cpu']:.1f} s cpu)" for name, run in runs.items()), file=sys.stderr, flush=True)
     rows = own["rows"]
     print(f"{rows} rows of {options.tasks}, {options.threads} threads, {options.rounds} rounds, load {os.getloadavg()[0]:.1f}; "
           f"torch {theirs['torch']}, transformers {theirs['transformers']}")
-    base = statistics.median(times["lm-evaluation-harness f32"])
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
-        print(f"{name:<27} {median:7.1f} s ({spread})  {rows / median:7.0f} rows/s  {base / median:5.2f} x the harness")
+    medians = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in times.items()}
+    base, base_cpu = medians["lm-evaluation-harness f32"]
+    for name, (median, cpu) in medians.items():
+        spread = f"{min(times[name])[0]:.1f} to {max(times[name])[0]:.1f}"
+        print(f"{name:<27} {median:7.1f} s ({spread}), cpu {cpu:6.1f} s  {rows / median:6.0f} rows/s  "
+              f"{base / median:5.2f} x the harness, by cpu {base_cpu / cpu:5.2f} x")
     shutil.rmtree(home)
 
 

@@ -202,3 +202,92 @@ fn a_variant_is_not_quantized_again_nor_compared_with_itself() {
     refused(&["quantize", out, "--recipe", "phase1"], &["quantized already"]);
     refused(&["compare", out, out], &["quantized itself"]);
 }
+
+/// The demo as a directory, its configuration and tokenizer changed.
+fn demo_copy(folder: &Path, change: impl Fn(&str, String) -> String) -> String {
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        let text = std::fs::read_to_string(Path::new("models/demo").join(file)).unwrap();
+        std::fs::write(folder.join(file), change(file, text)).unwrap();
+    }
+    std::fs::copy("models/demo/model.safetensors", folder.join("model.safetensors")).unwrap();
+    folder.display().to_string()
+}
+
+/// Arguments of an evaluation of tasks or text alone.
+const SHORT: [&str; 5] = ["--no-speed", "--window-tokens", "32", "--limit", "6"];
+
+#[test]
+fn bad_rows_name_file_and_line_or_are_counted() {
+    let folder = TempDir::new().unwrap();
+    let data = folder.path().to_str().unwrap();
+    let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
+    let rows: [(&[u8], &str); 5] = [
+        (br#"{"goal": "g", "sol1": "a", "label": 0}"#, "missing field `sol2`"),
+        (br#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}"#, "there are 2"),
+        (br#"{"goal": "g", "sol1": "", "sol2": "b", "label": 0}"#, "choice 0 is empty"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"{]", "column 2"),
+    ];
+    for (row, expected) in rows {
+        std::fs::write(folder.path().join("piqa.jsonl"), [good.as_bytes(), row, good.as_bytes()].join(&b'\n')).unwrap();
+        let arguments = [&["eval", "demo", "--tasks", "piqa", "--data", data, "--windows", "0"][..], &SHORT].concat();
+        refused(&arguments, &["piqa.jsonl, line 2", expected]);
+        let skipping = strata(folder.path()).args(arguments).args(["--skip-bad-rows", "--json"]).output().unwrap();
+        let results: serde_json::Value = serde_json::from_str(&common::succeeded(&skipping)).unwrap();
+        assert_eq!(
+            (&results["results"][0]["tasks"]["piqa"]["rows"], &results["results"][0]["tasks"]["piqa"]["skipped"]),
+            (&2.into(), &1.into())
+        );
+        assert!(text(&skipping.stderr).contains("1 bad rows were left out"));
+    }
+}
+
+#[test]
+fn a_task_without_rows() {
+    let folder = TempDir::new().unwrap();
+    let data = folder.path().to_str().unwrap();
+    refused(&["eval", "demo", "--tasks", "piqa", "--data", data], &["has no piqa.jsonl"]);
+    std::fs::write(folder.path().join("piqa.jsonl"), "\n\n").unwrap();
+    refused(&["eval", "demo", "--tasks", "piqa", "--data", data], &["piqa.jsonl has no rows"]);
+}
+
+#[test]
+fn a_context_longer_than_the_model_is_cut_and_counted() {
+    let folder = TempDir::new().unwrap();
+    let long = std::fs::read_to_string("models/demo/config.json").unwrap();
+    let long = long.lines().find(|line| line.contains("max_position_embeddings")).unwrap().to_owned();
+    let model = demo_copy(folder.path(), |_, text| text.replace(&long, "  \"max_position_embeddings\": 16,"));
+    let run = strata(folder.path()).args(["eval", &model, "--tasks", "piqa", "--windows", "0", "--json"]).args(SHORT).output().unwrap();
+    let results: serde_json::Value = serde_json::from_str(&common::succeeded(&run)).unwrap();
+    let task = &results["results"][0]["tasks"]["piqa"];
+    let cut = task["truncated"].as_u64().unwrap();
+    assert!(cut > 0 && task["rows"] == 6, "{task}");
+    let stderr = text(&run.stderr);
+    assert!(stderr.contains(&format!("piqa: {cut} contexts were cut from the left to 16 tokens")), "{stderr}");
+}
+
+#[test]
+fn a_tokenizer_of_another_model() {
+    let folder = TempDir::new().unwrap();
+    let small = broken(folder.path(), |_| {});
+    std::fs::copy("models/demo/tokenizer.json", folder.path().join("tokenizer.json")).unwrap();
+    refused(&["eval", &small, "--tasks", "piqa", "--data", "embedded"], &["the tokenizer has 1536 tokens", "vocabulary"]);
+    let missing = TempDir::new().unwrap();
+    let model = broken(missing.path(), |_| {});
+    refused(&["eval", &model, "--tasks", "piqa", "--data", "embedded"], &["has no tokenizer.json"]);
+}
+
+#[test]
+fn a_reference_with_another_tokenizer() {
+    let folder = TempDir::new().unwrap();
+    // The same tokens, spelt in another file: nothing says that it is the same tokenizer.
+    let model = demo_copy(folder.path(), |file, text| if file == "tokenizer.json" { format!("{text}\n") } else { text });
+    let arguments = [&["compare", "demo", &model, "--tasks", "none", "--windows", "1"][..], &SHORT].concat();
+    refused(&arguments, &["another tokenizer"]);
+}
+
+#[test]
+fn memory_and_speed_that_cannot_be() {
+    refused(&["eval", "demo", "--speed-prompts", "0"], &["0 tokens"]);
+    refused(&["eval", "demo", "--host-memory", "1MB", "--tasks", "piqa", "--limit", "2"], &["demo cannot be read", "1 MB may be taken"]);
+}

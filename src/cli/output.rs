@@ -39,7 +39,7 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
         let evidence = &result.provenance;
         line("")?;
         line("accuracy in percent: acc_norm for arc_challenge and hellaswag, acc for the others; KLD in nats a token from the first row")?;
-        line(&format!("{} on {} ({} threads); text: {}", evidence.backend, evidence.processor, evidence.threads, evidence.text))?;
+        line(&report::evidence(evidence))?;
     }
     if set.results.iter().any(|result| result.perplexities.is_some()) {
         line("")?;
@@ -48,7 +48,7 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
         line("ppl (gptq): every token of a window but its first; ppl (llama.cpp): the second half of each window")?;
         line("RMS dp: root mean square difference of the probability of the token that follows")?;
         if let Some(floor) = set.results.iter().find_map(|result| result.noise_floor.as_ref()) {
-            line(&format!("rounded: from itself with {}; divergences near it say nothing about a variant", floor.rounding))?;
+            line(&format!("rounded: from itself with {}; divergences near or below it say nothing about a variant", floor.rounding))?;
         }
     }
     if set.results.iter().any(|result| result.kld_decode.is_some()) {
@@ -60,6 +60,10 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
     if set.results.iter().any(|result| result.speed_points.len() > 1) {
         line("")?;
         table(&report::speed(&set.results))?;
+        line("")?;
+        line(
+            "per token: one decoding step of all sequences; SSM+conv, KV: bytes of one sequence's caches behind its last token, measured",
+        )?;
     }
     line("")?;
     table(&report::memory(&set.results))?;

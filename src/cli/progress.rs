@@ -42,7 +42,7 @@ impl Follow {
                     bar.finish_and_clear();
                 }
             }
-            Event::Evaluated { .. } | Event::Text { .. } => {}
+            Event::Evaluated { .. } | Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
         }
     }
 

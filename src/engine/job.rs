@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Event, JobId};
+use super::{Event, JobId, ObserveJob, PlaygroundJob, observe, playground};
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
@@ -24,6 +24,10 @@ pub enum Job {
     Generate(Box<GenerateJob>),
     /// Write logits and residual streams.
     Trace(Box<TraceJob>),
+    /// Observe the inputs of every linear; an `Observed` event a block.
+    Observe(Box<ObserveJob>),
+    /// Continue a prompt with two models; a `Spoken` event a token.
+    Playground(Box<PlaygroundJob>),
 }
 
 /// Continue a prompt.
@@ -75,6 +79,8 @@ impl Job {
             }
             Self::Generate(job) => format!("generate with {}", job.model),
             Self::Trace(job) => format!("trace {}", job.model),
+            Self::Observe(job) => format!("observe {}", job.model),
+            Self::Playground(_) => "playground".into(),
         }
     }
 }
@@ -89,6 +95,8 @@ pub(super) fn run(id: JobId, job: Job, cancel: &CancelToken, pause: &PauseToken,
             evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
         Job::Generate(job) => generate(id, &job, &monitor, send),
+        Job::Observe(job) => observe::observe(id, &Cpu, &job, &monitor, send),
+        Job::Playground(job) => playground::play(id, || Cpu, &job, &monitor, send),
         Job::Trace(job) => {
             trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }

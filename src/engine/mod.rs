@@ -4,7 +4,10 @@
 //! how far a job is. The workbench and the headless commands use the same engine and the same jobs; neither holds a
 //! tensor.
 
+pub mod inspect;
 mod job;
+mod observe;
+pub mod playground;
 mod progress;
 
 use std::collections::HashMap;
@@ -16,6 +19,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use observe::{BlockInputs, ObserveJob};
+pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};
 
 use crate::checkpoint::VariantManifest;
@@ -60,6 +65,16 @@ pub enum Event {
         id: JobId,
         piece: String,
         tokens: usize,
+    },
+    /// The inputs of a block's linears were observed.
+    Observed {
+        id: JobId,
+        inputs: Box<BlockInputs>,
+    },
+    /// Both models of a playground said their next token.
+    Spoken {
+        id: JobId,
+        step: Box<PlaygroundStep>,
     },
     Finished {
         id: JobId,

@@ -81,7 +81,7 @@ impl Progress {
             Event::Started { title, .. } => *self = Self::begin(title.clone(), now),
             Event::Report { report, .. } => self.report(report, now),
             Event::Evaluated { .. } => self.evaluated += 1,
-            Event::Quantized { .. } | Event::Text { .. } | Event::Finished { .. } => {}
+            Event::Quantized { .. } | Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } | Event::Finished { .. } => {}
         }
     }
 

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Config, Layout, VariantManifest};
-use crate::format::{BlockKind, CacheFormat, SsmActivations};
+use crate::checkpoint::{Config, Layout};
+use crate::format::{BlockKind, CacheFormats};
 
 /// Context lengths that caches are predicted for.
 pub const CONTEXTS: [u64; 4] = [4 << 10, 32 << 10, 128 << 10, 1 << 20];
@@ -27,32 +27,18 @@ impl CacheBytes {
     }
 }
 
-/// Bytes of the caches of one sequence of `context` tokens, from the shapes and in the formats of a model; one that is no
-/// variant keeps them in f32.
-pub fn predict_caches(config: &Config, layout: &Layout, variant: Option<&VariantManifest>, context: u64) -> CacheBytes {
-    let formats = variant.map(|variant| variant.cache).unwrap_or_default();
+/// Bytes of the caches of one sequence of `context` tokens, from the shapes of a model that keeps them in `formats`.
+pub fn predict_caches(config: &Config, layout: &Layout, formats: CacheFormats, context: u64) -> CacheBytes {
     let count = |kind| layout.blocks.iter().filter(|block| block.kind == kind).count() as u64;
     let (mamba, attention) = (&config.mamba, &config.attention);
     let state = (mamba.heads * mamba.head_dim * mamba.state) as u64;
-    // A scale for each head of x, and for each group of B and of C.
-    let scale_run = (mamba.conv_channels() / (mamba.heads + 2 * mamba.groups).max(1)).max(1) as u64;
+    let kv = (attention.kv_heads * attention.head_dim) as u64;
     let window = (mamba.conv_kernel.saturating_sub(1) * mamba.conv_channels()) as u64;
-    let conv = layout.blocks.iter().filter(|block| block.kind == BlockKind::Ssm).map(|block| {
-        let int8 = |variant: &&VariantManifest| variant.plan.blocks[block.index].quantizes_activations();
-        match variant.filter(int8).map(|variant| variant.activations.ssm) {
-            // Codes, whose scales are the variant's.
-            Some(SsmActivations::Int8Static) => window,
-            Some(SsmActivations::Int8PerToken) => CacheFormat::Int8.bytes(window, scale_run),
-            _ => formats.conv.bytes(window, scale_run),
-        }
-    });
-    let conv = conv.sum();
     CacheBytes {
         context,
-        kv: count(BlockKind::Attention)
-            * formats.kv.bytes(context * 2 * (attention.kv_heads * attention.head_dim) as u64, attention.head_dim as u64),
+        kv: count(BlockKind::Attention) * formats.kv.bytes(context * 2 * kv, attention.head_dim as u64),
         state: count(BlockKind::Ssm) * formats.state.bytes(state, mamba.state as u64),
-        conv,
+        conv: count(BlockKind::Ssm) * formats.conv.bytes(window, mamba.conv_channels() as u64),
     }
 }
 
@@ -86,6 +72,7 @@ pub fn available_bytes() -> Option<u64> {
 mod tests {
     use super::*;
     use crate::checkpoint::{Config, Layout};
+    use crate::format::CacheFormat;
 
     /// Nemotron-H 8B by hand: 4 attention blocks of 8 x 128 keys and values; 24 SSM blocks of 128 heads x 64 x state 128,
     /// a window of 3 x (8192 + 2 x 8 x 128) inputs.
@@ -96,9 +83,14 @@ mod tests {
             "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "num_attention_heads": 32,
             "num_key_value_heads": 8, "attention_head_dim": 128}"#;
         let config = Config::parse(config).unwrap();
-        let found = predict_caches(&config, &Layout::new(&config), None, 1 << 20);
+        let found = predict_caches(&config, &Layout::new(&config), CacheFormats::default(), 1 << 20);
         let expected = CacheBytes { context: 1 << 20, kv: 34_359_738_368, state: 100_663_296, conv: 2_949_120 };
         assert_eq!(found, expected);
         assert_eq!(found.total(), 34_463_350_784);
+        // int8 with an f32 scale for each head and token, and for each head and channel.
+        let formats = CacheFormats { kv: CacheFormat::Int8, state: CacheFormat::Int8, conv: CacheFormat::F16 };
+        let found = predict_caches(&config, &Layout::new(&config), formats, 1 << 20);
+        let expected = CacheBytes { context: 1 << 20, kv: 8_589_934_592 + 268_435_456, state: 25_165_824 + 786_432, conv: 1_474_560 };
+        assert_eq!(found, expected);
     }
 }

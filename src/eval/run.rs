@@ -17,6 +17,7 @@ use super::{hardware, memory, text};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, TOOL};
 use crate::error::{Error, Result};
+use crate::format::{CacheFormat, SsmActivations};
 use crate::model::Reader;
 use crate::monitor::Monitor;
 
@@ -255,6 +256,11 @@ impl<B: Backend> Evaluation<'_, B> {
         (speed, speed_points): (Option<Speed>, Vec<SpeedPoint>),
     ) -> Result<ModelResult> {
         let checkpoint = self.checkpoint;
+        let mut formats = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();
+        if checkpoint.variant.as_ref().is_some_and(|variant| variant.activations.ssm != SsmActivations::Float) {
+            // Such mixers keep the codes that they compute with.
+            formats.conv = CacheFormat::Int8;
+        }
         let perplexities = Perplexity::of(&reading.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
         Ok(ModelResult {
@@ -274,7 +280,7 @@ impl<B: Backend> Evaluation<'_, B> {
             speed,
             speed_points,
             caches: memory::CONTEXTS
-                .map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, checkpoint.variant.as_ref(), context))
+                .map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, formats, context))
                 .to_vec(),
             memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.reader.resident_bytes() },
             provenance: Evidence {

@@ -64,6 +64,11 @@ pub struct SpeedPoint {
     /// Seconds of a decoding step, which gives each sequence a token.
     pub token_s: f64,
     pub token_spread: f64,
+    /// Bytes of the caches of one sequence behind the last token: SSM states and convolution windows, keys and values.
+    #[serde(default)]
+    pub state_bytes: u64,
+    #[serde(default)]
+    pub kv_bytes: u64,
 }
 
 impl SpeedPoint {
@@ -115,6 +120,7 @@ fn time<B: Backend>(
     let next: Vec<u32> = text.iter().copied().cycle().skip(prompt_tokens).take(request.decode_tokens).collect();
     let prompts = prompt.repeat(sequences);
     let (mut first, mut token) = (Vec::new(), Vec::new());
+    let mut cached = (0, 0);
     // The first round warms caches and clocks up and is not counted.
     for round in 0..=request.repetitions {
         let mut cache = model.cache(sequences);
@@ -130,6 +136,7 @@ fn time<B: Backend>(
             first.push((after_prompt - start).as_secs_f64());
             token.push(after_prompt.elapsed().as_secs_f64() / next.len() as f64);
         }
+        cached = model.cache_bytes(&cache);
         note(round + 1)?;
     }
     Ok(SpeedPoint {
@@ -139,6 +146,8 @@ fn time<B: Backend>(
         first_token_spread: spread(&first),
         token_s: statistics::median(&token),
         token_spread: spread(&token),
+        state_bytes: cached.0 / sequences as u64,
+        kv_bytes: cached.1 / sequences as u64,
     })
 }
 
@@ -151,6 +160,24 @@ fn spread(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::checkpoint;
+    use crate::eval::memory;
+    use crate::format::CacheFormats;
+
+    /// The prediction that is made for contexts too long to try.
+    #[test]
+    fn caches_take_the_bytes_that_are_predicted() {
+        let checkpoint = checkpoint::open(checkpoint::DEMO).unwrap();
+        let model = Hybrid::load(Cpu, &checkpoint).unwrap();
+        let request = SpeedRequest { prompt_tokens: 20, decode_tokens: 4, repetitions: 1, grid: vec![(7, 3)] };
+        let (_, points) = measure(&model, &[1, 5, 9], &request, &Monitor::silent()).unwrap();
+        for (point, context) in points.iter().zip([24, 11]) {
+            let predicted = memory::predict_caches(&checkpoint.config, &checkpoint.layout, CacheFormats::default(), context);
+            assert_eq!((point.state_bytes, point.kv_bytes), (predicted.state + predicted.conv, predicted.kv));
+            assert!(point.first_token_s > 0.0 && point.token_s > 0.0);
+        }
+    }
 
     #[test]
     fn the_grid_is_every_prompt_in_every_batch_without_the_usual_one() {

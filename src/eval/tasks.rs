@@ -95,7 +95,9 @@ impl Task {
             }
         }
         if rows.questions.is_empty() {
-            return Err(Error::input(format!("{origin} has no rows{}", if rows.skipped > 0 { " that can be used" } else { "" })));
+            let usable = if rows.skipped > 0 { " that can be used" } else { "" };
+            return Err(Error::input(format!("{origin} has no rows{usable}"))
+                .hint("give one JSON object a line with the field names of the dataset on the hub"));
         }
         Ok(rows)
     }

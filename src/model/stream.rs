@@ -1,7 +1,7 @@
 //! The model one block at a time: batches wait at a block boundary while the block is loaded, so that memory holds
 //! one block and one boundary, whatever the size of the checkpoint.
 
-use super::block::Block;
+use super::block::{Block, Tap};
 use super::hybrid::Ends;
 use crate::backend::{Backend, Sequences};
 use crate::checkpoint::Checkpoint;
@@ -35,6 +35,16 @@ impl<'a, B: Backend> Stream<'a, B> {
         let block = Block::load(self.backend, self.checkpoint, index)?;
         for (h, sequences) in self.boundary.iter_mut().zip(&self.sequences) {
             *h = block.forward(self.backend, h.clone(), sequences, None)?;
+        }
+        Ok(())
+    }
+
+    /// Runs block `index` over every batch; `tap` sees the input of each of its linears.
+    pub fn advance_observed(&mut self, index: usize, tap: &Tap<'_, B>) -> Result<()> {
+        let block = Block::load(self.backend, self.checkpoint, index)?;
+        for (h, sequences) in self.boundary.iter_mut().zip(&self.sequences) {
+            let mixed = block.mix(self.backend, h, sequences, None, Some(tap))?;
+            *h = self.backend.add(h.clone(), &mixed)?;
         }
         Ok(())
     }

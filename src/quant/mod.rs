@@ -16,6 +16,7 @@ mod sample;
 mod transform;
 mod weights;
 
+pub use gptq::round_clipped;
 pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::work_directory;

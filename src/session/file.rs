@@ -146,6 +146,12 @@ pub struct UiSpec {
     /// Column that the results were sorted by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sort: Option<String>,
+    /// Column that the list of blocks was sorted by, `-` in front for largest first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_sort: Option<String>,
+    /// Blocks of a kind were listed together.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub layers_grouped: bool,
     /// GPU that costs were predicted for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<String>,

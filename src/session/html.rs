@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use super::plot;
 use super::report::Table;
+use super::{plot, report};
 use crate::eval::ModelResult;
 
 const STYLE: &str = include_str!("report.css");
@@ -23,8 +23,15 @@ pub fn page(title: &str, tables: &[(&str, Table)], results: &[ModelResult]) -> S
             section(&mut body, title, &plot);
         }
     }
-    for (title, rows) in tables {
+    for (title, rows) in tables.iter().filter(|(_, table)| table.rows().len() > 1) {
         section(&mut body, title, &table(rows));
+    }
+    let mut evidence: Vec<String> =
+        results.iter().filter(|result| !result.provenance.backend.is_empty()).map(|result| report::evidence(&result.provenance)).collect();
+    evidence.dedup();
+    if !evidence.is_empty() {
+        let lines: String = evidence.iter().map(|line| escape(line)).collect::<Vec<_>>().join("<br>\n");
+        section(&mut body, "Measured on", &format!("<p>{lines}</p>\n"));
     }
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\

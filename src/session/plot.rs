@@ -25,7 +25,7 @@ struct Plot {
 impl Plot {
     const WIDTH: f64 = 760.0;
     const LEFT: f64 = 130.0;
-    const RIGHT: f64 = 20.0;
+    const RIGHT: f64 = 45.0;
 
     fn new(height: f64) -> Self {
         Self { height, body: String::new() }
@@ -138,6 +138,13 @@ pub fn size(results: &[ModelResult]) -> Option<String> {
         "middle",
         "bytes of the linears; upwards: mean KLD in nats a token; line: nothing is both smaller and closer",
     );
+    // What the unquantized model is from itself when it rounds: below, differences are noise.
+    let floor = results.iter().find_map(|result| Some(result.noise_floor.as_ref()?.kld.mean.log10()));
+    if let Some(floor) = floor.filter(|floor| (low..=high).contains(floor)) {
+        let (_, y) = place(0.0, floor);
+        plot.line("floor", (Plot::x(0.0), y), (Plot::x(1.0), y));
+        plot.text(Plot::x(0.0) + 6.0, y - 5.0, "start", "noise floor of the reference");
+    }
     // From the smallest on, a point is on the front when it is closer than everything smaller.
     let mut front: Option<(f64, f64)> = None;
     let mut closest = f64::INFINITY;

@@ -3,6 +3,7 @@
 use super::store::Record;
 use crate::eval::memory::CacheBytes;
 use crate::eval::paired::{Comparison, McNemarTest};
+use crate::eval::result::Evidence;
 use crate::eval::statistics::DivergenceSummary;
 use crate::eval::{ModelResult, Task};
 
@@ -181,9 +182,32 @@ pub fn decoding(results: &[ModelResult]) -> Table {
     table
 }
 
+/// What figures were measured on, in a line.
+pub fn evidence(evidence: &Evidence) -> String {
+    let Evidence { tool, backend, processor, threads, cores, memory_bytes, libraries, text, .. } = evidence;
+    let libraries: Vec<String> = libraries.iter().map(|(name, version)| format!("{name} {version}")).collect();
+    let memory = bytes(*memory_bytes);
+    format!(
+        "{backend} on {processor}, {threads} threads of {cores} processors, {memory} of memory; {tool}; {}; text: {text}",
+        libraries.join(", ")
+    )
+}
+
 /// Times at every prompt length and batch size.
 pub fn speed(results: &[ModelResult]) -> Table {
-    let heads = ["variant", "prompt", "sequences", "first token ms", "spread", "per token ms", "spread", "prefill t/s", "decode t/s"];
+    let heads = [
+        "variant",
+        "prompt",
+        "sequences",
+        "first token ms",
+        "spread",
+        "per token ms",
+        "spread",
+        "prefill t/s",
+        "decode t/s",
+        "SSM+conv",
+        "KV",
+    ];
     let mut table = Table::new(&heads);
     for result in results {
         for point in &result.speed_points {
@@ -197,6 +221,8 @@ pub fn speed(results: &[ModelResult]) -> Table {
                 format!("{:.0}%", 100.0 * point.token_spread),
                 format!("{:.0}", point.prefill_tokens_per_s()),
                 format!("{:.0}", point.decode_tokens_per_s()),
+                bytes(point.state_bytes),
+                bytes(point.kv_bytes),
             ]);
         }
     }

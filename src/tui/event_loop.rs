@@ -3,7 +3,7 @@
 //! Its input stream and its screen are parameters, so that tests type keys through it.
 
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, Write};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -13,15 +13,16 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::sleep_until;
 
 use super::document::Document;
-use super::message::{Effect, Msg, SaveOutcome};
-use super::state::State;
+use super::message::{Effect, Msg, SaveOutcome, ToCompare};
+use super::state::{Compared, State};
 use super::terminal::Screen;
 use super::update::update;
 use crate::analysis::Inventory;
 use crate::checkpoint;
+use crate::engine::inspect::inspect as inspect_block;
 use crate::engine::{Engine, Event};
 use crate::error::{Error, Result};
-use crate::eval::memory;
+use crate::eval::{Task, memory, paired};
 use crate::session::Session;
 
 /// Least time between two frames that only jobs ask for; keys are answered at once.
@@ -165,6 +166,37 @@ impl<S: Screen> EventLoop<'_, S> {
                     });
                     continue;
                 }
+                Effect::Look { model, block, cancel } => {
+                    let sender = background.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let send = |look| drop(sender.send(Msg::Looked { model: model.clone(), block, look }));
+                        let outcome = inspect_block(&model, block, &cancel, |look| send(Ok(Some(look))));
+                        send(outcome.map(|()| None));
+                    });
+                    continue;
+                }
+                Effect::Compare(request) => {
+                    let sender = background.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let _ = sender.send(Msg::Compared(compare(*request).map(Box::new)));
+                    });
+                    continue;
+                }
+                Effect::Copy(text) => Msg::Copied(self.screen.copy(&text)),
+                Effect::Write { path, text } => {
+                    let write = || std::fs::File::create_new(&path)?.write_all(text.as_bytes());
+                    let outcome = write().map_err(|error| match error.kind() {
+                        io::ErrorKind::AlreadyExists => {
+                            Error::input(format!("{} is there already", path.display())).hint("give another name")
+                        }
+                        _ => Error::io("writing", &path, &error),
+                    });
+                    Msg::Written { path, outcome }
+                }
+                Effect::Mouse(on) => {
+                    self.screen.set_mouse(on)?;
+                    continue;
+                }
                 Effect::Suspend => {
                     self.screen.suspend()?;
                     let (width, height) = self.screen.size()?;
@@ -204,9 +236,30 @@ fn inspect(model: &str, sha256: Option<&str>) -> Result<Inventory> {
     Inventory::of_checkpoint(&checkpoint)
 }
 
+/// Compares two evaluations; the questions that changed sides come along to be read.
+pub fn compare(request: ToCompare) -> Result<Compared> {
+    let [a, b] = &request.samples;
+    let comparison = paired::compare((&request.names[0], a), (&request.names[1], b));
+    let mut questions = std::collections::BTreeMap::new();
+    for task in Task::ALL {
+        let flips: Vec<usize> = comparison.flips.iter().filter(|flip| flip.task == task.name()).map(|flip| flip.index).collect();
+        if flips.is_empty() {
+            continue;
+        }
+        let rows = match &request.data {
+            Some(directory) => task.from_directory(directory, true)?,
+            None => task.embedded()?,
+        };
+        let known = flips.into_iter().filter_map(|index| Some(((task.name().to_owned(), index), rows.questions.get(index)?.clone())));
+        questions.extend(known);
+    }
+    Ok(Compared { samples: request.samples, comparison, questions })
+}
+
 fn translate(event: io::Result<Input>) -> Result<Option<Msg>> {
     Ok(match event.map_err(|error| Error::run(format!("reading from the terminal failed: {error}")))? {
         Input::Key(key) if key.kind != KeyEventKind::Release => Some(Msg::Key(key)),
+        Input::Mouse(event) => Some(Msg::Mouse(event)),
         Input::Paste(text) => Some(Msg::Paste(text)),
         Input::Resize(width, height) => Some(Msg::Resize(width, height)),
         _ => None,

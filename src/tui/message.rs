@@ -1,20 +1,26 @@
 //! What goes into [`update`](super::update::update) and what comes out of it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crossterm::event::KeyEvent;
+use crossterm::event::{KeyEvent, MouseEvent};
 
 use super::document::Document;
+use super::state::Compared;
 use crate::analysis::Inventory;
+use crate::engine::inspect::Look;
 use crate::engine::{Event, Job, JobId};
 use crate::error::Result;
+use crate::eval::score::Sample;
+use crate::monitor::CancelToken;
 use crate::session::Session;
 
 /// Something happened.
 #[derive(Debug)]
 pub enum Msg {
     Key(KeyEvent),
+    Mouse(MouseEvent),
     Paste(String),
     Resize(u16, u16),
     /// Time since the start, and resident memory of the process.
@@ -36,6 +42,21 @@ pub enum Msg {
         path: PathBuf,
         document: Result<Box<Document>>,
     },
+    /// A part of the answer to [`Effect::Look`]; nothing more comes after `None`.
+    Looked {
+        model: String,
+        block: usize,
+        look: Result<Option<Look>>,
+    },
+    /// The answer to [`Effect::Compare`].
+    Compared(Result<Box<Compared>>),
+    /// The answer to [`Effect::Copy`]: where the text is.
+    Copied(Result<&'static str>),
+    /// The answer to [`Effect::Write`].
+    Written {
+        path: PathBuf,
+        outcome: Result<()>,
+    },
     /// The answer to [`Effect::Inspect`].
     Inspected {
         model: String,
@@ -52,6 +73,15 @@ pub enum SaveOutcome {
     Failed(crate::error::Error),
 }
 
+/// Two evaluations.
+#[derive(Debug, Clone)]
+pub struct ToCompare {
+    pub names: [String; 2],
+    pub samples: [Arc<Vec<Sample>>; 2],
+    /// Where the tasks' rows are, when not compiled in.
+    pub data: Option<PathBuf>,
+}
+
 /// Something is to be done outside the state.
 #[derive(Debug)]
 pub enum Effect {
@@ -66,6 +96,23 @@ pub enum Effect {
     Open(PathBuf),
     /// Read the session's weights for what the inventory says of them.
     Inspect,
+    /// Look at the weights of a block, until it is cancelled.
+    Look {
+        model: String,
+        block: usize,
+        cancel: CancelToken,
+    },
+    /// Compare two evaluations row by row.
+    Compare(Box<ToCompare>),
+    /// Put a text into the clipboard.
+    Copy(String),
+    /// Write a text into a file that is not there yet.
+    Write {
+        path: PathBuf,
+        text: String,
+    },
+    /// Take clicks and the wheel, or leave them to the terminal.
+    Mouse(bool),
     Suspend,
     Redraw,
     Quit,

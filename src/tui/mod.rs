@@ -7,14 +7,19 @@
 
 mod actions;
 mod ascii;
+mod background;
+pub mod bench;
+mod clipboard;
 mod command_table;
 mod commands;
 mod document;
 mod event_loop;
 mod filter;
+mod keymap;
 mod keys;
 mod measurements;
 mod message;
+mod mouse;
 mod overrides;
 mod panes;
 mod popups;
@@ -25,6 +30,7 @@ pub mod terminal;
 mod tests;
 mod text;
 mod theme;
+mod tree;
 mod update;
 mod view;
 
@@ -61,6 +67,8 @@ pub struct WorkbenchOptions {
 pub fn run(options: WorkbenchOptions) -> Result<()> {
     // What can be wrong with the input is said on the ordinary screen, before the other one is taken.
     let theme = Theme::find(options.theme.as_deref(), Theme::no_color())?;
+    let ask = options.theme.is_none() && !Theme::no_color();
+    let keymap = keymap::Keymap::of_user()?;
     let document = Document::open(options.session)?;
     let (engine, events) = Engine::start(&EngineOptions { threads: options.threads })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -73,6 +81,14 @@ pub fn run(options: WorkbenchOptions) -> Result<()> {
         let signals = signals()?;
         let screen = TerminalScreen::take()?;
         let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
+        state.keymap = keymap;
+        if ask {
+            screen.ask_background()?;
+            state.background.ask(std::time::Duration::ZERO);
+        }
+        if popups::Tour::is_first_run() {
+            state.popups.push(popups::Popup::Tour(popups::Tour));
+        }
         state.queue.store = paths::variants_directory();
         state.say("4, 8 or 6 changes the format of a block; R runs the variant; ? lists the keys");
         let (state, _) = EventLoop { state, screen, engine: &engine, events, signals }.run(EventStream::new()).await?;

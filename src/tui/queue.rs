@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::measurements::Measurements;
 use crate::checkpoint::StorageLayout;
-use crate::engine::{Event, Job, JobId, QuantizeJob};
+use crate::engine::{Event, Job, JobId, ObserveJob, PlaygroundJob, QuantizeJob};
 use crate::error::{ErrorKind, Result};
 use crate::eval::ModelToEvaluate;
 use crate::format::Plan;
@@ -34,6 +34,9 @@ pub struct Target {
 pub enum Work {
     Quantize(Target),
     Evaluate(Vec<Target>),
+    /// Observe the inputs of the model's linears.
+    Observe,
+    Playground(PlaygroundJob),
 }
 
 /// How far a queued job is.
@@ -108,6 +111,12 @@ impl Queue {
             self.items.push(item(format!("quantize {}", target.name), Work::Quantize(target.clone())));
         }
         self.items.push(item(format!("evaluate base, {names}"), Work::Evaluate(targets)));
+    }
+
+    /// Adds one job.
+    pub fn push_work(&mut self, title: &str, work: Work) {
+        let (began, ended) = (Duration::ZERO, Duration::ZERO);
+        self.items.push(Item { title: title.into(), work, status: Status::Waiting, reused: false, began, ended });
     }
 
     /// The job that runs.
@@ -190,8 +199,8 @@ impl Queue {
         match event {
             Event::Started { title, .. } => self.line(Level::Info, format!("{title}: started")),
             Event::Report { report, .. } => self.report(report, clock),
-            // The workbench submits no job that generates text.
-            Event::Text { .. } => {}
+            // The workbench submits no job that generates text; what is observed and said is none of the queue's.
+            Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(Work::Quantize(target)) = self.running().map(|item| item.work.clone()) else { return };
                 measurements.quantized(&target.steps, target.plan, path, &manifest);
@@ -201,11 +210,10 @@ impl Queue {
             }
             Event::Evaluated { evaluated, .. } => {
                 let Some(Work::Evaluate(targets)) = self.running().map(|item| item.work.clone()) else { return };
-                let result = evaluated.result;
                 self.evaluated += 1;
-                match targets.iter().find(|target| target.name == result.variant) {
-                    Some(target) => measurements.evaluated(&target.steps, &target.plan, result),
-                    None => measurements.base = Some(result),
+                match targets.iter().find(|target| target.name == evaluated.result.variant) {
+                    Some(target) => measurements.evaluated(&target.steps, &target.plan, *evaluated),
+                    None => measurements.base_evaluated(*evaluated),
                 }
             }
             Event::Finished { outcome, .. } => {
@@ -296,5 +304,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
             request.models = targets.iter().filter_map(model).collect();
             Ok((!request.models.is_empty()).then(|| Job::Evaluate(Box::new(request))))
         }
+        Work::Observe => Ok(Some(Job::Observe(Box::new(ObserveJob { model: session.model.name(), sample: session.calibration.clone() })))),
+        Work::Playground(job) => Ok(Some(Job::Playground(Box::new(job.clone())))),
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossterm::cursor::{Hide, Show};
 use crossterm::event::{DisableBracketedPaste, EnableBracketedPaste};
+use crossterm::style::Print;
 use crossterm::terminal::{
     BeginSynchronizedUpdate, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode,
 };
@@ -15,18 +16,29 @@ use ratatui::backend::CrosstermBackend;
 use ratatui::layout::Rect;
 
 use super::state::State;
-use super::view;
+use super::{background, clipboard, view};
 use crate::error::{Error, Result};
 
 /// Whether the terminal is ours.
 static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Whether clicks and the wheel are ours.
+static MOUSE: AtomicBool = AtomicBool::new(true);
+
+/// Buttons and the wheel, in SGR coordinates; not every movement, which would flood a slow link.
+const CLICKS_ON: &str = "\x1b[?1000h\x1b[?1006h";
+const CLICKS_OFF: &str = "\x1b[?1006l\x1b[?1000l";
+
+fn clicks() -> &'static str {
+    if MOUSE.load(Ordering::SeqCst) { CLICKS_ON } else { CLICKS_OFF }
+}
 
 /// Gives the terminal back: cursor, screen, paste and input modes. Does nothing when it was given back already, so that
 /// normal exit, signals and the panic hook may all call it.
 pub fn restore() {
     if TAKEN.swap(false, Ordering::SeqCst) {
         // A terminal that is gone (a lost connection) cannot be restored, and nobody is left to be told.
-        let _ = execute!(stdout(), EndSynchronizedUpdate, DisableBracketedPaste, LeaveAlternateScreen, Show);
+        let _ = execute!(stdout(), EndSynchronizedUpdate, Print(CLICKS_OFF), DisableBracketedPaste, LeaveAlternateScreen, Show);
         let _ = disable_raw_mode();
     }
 }
@@ -38,7 +50,7 @@ fn take() -> Result<()> {
     };
     TAKEN.store(true, Ordering::SeqCst);
     enable_raw_mode().map_err(failed)?;
-    execute!(stdout(), EnterAlternateScreen, EnableBracketedPaste, Hide).map_err(failed)
+    execute!(stdout(), EnterAlternateScreen, EnableBracketedPaste, Hide, Print(clicks())).map_err(failed)
 }
 
 /// Makes a panic, on whatever thread, give the terminal back before it is reported.
@@ -63,6 +75,10 @@ pub trait Screen {
     fn suspend(&mut self) -> Result<()>;
     /// Takes the terminal again after something else stopped and continued the process.
     fn resume(&mut self) -> Result<()>;
+    /// Takes clicks and the wheel, or leaves them to the terminal.
+    fn set_mouse(&mut self, on: bool) -> Result<()>;
+    /// Puts a text into the clipboard; says where it is.
+    fn copy(&mut self, text: &str) -> Result<&'static str>;
     /// Columns and rows.
     fn size(&self) -> Result<(u16, u16)>;
 }
@@ -82,6 +98,11 @@ impl TerminalScreen {
         take()?;
         let backend = CrosstermBackend::new(BufWriter::with_capacity(64 * 1024, stdout()));
         Ok(Self { terminal: Terminal::new(backend).map_err(failed)? })
+    }
+
+    /// Asks for the background's colour; the answer comes among the keys.
+    pub fn ask_background(&self) -> Result<()> {
+        execute!(stdout(), Print(background::QUESTION)).map_err(failed)
     }
 }
 
@@ -121,11 +142,20 @@ impl Screen for TerminalScreen {
         if TAKEN.load(Ordering::SeqCst) {
             // Stopped from outside: the screen is ours still, but the shell may have changed the input modes.
             disable_raw_mode().and_then(|()| enable_raw_mode()).map_err(failed)?;
-            execute!(stdout(), EnableBracketedPaste, Hide).map_err(failed)?;
+            execute!(stdout(), EnableBracketedPaste, Hide, Print(clicks())).map_err(failed)?;
         } else {
             take()?;
         }
         self.clear()
+    }
+
+    fn set_mouse(&mut self, on: bool) -> Result<()> {
+        MOUSE.store(on, Ordering::SeqCst);
+        execute!(stdout(), Print(clicks())).map_err(failed)
+    }
+
+    fn copy(&mut self, text: &str) -> Result<&'static str> {
+        clipboard::copy(text)
     }
 
     fn size(&self) -> Result<(u16, u16)> {

@@ -1,9 +1,11 @@
 //! [`update`]: the one place where the state changes.
 
+use super::background::Answer;
 use super::message::{Effect, Msg, SaveOutcome};
 use super::queue::{Level, Status};
-use super::state::{Inspection, Layers, ResultsView, State};
-use super::{actions, commands, keys, measurements, popups};
+use super::state::{Inspection, Layers, Looks, ResultsView, State};
+use super::theme::Theme;
+use super::{actions, keys, measurements, mouse, popups};
 use crate::analysis::Inventory;
 use crate::engine::Event;
 use crate::error::Error;
@@ -12,7 +14,15 @@ use crate::error::Error;
 pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
     let mut effects = Vec::new();
     match msg {
-        Msg::Key(event) => effects = key(state, event),
+        Msg::Key(event) => match state.background.keys(event, state.clock) {
+            Answer::Keys(keys) => effects.extend(keys.into_iter().flat_map(|event| key(state, event))),
+            Answer::Light(light) => match Theme::find(Some(if light { "light" } else { "dark" }), false) {
+                Ok(theme) => state.theme = theme,
+                Err(error) => state.complain(&error),
+            },
+            Answer::Nothing => {}
+        },
+        Msg::Mouse(event) => effects = mouse::handle(state, event),
         Msg::Paste(text) => popups::paste(state, &text),
         Msg::Resize(width, height) => state.size = (width, height),
         Msg::Tick { clock, resident_bytes } => {
@@ -38,6 +48,7 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
                 }
                 state.layers = Layers::default();
                 state.results = ResultsView::default();
+                state.looks = Looks::default();
                 state.document = *document;
                 *state.inventory = Inventory::of_layout(&state.document.settings().model.id, &state.document.layout);
                 state.inspection = Inspection::Reading;
@@ -46,6 +57,24 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
                 state.apply_ui();
                 effects.push(Effect::Inspect);
             }
+            Err(error) => state.complain(&error),
+        },
+        Msg::Looked { model, block, look } => {
+            if model == state.document.settings().model.name() {
+                actions::looks::looked(state, block, look);
+            }
+        }
+        Msg::Compared(compared) => {
+            state.results.comparing = None;
+            match compared {
+                Ok(compared) => state.results.compared = Some(*compared),
+                Err(error) => state.complain(&error.context("not compared")),
+            }
+        }
+        Msg::Copied(Ok(place)) => state.say(format!("copied to {place}")),
+        Msg::Copied(Err(error)) => state.complain(&error),
+        Msg::Written { path, outcome } => match outcome {
+            Ok(()) => state.say(format!("wrote {}", path.display())),
             Err(error) => state.complain(&error),
         },
         Msg::Inspected { model, inventory } => {
@@ -66,6 +95,8 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
     if let Some(job) = state.queue.next(state.document.settings(), &state.measurements, state.clock) {
         effects.push(Effect::Submit(Box::new(job)));
     }
+    effects.extend(actions::looks::wanted(state));
+    effects.extend(actions::results::to_compare(state));
     effects
 }
 
@@ -75,7 +106,7 @@ fn key(state: &mut State, event: crossterm::event::KeyEvent) -> Vec<Effect> {
     }
     let Some(name) = keys::name(event) else { return Vec::new() };
     state.message = None;
-    if let Some(command) = commands::of_key(&name, state.focus) {
+    if let Some(command) = state.keymap.command(&name, state.focus) {
         return command.invoke(state);
     }
     state.say(format!("{name} does nothing here; ? lists the keys"));
@@ -83,6 +114,14 @@ fn key(state: &mut State, event: crossterm::event::KeyEvent) -> Vec<Effect> {
 }
 
 fn engine(state: &mut State, event: Event) {
+    match event {
+        Event::Observed { inputs, .. } => {
+            state.looks.inputs.insert(inputs.block, *inputs);
+            return;
+        }
+        Event::Spoken { step, .. } => return actions::playground::spoken(state, *step),
+        _ => {}
+    }
     let finished = matches!(event, Event::Finished { .. });
     let title = state.queue.running().map(|item| item.title.clone()).unwrap_or_default();
     state.queue.take_in(event, &mut state.measurements, state.clock);

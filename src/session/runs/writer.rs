@@ -113,7 +113,7 @@ impl RunWriter {
             Event::Report { report, .. } => Note::Report(report.clone()),
             Event::Quantized { name, path, .. } => Note::Made { variant: name.clone(), path: path.clone() },
             Event::Evaluated { evaluated, .. } => Note::Measured(Box::new(evaluated.result.clone())),
-            Event::Text { .. } | Event::Finished { .. } => return,
+            Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } | Event::Finished { .. } => return,
         };
         // The writer ends before its time only by a panic, which was reported.
         drop(self.notes.send(note));

@@ -1,7 +1,8 @@
 //! Panes, zoom, theme, help.
 
 use super::super::message::Effect;
-use super::super::popups::{Choose, Help, Palette, Popup};
+use super::super::panes;
+use super::super::popups::{Choose, Help, Palette, Popup, Tour};
 use super::super::state::{Pane, State};
 use super::super::theme::{self, Theme};
 
@@ -32,6 +33,29 @@ pub fn look(state: &mut State) -> Vec<Effect> {
 
 pub fn results(state: &mut State) -> Vec<Effect> {
     focus(state, Pane::Results)
+}
+
+/// Takes clicks and the wheel, or leaves them to the terminal, to select text with.
+pub fn mouse(state: &mut State) -> Vec<Effect> {
+    state.mouse = !state.mouse;
+    state.say(if state.mouse { "the mouse clicks and scrolls here" } else { "the mouse is the terminal's: select text with it" });
+    vec![Effect::Mouse(state.mouse)]
+}
+
+/// Puts what the pane is about into the clipboard.
+pub fn copy(state: &mut State) -> Vec<Effect> {
+    match panes::copied(state) {
+        Ok(text) => vec![Effect::Copy(text)],
+        Err(error) => {
+            state.complain(&error);
+            Vec::new()
+        }
+    }
+}
+
+pub fn tour(state: &mut State) -> Vec<Effect> {
+    state.popups.push(Popup::Tour(Tour));
+    Vec::new()
 }
 
 pub fn next_pane(state: &mut State) -> Vec<Effect> {
