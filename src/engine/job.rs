@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Event, JobId, ObserveJob, PlaygroundJob, observe, playground};
-use crate::backend::cpu::Cpu;
+use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
@@ -86,27 +86,34 @@ impl Job {
 }
 
 /// Runs a job on the current computing pool.
-pub(super) fn run(id: JobId, job: Job, cancel: &CancelToken, pause: &PauseToken, send: &(impl Fn(Event) + Sync)) -> Result<()> {
+pub(super) fn run<B: Backend + Clone>(
+    backend: &B,
+    id: JobId,
+    job: Job,
+    cancel: &CancelToken,
+    pause: &PauseToken,
+    send: &(impl Fn(Event) + Sync),
+) -> Result<()> {
     let monitor = Monitor::new(|report: Report| send(Event::Report { id, report }), cancel.clone()).pausable(pause.clone());
     monitor.check()?;
     match job {
-        Job::Quantize(job) => quantize(id, *job, &monitor, send),
+        Job::Quantize(job) => quantize(backend, id, *job, &monitor, send),
         Job::Evaluate(request) => {
-            evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
+            evaluate(|| backend.clone(), &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
-        Job::Generate(job) => generate(id, &job, &monitor, send),
-        Job::Observe(job) => observe::observe(id, &Cpu, &job, &monitor, send),
-        Job::Playground(job) => playground::play(id, || Cpu, &job, &monitor, send),
+        Job::Generate(job) => generate(backend, id, &job, &monitor, send),
+        Job::Observe(job) => observe::observe(id, backend, &job, &monitor, send),
+        Job::Playground(job) => playground::play(id, || backend.clone(), &job, &monitor, send),
         Job::Trace(job) => {
-            trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
+            trace::trace(backend, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }
     }
 }
 
-fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+fn generate<B: Backend + Clone>(backend: &B, id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
     let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let model = Hybrid::load(Cpu, &checkpoint)?;
+    let model = Hybrid::load(backend.clone(), &checkpoint)?;
     let prompt = text::encode(&tokenizer, &job.prompt, true)?;
     let stop: Vec<u32> = checkpoint.config.eos_token.into_iter().collect();
     // Pieces are decoded as a growing whole, since a character may take several tokens.
@@ -138,7 +145,7 @@ fn check_portable(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
     let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let mut plan = job.plan;
     if job.storage == StorageLayout::Portable && plan.embedding != Format::W16A16 {
@@ -192,7 +199,7 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
             output
         }
     };
-    let manifest = quant::quantize(&Cpu, &request, monitor)?;
+    let manifest = quant::quantize(backend, &request, monitor)?;
     send(Event::Quantized { id, name: job.name, path: request.output.clone(), manifest: Box::new(manifest), reused: false });
     Ok(())
 }

@@ -18,7 +18,7 @@ pub fn second_moment<B: Backend>(
     monitor: &Monitor,
 ) -> Result<Vec<f64>> {
     let hidden = checkpoint.config.hidden_size;
-    let ones = vec![1.0; hidden];
+    let ones = backend.prepare_vector(vec![1.0; hidden])?;
     let mut sum = vec![0.0; hidden * hidden];
     let mut stream = Stream::new(backend, checkpoint, batches)?;
     monitor.stage("calibrate", stream.blocks());

@@ -427,7 +427,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
         let original_norm = checkpoint.read(&layout.final_norm.name)?;
         let (reference, quantized) = (self.backend.prepare(checkpoint.head()?)?, self.backend.prepare(head.weights(layout.head.cols))?);
-        let logits = |head, norm: &[f32], h: &B::Tensor, tokens: &[usize]| {
+        let (original_norm, norm) = (self.backend.prepare_vector(original_norm)?, self.backend.prepare_vector(norm)?);
+        let logits = |head, norm, h: &B::Tensor, tokens: &[usize]| {
             let rows = self.backend.gather_rows(h, tokens)?;
             let x = self.backend.rms_norm(&rows, norm, checkpoint.config.norm_eps, self.backend.reads(head))?;
             self.backend.linear(head, &x)
@@ -457,7 +458,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Ok(None);
         }
         let eps = self.request.checkpoint.config.norm_eps;
-        let normalize = |h| self.backend.rms_norm(h, norm, eps, Emit::FLOAT);
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
+        let normalize = |h| self.backend.rms_norm(h, &norm, eps, Emit::FLOAT);
         let inputs = streams.quantized.iter().map(normalize).collect::<Result<Vec<_>>>()?;
         observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
     }
@@ -468,8 +470,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Ok(None);
         }
         let mut sum = vec![0.0; norm.len() * norm.len()];
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
         for h in &streams.quantized {
-            let x = self.backend.rms_norm(h, norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+            let x = self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
             for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
                 *sum += value;
             }
