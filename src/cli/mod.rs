@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line is what prints")]
 
+mod allocate;
 mod analyze;
 mod bench;
 mod compare;
@@ -14,6 +15,7 @@ mod quantize;
 mod replay;
 mod results;
 mod runs;
+mod sensitivity;
 mod trace;
 
 use std::io::IsTerminal;
@@ -108,6 +110,10 @@ enum Command {
     Eval(eval::Eval),
     /// Compare variants with the model that they were made from.
     Compare(compare::Compare),
+    /// Measure what each part of a model loses in each format; goes on where it stopped.
+    Sensitivity(sensitivity::Sensitivity),
+    /// The plan that loses least within a budget, from measured sensitivities.
+    Allocate(allocate::Allocate),
     /// Run a session file headless.
     Replay(replay::Replay),
     /// List, follow, cancel and remove runs: every replay and every job of the workbench is one.
@@ -137,6 +143,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Quantize(command)) => command.run(&common),
         Some(Command::Eval(command)) => command.run(&common),
         Some(Command::Compare(command)) => command.run(&common),
+        Some(Command::Sensitivity(command)) => command.run(&common),
+        Some(Command::Allocate(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
         Some(Command::Runs(command)) => command.run(&common),
         Some(Command::Results(command)) => command.run(&common),

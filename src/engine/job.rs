@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Event, JobId, ObserveJob, PlaygroundJob, observe, playground};
+use super::{Event, JobId, ObserveJob, PlaygroundJob, SensitivityJob, StudyJob, measure, observe, playground};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
@@ -12,7 +12,7 @@ use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
 use crate::monitor::{CancelToken, Monitor, PauseToken, Report};
-use crate::quant::{self, QuantizeRequest, Sample, SampleSpec, Steps};
+use crate::quant::{self, Donors, QuantizeRequest, Sample, SampleSpec, Steps};
 
 /// Work for the engine.
 #[derive(Debug, Clone)]
@@ -24,6 +24,10 @@ pub enum Job {
     Generate(Box<GenerateJob>),
     /// Write logits and residual streams.
     Trace(Box<TraceJob>),
+    /// Measure what each part of a model loses; a `Sensitivities` event at the end.
+    Sensitivity(Box<SensitivityJob>),
+    /// Compare allocated plans with others; a `Study` event at the end.
+    Study(Box<StudyJob>),
     /// Observe the inputs of every linear; an `Observed` event a block.
     Observe(Box<ObserveJob>),
     /// Continue a prompt with two models; a `Spoken` event a token.
@@ -66,6 +70,8 @@ pub struct QuantizeJob {
     pub store: PathBuf,
     /// Replace what is there.
     pub force: bool,
+    /// Folder of donors to take the quantized weights from, made by a sensitivity job with the same steps and sample.
+    pub donors: Option<PathBuf>,
 }
 
 impl Job {
@@ -81,6 +87,8 @@ impl Job {
             Self::Trace(job) => format!("trace {}", job.model),
             Self::Observe(job) => format!("observe {}", job.model),
             Self::Playground(_) => "playground".into(),
+            Self::Sensitivity(job) => format!("measure {}", job.model),
+            Self::Study(job) => format!("study {}", job.model),
         }
     }
 }
@@ -104,6 +112,8 @@ pub(super) fn run<B: Backend + Clone>(
         Job::Generate(job) => generate(backend, id, &job, &monitor, send),
         Job::Observe(job) => observe::observe(id, backend, &job, &monitor, send),
         Job::Playground(job) => playground::play(id, || backend.clone(), &job, &monitor, send),
+        Job::Sensitivity(job) => measure::sensitivity(id, backend, &job, &monitor, send),
+        Job::Study(job) => measure::study(id, backend, &job, &monitor, send),
         Job::Trace(job) => {
             trace::trace(backend, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }
@@ -170,6 +180,14 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
         (steps.activations, steps.cache) = (Activations::default(), CacheFormats::default());
     }
     let sample = Sample::load(&checkpoint, &job.sample)?;
+    let donors = match &job.donors {
+        Some(_) if job.storage == StorageLayout::Portable => {
+            return Err(Error::input("a portable variant cannot be put together from donors, whose slices have widths of their own")
+                .hint("leave --portable out, or quantize the plan's session with `strata quantize --portable`"));
+        }
+        Some(folder) => Some(Donors::open(backend, &checkpoint, &steps, &sample, folder, monitor)?),
+        None => None,
+    };
     let mut request = QuantizeRequest {
         checkpoint: &checkpoint,
         recipe: job.recipe,
@@ -179,6 +197,7 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
         storage: job.storage,
         output: PathBuf::new(),
         force: job.force,
+        donors: donors.as_ref(),
     };
     request.output = match job.output {
         Some(output) => output,

@@ -6,6 +6,7 @@
 
 pub mod inspect;
 mod job;
+mod measure;
 mod observe;
 pub mod playground;
 mod progress;
@@ -19,10 +20,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use measure::{SensitivityJob, StudyJob};
 pub use observe::{BlockInputs, ObserveJob};
 pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};
 
+use crate::analysis::sensitivity::Sensitivities;
+use crate::analysis::study::StudyRow;
 use crate::backend::DeviceChoice;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
@@ -68,6 +72,16 @@ pub enum Event {
         id: JobId,
         piece: String,
         tokens: usize,
+    },
+    /// What each part of a model loses.
+    Sensitivities {
+        id: JobId,
+        sensitivities: Box<Sensitivities>,
+    },
+    /// Allocated plans beside others.
+    Study {
+        id: JobId,
+        rows: Vec<StudyRow>,
     },
     /// The inputs of a block's linears were observed.
     Observed {

@@ -56,7 +56,8 @@ pub fn hessians<B: Backend>(
     Ok(sums.into_inner())
 }
 
-fn add(sum: &mut [f64], values: &[f64]) {
+/// Adds `values` to `sum`, element by element.
+pub fn add(sum: &mut [f64], values: &[f64]) {
     for (sum, value) in sum.iter_mut().zip(values) {
         *sum += value;
     }

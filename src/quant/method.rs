@@ -17,7 +17,7 @@ pub struct QuantizedLinear {
     /// Whether float weights are no longer the checkpoint's.
     pub changed: bool,
     pub int8_activations: bool,
-    /// Static scale of the int8 activations.
+    /// Static scale of the int8 activations, to be set once it is known.
     pub input_scale: Option<f32>,
     pub hadamard: Option<usize>,
     pub bias: Option<Vec<f32>>,
@@ -59,8 +59,6 @@ pub struct Rounding<'a> {
     /// How each slice is stored.
     pub schemes: Vec<Scheme>,
     pub transforms: &'a [Transform],
-    /// Static scale of the linear's input, where activations have static scales.
-    pub input_scale: Option<f32>,
     /// Bytes of an element of the checkpoint, which weights that stay in float keep.
     pub float_bytes: usize,
 }
@@ -116,7 +114,7 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         parts,
         changed: float.changed,
         int8_activations: rounding.format.quantizes_activations(),
-        input_scale: rounding.input_scale.filter(|_| rounding.format.quantizes_activations()),
+        input_scale: None,
         hadamard: linear.hadamard(rounding.transforms),
         bias: float.bias.as_ref().map(|bias| bias.iter().map(|value| *value as f32).collect()),
         notes,

@@ -4,6 +4,7 @@
 mod boundary;
 mod calibrate;
 mod cluster;
+pub mod donors;
 mod gptq;
 pub mod hadamard;
 mod method;
@@ -16,9 +17,10 @@ mod sample;
 mod transform;
 mod weights;
 
+pub use donors::Donors;
 pub use gptq::round_clipped;
 pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
-pub use publish::work_directory;
+pub use publish::{lock, work_directory};
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};

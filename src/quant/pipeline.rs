@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::boundary::{self, FloatHash};
 use super::calibrate;
+use super::donors::{Donors, PartlyQuantized, Place};
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
 use super::observe::{self, StaticScales, Wanted};
@@ -21,7 +22,7 @@ use super::publish::{self, TensorOut};
 use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
-use super::weights::FloatBlock;
+use super::weights::{BlockWeights, FloatBlock};
 use crate::backend::{Backend, Divergence, Emit, Sequences, SsmInternals, SsmScales};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
@@ -30,8 +31,8 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{BlockKind, Format, LinearWeights, Plan, ScaleKind, Scheme, SsmActivations, Transform};
-use crate::model::{Block, BlockSource, Stream};
+use crate::format::{BlockKind, Format, Plan, ScaleKind, Scheme, SsmActivations, Transform};
+use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
 
 /// What to quantize, how, and to where.
@@ -46,6 +47,8 @@ pub struct QuantizeRequest<'a> {
     pub output: PathBuf,
     /// Replace an output that exists.
     pub force: bool,
+    /// Take quantized weights from these instead of rounding again; of the same checkpoint, steps and sample.
+    pub donors: Option<&'a Donors>,
 }
 
 /// What is known after some blocks: the part of a manifest that a resumed run needs.
@@ -82,6 +85,7 @@ pub fn request_key(source: &str, request: &QuantizeRequest<'_>) -> String {
         "sample": request.sample.sha256(),
         "seed": request.sample.seed,
         "storage": request.storage,
+        "donors": request.donors.map(Donors::name),
     });
     sha256_hex(plan.to_string().as_bytes())
 }
@@ -144,32 +148,30 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
         }
-        let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
-            Some(kept_second_moment(backend, request, work, &state.key, monitor)?)
-        } else {
-            None
+        let transforms = match request.donors {
+            Some(donors) => donors.transforms().clone(),
+            None => {
+                let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
+                    Some(kept_second_moment(backend, request, work, &state.key, monitor)?)
+                } else {
+                    None
+                };
+                Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
+            }
         };
-        let transforms = Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?;
         Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
     }
 
-    fn rounding(&self, format: Format, schemes: Vec<Scheme>, input_scale: Option<f32>) -> Rounding<'_> {
+    fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
         let float_bytes = self.request.checkpoint.layout.float_bytes;
-        Rounding {
-            method: self.request.steps.method,
-            format,
-            schemes,
-            transforms: &self.request.steps.transforms,
-            input_scale,
-            float_bytes,
-        }
+        Rounding { method: self.request.steps.method, format, schemes, transforms: &self.request.steps.transforms, float_bytes }
     }
 
     /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
     fn embedding(&self) -> Result<QuantizedLinear> {
         let table = self.transforms.embedding(self.request.checkpoint)?;
         let (linear, format) = (&self.request.checkpoint.layout.embedding, self.request.plan.embedding);
-        Ok(quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format), None), None))
+        Ok(quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None))
     }
 
     fn run(mut self) -> Result<VariantManifest> {
@@ -244,20 +246,16 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let weights = self.transforms.block(checkpoint, spec)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
-        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
-        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
-            calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences, self.monitor)?
-        } else {
-            BTreeMap::new()
+        let mut linears = match self.request.donors {
+            Some(donors) => {
+                let format = |linear: &LinearSpec, slice: &str| plan.slice(index, &linear.stem, slice);
+                donors.assemble(Place::Block(index), &spec.linears, format, |name| weights.linear(name))?
+            }
+            None => self.round_block(spec, &weights, &transformed, streams)?,
         };
         let scales = self.static_scales(spec, &transformed, &source, streams)?;
-        let mut linears: BTreeMap<&str, QuantizedLinear> = BTreeMap::new();
-        for linear in &spec.linears {
-            self.monitor.check()?;
-            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
-            let (schemes, scale) = (linear.planned_schemes(plan, index), scales.linears.get(&linear.name).copied());
-            let rounding = self.rounding(plan.linear(index, &linear.stem), schemes, scale);
-            linears.insert(&linear.name, quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
+        for quantized in linears.iter_mut().filter(|(_, quantized)| quantized.int8_activations) {
+            quantized.1.input_scale = scales.linears.get(*quantized.0).copied();
         }
         let mut tensors: Vec<TensorOut> = Vec::new();
         for other in &spec.others {
@@ -285,7 +283,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             None => SsmInternals::Float,
         };
         let quantized_block =
-            Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears, internals })?;
+            Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
             self.monitor.check()?;
@@ -326,6 +324,31 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         };
         let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
         observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)
+    }
+
+    /// Rounds the linears of a block, with the Hessians of what the quantized blocks before it hand on.
+    fn round_block<'s>(
+        &self,
+        spec: &'s BlockSpec,
+        weights: &BlockWeights,
+        transformed: &Block<B>,
+        streams: &Streams<B>,
+    ) -> Result<BTreeMap<&'s str, QuantizedLinear>> {
+        let (plan, index) = (&self.request.plan, spec.index);
+        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
+        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
+            calibrate::hessians(self.backend, transformed, &streams.quantized, &streams.sequences, self.monitor)?
+        } else {
+            BTreeMap::new()
+        };
+        let mut linears = BTreeMap::new();
+        for linear in &spec.linears {
+            self.monitor.check()?;
+            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
+            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
+            linears.insert(linear.name.as_str(), quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
+        }
+        Ok(linears)
     }
 
     /// Appends what stores `linear`: its quantized tensors, or the source's own.
@@ -404,8 +427,14 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
         let float_head = self.transforms.head(checkpoint)?;
-        let rounding = self.rounding(plan.head, layout.head.schemes(plan.head), self.head_scale(&norm, streams)?);
-        let head = quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref());
+        let mut head = match self.request.donors {
+            Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
+            None => {
+                let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
+                quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref())
+            }
+        };
+        head.input_scale = self.head_scale(&norm, streams)?;
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
             self.push_linear(&layout.head, &head, &mut tensors)?;
@@ -536,6 +565,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 transforms: request.steps.transforms.clone(),
                 sample: request.sample.sha256(),
                 seed: request.sample.seed,
+                donors: request.donors.map(|donors| donors.name().to_owned()),
             },
             plan: request.plan.clone(),
             activations: request.steps.activations,
@@ -582,34 +612,6 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Err(differs("the head"));
         }
         self.monitor.step(blocks + 1, "logits read back the same")
-    }
-}
-
-/// A block with quantized linears and the float tensors of a transformed one.
-struct QuantizedBlock<'a> {
-    float: FloatBlock<'a>,
-    linears: &'a BTreeMap<&'a str, QuantizedLinear>,
-    internals: SsmInternals,
-}
-
-impl BlockSource for QuantizedBlock<'_> {
-    fn tensor(&self, name: &str) -> Result<Vec<f32>> {
-        self.float.tensor(name)
-    }
-
-    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
-        match self.linears.get(linear.name.as_str()) {
-            Some(quantized) => Ok(quantized.weights(linear.cols)),
-            None => Err(Error::run(format!("`{}` was not quantized", linear.stem))),
-        }
-    }
-
-    fn internals(&self, _: &BlockSpec) -> Result<SsmInternals> {
-        Ok(self.internals.clone())
-    }
-
-    fn rotates_state(&self) -> bool {
-        self.float.rotates_state()
     }
 }
 
