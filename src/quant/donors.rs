@@ -339,7 +339,12 @@ impl DonorBlock<'_> {
         let format = |linear: &LinearSpec, slice: &str| formats(linear, slice).unwrap_or(Format::W16A16);
         let linears = self.donors.assemble(Place::Block(self.spec.index), quantized, format, |name| self.weights.linear(name))?;
         let float = FloatBlock { checkpoint: self.checkpoint, weights: &self.weights, transforms: &self.donors.steps.transforms };
-        Block::assemble(backend, &self.checkpoint.config, self.spec, &PartlyQuantized { float, linears: &linears })
+        Block::assemble(
+            backend,
+            &self.checkpoint.config,
+            self.spec,
+            &PartlyQuantized { float, linears: &linears, internals: SsmInternals::Float },
+        )
     }
 }
 
@@ -347,6 +352,7 @@ impl DonorBlock<'_> {
 pub(super) struct PartlyQuantized<'a> {
     pub float: FloatBlock<'a>,
     pub linears: &'a BTreeMap<&'a str, QuantizedLinear>,
+    pub internals: SsmInternals,
 }
 
 impl BlockSource for PartlyQuantized<'_> {
@@ -361,8 +367,8 @@ impl BlockSource for PartlyQuantized<'_> {
         }
     }
 
-    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
-        self.float.internals(block)
+    fn internals(&self, _: &BlockSpec) -> Result<SsmInternals> {
+        Ok(self.internals.clone())
     }
 
     fn rotates_state(&self) -> bool {
