@@ -87,7 +87,7 @@ fn main() {
                 .filter(|(name, ..)| arguments.rows.is_empty() || arguments.rows.iter().any(|wanted| name.contains(wanted.as_str())));
             let made = rows.enumerate().map(|(index, (name, transforms, method))| {
                 let variant = folder.path().join(format!("{format}-{index}"));
-                let seconds = make(&source, &variant, Steps { transforms, method }, format, &arguments);
+                let seconds = make(&source, &variant, Steps::new(transforms, method), format, &arguments);
                 (name, variant, seconds)
             });
             measure(&source, &made.collect::<Vec<_>>(), &arguments);

@@ -1,6 +1,6 @@
 //! The transforms applied to weights: folded norms, smoothing and fused rotations, in that order.
 
-use faer::Mat;
+use faer::{Mat, MatRef};
 
 use super::calibrate::Maxima;
 use super::hadamard;
@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockKind, Transform};
 
 /// The transforms of a run, with the rotation of the residual stream where there is one.
+#[derive(Clone)]
 pub struct Transforms {
     pub list: Vec<Transform>,
     /// Q `[hidden, hidden]`: the rotated stream is `h Q`.
@@ -37,6 +38,11 @@ impl Transforms {
             }
         };
         Ok(Self { list: list.to_vec(), rotation })
+    }
+
+    /// Q `[hidden, hidden]` where the residual stream is rotated: the rotated stream is `h Q`.
+    pub fn rotation(&self) -> Option<MatRef<'_, f64>> {
+        self.rotation.as_ref().map(Mat::as_ref)
     }
 
     fn has(&self, transform: Transform) -> bool {
