@@ -56,7 +56,8 @@ impl<S: Screen> EventLoop<'_, S> {
         let (background, mut answers) = unbounded_channel();
         let mut last_frame: Option<Instant> = None;
         let mut last_tick = start;
-        self.tick(start);
+        let effects = self.tick(start);
+        self.perform(effects, &background)?;
         // Before the first frame, so that nothing jumps; the answer comes when it comes.
         self.perform(vec![Effect::Inspect], &background)?;
         let (mut dirty, mut urgent) = (true, true);
@@ -107,7 +108,8 @@ impl<S: Screen> EventLoop<'_, S> {
             }
             if !messages.is_empty() || next_tick.is_some_and(|at| at <= Instant::now()) {
                 last_tick = Instant::now();
-                self.tick(start);
+                let effects = self.tick(start);
+                self.perform(effects, &background)?;
                 dirty = true;
             }
             for message in messages {
@@ -120,9 +122,9 @@ impl<S: Screen> EventLoop<'_, S> {
     }
 
     /// Tells the state what time it is.
-    fn tick(&mut self, start: Instant) {
+    fn tick(&mut self, start: Instant) -> Vec<Effect> {
         let resident_bytes = memory::resident_bytes().unwrap_or(0);
-        update(&mut self.state, Msg::Tick { clock: start.elapsed(), resident_bytes });
+        update(&mut self.state, Msg::Tick { clock: start.elapsed(), resident_bytes })
     }
 
     /// Carries effects out, in order; returns whether the loop ends. What an effect answers may have effects again.

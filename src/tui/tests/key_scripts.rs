@@ -308,7 +308,7 @@ fn clicks_take_panes_rows_tabs_and_the_strip() {
     let wheel = MouseEvent { kind: MouseEventKind::ScrollDown, column: 5, row: 10, modifiers: KeyModifiers::NONE };
     update(&mut state, Msg::Mouse(wheel));
     assert_eq!(state.layers.cursor, 8);
-    let (column, row) = place(&state, "phase1         ~5.38 MB  ~0.506");
+    let (column, row) = place(&state, "phase1         ~5.38 MB");
     click(&mut state, column, row);
     assert_eq!((state.focus, state.results.cursor), (Pane::Results, 1));
 
