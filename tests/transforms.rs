@@ -56,6 +56,7 @@ fn check(source: &Path, folder: &Path) {
             storage: StorageLayout::Native,
             output: output.clone(),
             force: false,
+            donors: None,
         };
         quantize(&Cpu, &request, &Monitor::silent()).unwrap();
         let variant = Checkpoint::open(&output).unwrap();

@@ -65,6 +65,9 @@ pub struct Provenance {
     /// SHA-256 of the token ids that the sample (and calibration, where the method has one) ran on.
     pub sample: String,
     pub seed: u64,
+    /// Name of the donors that the quantized weights were taken from; without it they were rounded block after block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub donors: Option<String>,
 }
 
 /// The sample that was run through the variant at validation.

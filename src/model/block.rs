@@ -9,7 +9,7 @@ use super::moe::Moe;
 
 /// A block whose weights are on the device.
 pub struct Block<B: Backend> {
-    norm: Vec<f32>,
+    norm: B::Vector,
     eps: f32,
     mixer: Mixer<B>,
 }
@@ -25,7 +25,7 @@ struct Ssm<B: Backend> {
     shape: MambaShape,
     in_proj: B::Linear,
     parameters: B::Mamba,
-    norm: Vec<f32>,
+    norm: B::Vector,
     out_proj: B::Linear,
 }
 
@@ -70,6 +70,14 @@ pub type Tap<'a, B> = dyn Fn(&str, &<B as Backend>::Activation) -> Result<()> + 
 /// Hands a linear's input to the tap, if there is one.
 pub(super) fn observe<B: Backend>(tap: Option<&Tap<'_, B>>, name: &str, x: &B::Activation) -> Result<()> {
     tap.map_or(Ok(()), |tap| tap(name, x))
+}
+
+/// A mixer's last linear: its output, added to `into` where that is given.
+pub(super) fn write<B: Backend>(backend: &B, into: Option<B::Tensor>, linear: &B::Linear, x: &B::Activation) -> Result<B::Tensor> {
+    match into {
+        Some(into) => backend.linear_add(into, linear, x),
+        None => backend.linear(linear, x),
+    }
 }
 
 /// A block as `checkpoint` stores it.
@@ -157,7 +165,7 @@ impl<B: Backend> Block<B> {
                     shape,
                     in_proj: linear("in_proj")?,
                     parameters: backend.prepare_mamba(parameters)?,
-                    norm: mixer_tensor("norm.weight")?,
+                    norm: backend.prepare_vector(mixer_tensor("norm.weight")?)?,
                     out_proj: linear("out_proj")?,
                 }))
             }
@@ -174,7 +182,8 @@ impl<B: Backend> Block<B> {
             }
             BlockKind::Moe => Mixer::Moe(Box::new(Moe::assemble(backend, &config.moe, &mixer_tensor, &linear, config.hidden_size)?)),
         };
-        Ok(Self { norm: source.tensor(&format!("{}norm.weight", spec.prefix))?, eps: config.norm_eps, mixer })
+        let norm = backend.prepare_vector(source.tensor(&format!("{}norm.weight", spec.prefix))?)?;
+        Ok(Self { norm, eps: config.norm_eps, mixer })
     }
 
     /// An empty cache for `sequences` sequences.
@@ -188,12 +197,10 @@ impl<B: Backend> Block<B> {
 
     /// The residual stream behind the block, `[tokens, hidden]`.
     pub fn forward(&self, backend: &B, h: B::Tensor, sequences: &Sequences, cache: Option<&mut BlockCache<B>>) -> Result<B::Tensor> {
-        let mixed = self.mix(backend, &h, sequences, cache, None)?;
-        backend.add(h, &mixed)
+        self.run(backend, &h.clone(), sequences, cache, None, Some(h))
     }
 
     /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input.
-    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
     pub fn mix(
         &self,
         backend: &B,
@@ -201,6 +208,20 @@ impl<B: Backend> Block<B> {
         sequences: &Sequences,
         cache: Option<&mut BlockCache<B>>,
         tap: Option<&Tap<'_, B>>,
+    ) -> Result<B::Tensor> {
+        self.run(backend, h, sequences, cache, tap, None)
+    }
+
+    /// `into + mixer(RMSNorm(h))`, the same to the bit as the mixer's output added to it; or without `into` the mixer's output alone.
+    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
+    fn run(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        sequences: &Sequences,
+        cache: Option<&mut BlockCache<B>>,
+        tap: Option<&Tap<'_, B>>,
+        into: Option<B::Tensor>,
     ) -> Result<B::Tensor> {
         let norm = |emit| backend.rms_norm(h, &self.norm, self.eps, emit);
         match &self.mixer {
@@ -216,9 +237,9 @@ impl<B: Backend> Block<B> {
                 let emit = backend.reads(&ssm.out_proj);
                 let gated = backend.gated_norm(&y, &projection, &ssm.parameters, &ssm.norm, &ssm.shape, self.eps, emit)?;
                 observe::<B>(tap, "out_proj", &gated)?;
-                backend.linear(&ssm.out_proj, &gated)
+                write(backend, into, &ssm.out_proj, &gated)
             }
-            Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?, tap),
+            Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?, tap, into),
             Mixer::Attention(attention) => {
                 let cache = match cache {
                     Some(BlockCache::KeyValue(cache)) => Some(cache),
@@ -233,10 +254,21 @@ impl<B: Backend> Block<B> {
                 let mixed = backend.attention(&q, &k, &v, &attention.shape, sequences, cache)?;
                 let mixed = backend.emit(mixed, backend.reads(&attention.o))?;
                 observe::<B>(tap, "o_proj", &mixed)?;
-                backend.linear(&attention.o, &mixed)
+                write(backend, into, &attention.o, &mixed)
             }
-            Mixer::Moe(moe) => moe.forward(backend, &norm(moe.reads(backend).and(Emit::FLOAT))?, tap),
+            Mixer::Moe(moe) => {
+                let mixed = moe.forward(backend, &norm(moe.reads(backend).and(Emit::FLOAT))?, tap)?;
+                match into {
+                    Some(into) => backend.add(into, &mixed),
+                    None => Ok(mixed),
+                }
+            }
         }
+    }
+
+    /// Whether a decoding step through it can be recorded: the experts of a mixture are launched as the router chose.
+    pub fn is_recordable(&self) -> bool {
+        !matches!(self.mixer, Mixer::Moe(_))
     }
 
     /// Bytes that the block's linears take on the device.
@@ -261,12 +293,12 @@ impl<B: Backend> Mlp<B> {
         backend.reads(&self.up)
     }
 
-    pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
+    pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>, into: Option<B::Tensor>) -> Result<B::Tensor> {
         observe::<B>(tap, &format!("{}up_proj", self.prefix), x)?;
         let wide = backend.linear(&self.up, x)?;
         let x = backend.relu2(&wide, backend.reads(&self.down))?;
         observe::<B>(tap, &format!("{}down_proj", self.prefix), &x)?;
-        backend.linear(&self.down, &x)
+        write(backend, into, &self.down, &x)
     }
 
     pub(super) fn resident_bytes(&self, backend: &B) -> u64 {

@@ -2,6 +2,7 @@
 //! Start with [`quantize`].
 
 mod calibrate;
+pub mod donors;
 mod gptq;
 pub mod hadamard;
 mod method;
@@ -12,8 +13,9 @@ mod sample;
 mod transform;
 mod weights;
 
+pub use donors::Donors;
 pub use gptq::round_clipped;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
-pub use publish::work_directory;
+pub use publish::{lock, work_directory};
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};

@@ -13,13 +13,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::calibrate;
+use super::donors::{Donors, PartlyQuantized, Place};
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::publish::{self, TensorOut};
 use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
-use super::weights::FloatBlock;
-use crate::backend::{Backend, Emit, Sequences, SsmInternals};
+use super::weights::{BlockWeights, FloatBlock};
+use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
     VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors, quantization_config, sha256_hex,
@@ -27,8 +28,8 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Activations, CacheFormats, Format, LinearWeights, Plan, Scheme, Transform};
-use crate::model::{Block, BlockSource, Stream};
+use crate::format::{Activations, CacheFormats, Format, Plan, Scheme, Transform};
+use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
 
 /// What to quantize, how, and to where.
@@ -43,6 +44,8 @@ pub struct QuantizeRequest<'a> {
     pub output: PathBuf,
     /// Replace an output that exists.
     pub force: bool,
+    /// Take quantized weights from these instead of rounding again; of the same checkpoint, steps and sample.
+    pub donors: Option<&'a Donors>,
 }
 
 /// What is known after some blocks: the part of a manifest that a resumed run needs.
@@ -78,6 +81,7 @@ pub fn request_key(source: &str, request: &QuantizeRequest<'_>) -> String {
         "sample": request.sample.sha256(),
         "seed": request.sample.seed,
         "storage": request.storage,
+        "donors": request.donors.map(Donors::name),
     });
     sha256_hex(plan.to_string().as_bytes())
 }
@@ -137,12 +141,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
         }
-        let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
-            Some(calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?)
-        } else {
-            None
+        let transforms = match request.donors {
+            Some(donors) => donors.transforms().clone(),
+            None => {
+                let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
+                    Some(calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?)
+                } else {
+                    None
+                };
+                Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
+            }
         };
-        let transforms = Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?;
         Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
     }
 
@@ -231,19 +240,13 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let weights = self.transforms.block(checkpoint, spec)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
-        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
-        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
-            calibrate::hessians(self.backend, &transformed, &streams.quantized, &streams.sequences, self.monitor)?
-        } else {
-            BTreeMap::new()
+        let linears = match self.request.donors {
+            Some(donors) => {
+                let format = |linear: &LinearSpec, slice: &str| plan.slice(index, &linear.stem, slice);
+                donors.assemble(Place::Block(index), &spec.linears, format, |name| weights.linear(name))?
+            }
+            None => self.round_block(spec, &weights, &transformed, streams)?,
         };
-        let mut linears: BTreeMap<&str, QuantizedLinear> = BTreeMap::new();
-        for linear in &spec.linears {
-            self.monitor.check()?;
-            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
-            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
-            linears.insert(&linear.name, quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
-        }
         let mut tensors: Vec<TensorOut> = Vec::new();
         for other in &spec.others {
             match weights.tensors.get(&other.name) {
@@ -262,7 +265,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
         let float_block = Block::load(self.backend, checkpoint, index)?;
         let quantized_block =
-            Block::assemble(self.backend, &checkpoint.config, spec, &QuantizedBlock { float: source, linears: &linears })?;
+            Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
             self.monitor.check()?;
@@ -283,6 +286,31 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             bytes: spec.planned_bytes(plan, checkpoint.layout.float_bytes),
             notes: gather_notes(&linears),
         })
+    }
+
+    /// Rounds the linears of a block, with the Hessians of what the quantized blocks before it hand on.
+    fn round_block<'s>(
+        &self,
+        spec: &'s BlockSpec,
+        weights: &BlockWeights,
+        transformed: &Block<B>,
+        streams: &Streams<B>,
+    ) -> Result<BTreeMap<&'s str, QuantizedLinear>> {
+        let (plan, index) = (&self.request.plan, spec.index);
+        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
+        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
+            calibrate::hessians(self.backend, transformed, &streams.quantized, &streams.sequences, self.monitor)?
+        } else {
+            BTreeMap::new()
+        };
+        let mut linears = BTreeMap::new();
+        for linear in &spec.linears {
+            self.monitor.check()?;
+            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
+            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
+            linears.insert(linear.name.as_str(), quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
+        }
+        Ok(linears)
     }
 
     /// Appends what stores `linear`: its quantized tensors, or the source's own.
@@ -380,8 +408,13 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
         let float_head = self.transforms.head(checkpoint)?;
-        let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
-        let head = quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref());
+        let head = match self.request.donors {
+            Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
+            None => {
+                let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
+                quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref())
+            }
+        };
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
             self.push_linear(&layout.head, &head, &mut tensors)?;
@@ -402,17 +435,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
 
         let original_norm = checkpoint.read(&layout.final_norm.name)?;
-        let logits = |head, norm: &[f32], stream: &[B::Tensor]| {
-            let head = self.backend.prepare(head)?;
+        let logits = |head, norm: Vec<f32>, stream: &[B::Tensor]| {
+            let (head, norm) = (self.backend.prepare(head)?, self.backend.prepare_vector(norm)?);
             let logits = |h| {
-                let x = self.backend.rms_norm(h, norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
+                let x = self.backend.rms_norm(h, &norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
                 self.backend.linear(&head, &x)
             };
             stream.iter().map(logits).collect::<Result<Vec<_>>>()
         };
         Ok(Logits {
-            reference: logits(checkpoint.head()?, &original_norm, &streams.reference)?,
-            quantized: logits(head.weights(layout.head.cols), &norm, &streams.quantized)?,
+            reference: logits(checkpoint.head()?, original_norm, &streams.reference)?,
+            quantized: logits(head.weights(layout.head.cols), norm, &streams.quantized)?,
         })
     }
 
@@ -428,8 +461,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Ok(None);
         }
         let mut sum = vec![0.0; norm.len() * norm.len()];
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
         for h in &streams.quantized {
-            let x = self.backend.rms_norm(h, norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+            let x = self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
             for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
                 *sum += value;
             }
@@ -497,6 +531,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 transforms: request.steps.transforms.clone(),
                 sample: request.sample.sha256(),
                 seed: request.sample.seed,
+                donors: request.donors.map(|donors| donors.name().to_owned()),
             },
             plan: request.plan.clone(),
             activations: Activations::default(),
@@ -538,33 +573,6 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Err(differs("the head"));
         }
         self.monitor.step(blocks + 1, "logits read back the same")
-    }
-}
-
-/// A block with quantized linears and the float tensors of a transformed one.
-struct QuantizedBlock<'a> {
-    float: FloatBlock<'a>,
-    linears: &'a BTreeMap<&'a str, QuantizedLinear>,
-}
-
-impl BlockSource for QuantizedBlock<'_> {
-    fn tensor(&self, name: &str) -> Result<Vec<f32>> {
-        self.float.tensor(name)
-    }
-
-    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
-        match self.linears.get(linear.name.as_str()) {
-            Some(quantized) => Ok(quantized.weights(linear.cols)),
-            None => Err(Error::run(format!("`{}` was not quantized", linear.stem))),
-        }
-    }
-
-    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
-        self.float.internals(block)
-    }
-
-    fn rotates_state(&self) -> bool {
-        self.float.rotates_state()
     }
 }
 

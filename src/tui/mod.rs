@@ -40,6 +40,7 @@ use crossterm::event::EventStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use crate::backend::DeviceChoice;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
 use crate::session::{Session, paths};
@@ -57,6 +58,7 @@ pub struct WorkbenchOptions {
     pub session_path: Option<PathBuf>,
     /// Threads of the computing pool; `None` takes one for each processor.
     pub threads: Option<usize>,
+    pub device: DeviceChoice,
     /// Draw with ASCII only.
     pub ascii: bool,
     /// A built-in theme's name or a theme file.
@@ -70,7 +72,7 @@ pub fn run(options: WorkbenchOptions) -> Result<()> {
     let ask = options.theme.is_none() && !Theme::no_color();
     let keymap = keymap::Keymap::of_user()?;
     let document = Document::open(options.session)?;
-    let (engine, events) = Engine::start(&EngineOptions { threads: options.threads })?;
+    let (engine, events) = Engine::start(&EngineOptions { threads: options.threads, device: options.device })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

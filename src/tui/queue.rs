@@ -200,7 +200,7 @@ impl Queue {
             Event::Started { title, .. } => self.line(Level::Info, format!("{title}: started")),
             Event::Report { report, .. } => self.report(report, clock),
             // The workbench submits no job that generates text; what is observed and said is none of the queue's.
-            Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
+            Event::Text { .. } | Event::Sensitivities { .. } | Event::Study { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(Work::Quantize(target)) = self.running().map(|item| item.work.clone()) else { return };
                 measurements.quantized(&target.steps, target.plan, path, &manifest);
@@ -254,7 +254,7 @@ impl Queue {
                 }
                 self.errors[index] = error;
             }
-            Report::Plan(_) | Report::Found { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
+            Report::Plan(_) | Report::Found { .. } | Report::Measured { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
             Report::Log(line) => self.line(Level::Info, line),
             Report::Warning(line) => self.line(Level::Warning, line),
         }
@@ -293,6 +293,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
             output: None,
             store: store.to_owned(),
             force: false,
+            donors: None,
         })))),
         Work::Evaluate(targets) => {
             let model = |target: &Target| {

@@ -113,7 +113,12 @@ impl RunWriter {
             Event::Report { report, .. } => Note::Report(report.clone()),
             Event::Quantized { name, path, .. } => Note::Made { variant: name.clone(), path: path.clone() },
             Event::Evaluated { evaluated, .. } => Note::Measured(Box::new(evaluated.result.clone())),
-            Event::Text { .. } | Event::Observed { .. } | Event::Spoken { .. } | Event::Finished { .. } => return,
+            Event::Text { .. }
+            | Event::Sensitivities { .. }
+            | Event::Study { .. }
+            | Event::Observed { .. }
+            | Event::Spoken { .. }
+            | Event::Finished { .. } => return,
         };
         // The writer ends before its time only by a panic, which was reported.
         drop(self.notes.send(note));
@@ -190,6 +195,7 @@ impl Worker {
                     Report::Warning(line) => self.line("warning", line),
                     Report::Paused(paused) => self.line("info", if *paused { "paused" } else { "going on" }),
                     Report::Block { index, error, .. } => self.line("info", &format!("block {index}: error {error:.2e}")),
+                    Report::Measured { unit, format, kld, .. } => self.line("info", &format!("{unit} {format}: KLD {kld:.2e}")),
                     Report::Plan(_) | Report::Step { .. } | Report::Found { .. } | Report::Divergence { .. } => {}
                 }
                 self.progress.report(&report, now);

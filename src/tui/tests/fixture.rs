@@ -131,6 +131,7 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
             transforms: Vec::new(),
             sample: String::new(),
             seed: 0,
+            donors: None,
         },
         plan: draft.plan.clone(),
         activations: crate::format::Activations::default(),

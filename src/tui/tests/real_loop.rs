@@ -107,7 +107,7 @@ impl Typist {
 /// Runs the loop on `session` while `script` types; returns the state at the end.
 fn with_loop(session: Session, store: &Path, script: impl AsyncFnOnce(Typist)) -> State {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2) }).unwrap();
+    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2), ..EngineOptions::default() }).unwrap();
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
     state.queue.store = store.to_owned();
     let (keys, mut typed) = unbounded_channel();
