@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
+use strata::analysis::Gpu;
 use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Solution};
 use strata::analysis::sensitivity::{Request, Sensitivities, SensitivitySpec, donors_directory, load};
-use strata::analysis::{Gpu, predict};
 use strata::checkpoint::{self, Checkpoint, Config, StorageLayout};
 use strata::engine::{Event, Job, QuantizeJob, StudyJob};
 use strata::error::{Error, Result};
 use strata::format::{Format, Selector};
-use strata::quant::Override;
+use strata::quant::{Override, Recipe};
 use strata::session::replay::finish;
 use strata::session::{Session, VariantSpec, paths, report};
 
@@ -100,14 +100,7 @@ impl BudgetOptions {
             (_, Some(size), ..) => Some(Budget::ModelBytes(parse_bytes(size)?)),
             (_, _, Some(size), ..) => Some(Budget::LinearBytes(parse_bytes(size)?)),
             (_, _, _, Some(kld), _) => Some(Budget::Kld(kld)),
-            (_, _, _, _, Some(name)) => {
-                let gpu = Gpu::find(name)?;
-                let room = predict::weight_room(config, &gpu, context).ok_or_else(|| {
-                    Error::input(format!("the caches of {context} tokens alone do not fit on a {}", gpu.name))
-                        .hint("give a shorter --context or a larger GPU")
-                })?;
-                Some(Budget::ModelBytes(room))
-            }
+            (_, _, _, _, Some(name)) => Some(Budget::fitting(config, &Gpu::find(name)?, context)?),
             (None, None, None, None, None) => None,
         })
     }
@@ -135,12 +128,12 @@ fn parse_bytes(text: &str) -> Result<u64> {
 
 impl Allocate {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let spec = self.measured.spec(common)?;
+        let activations = self.activations.parse::<Activations>()?;
+        let checkpoint = checkpoint::open(&self.model)?;
+        let spec = self.measured.spec(&checkpoint.layout, common)?;
         if self.study {
             return self.study(spec, common);
         }
-        let activations = self.activations.parse::<Activations>()?;
-        let checkpoint = checkpoint::open(&self.model)?;
         let budget = self.budget.budget(&checkpoint.config, self.context.unwrap_or(CONTEXT))?;
         let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
         let losses = load(&measurement)?;
@@ -237,7 +230,7 @@ impl Allocate {
         let job = QuantizeJob {
             model: self.model.clone(),
             name: "allocated".into(),
-            recipe: spec.recipe.name.clone(),
+            recipe: Recipe::find(self.measured.recipe())?.name,
             steps: measurement.steps.clone(),
             plan: allocation.plan.clone(),
             sample: spec.sample.clone(),
@@ -246,6 +239,7 @@ impl Allocate {
             store: paths::variants_directory(),
             force: self.force,
             donors: Some(donors_directory(&measurement.store)),
+            allocate: None,
         };
         let (path, _) = quantize::run_job(job, common)?;
         Ok(path)

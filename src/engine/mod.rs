@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
-pub use measure::{SensitivityJob, StudyJob};
+pub use measure::{AllocateJob, SensitivityJob, StudyJob};
 pub use observe::{BlockInputs, ObserveJob};
 pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};

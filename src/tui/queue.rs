@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::measurements::Measurements;
 use crate::checkpoint::StorageLayout;
-use crate::engine::{Event, Job, JobId, ObserveJob, PlaygroundJob, QuantizeJob};
+use crate::engine::{AllocateJob, Event, Job, JobId, ObserveJob, PlaygroundJob, QuantizeJob};
 use crate::error::{ErrorKind, Result};
 use crate::eval::ModelToEvaluate;
 use crate::format::Plan;
@@ -27,6 +27,8 @@ pub struct Target {
     pub recipe: String,
     pub steps: Steps,
     pub plan: Plan,
+    /// How to find the plan that is made, where the recipe leaves it to measurement.
+    pub allocate: Option<AllocateJob>,
 }
 
 /// What a queued job does.
@@ -294,6 +296,7 @@ fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path
             store: store.to_owned(),
             force: false,
             donors: None,
+            allocate: target.allocate.clone(),
         })))),
         Work::Evaluate(targets) => {
             let model = |target: &Target| {

@@ -5,9 +5,17 @@ use super::super::message::Effect;
 use super::super::popups::{Choice, Confirm};
 use super::super::queue::Target;
 use super::super::state::{Pane, State};
+use crate::engine::AllocateJob;
+use crate::session::paths;
 
 fn target(draft: &Draft) -> Target {
-    Target { name: draft.name.clone(), recipe: draft.recipe.name.clone(), steps: draft.recipe.steps(), plan: draft.plan.clone() }
+    Target {
+        name: draft.name.clone(),
+        recipe: draft.recipe.name.clone(),
+        steps: draft.recipe.steps(),
+        plan: draft.plan.clone(),
+        allocate: AllocateJob::new(&draft.recipe, &draft.overrides, paths::data_directory()),
+    }
 }
 
 fn queue(state: &mut State, targets: Vec<Target>) -> Vec<Effect> {
