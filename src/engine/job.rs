@@ -8,7 +8,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
-use crate::format::{BlockKind, Format, Plan};
+use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
@@ -177,6 +177,10 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
     if job.storage == StorageLayout::Portable && steps.transforms.iter().any(|transform| transform.is_online()) {
         monitor.warn("portable: online rotations are left out, since other engines do not compute them");
         steps.transforms.retain(|transform| !transform.is_online());
+    }
+    if job.storage == StorageLayout::Portable && (steps.activations != Activations::default() || steps.cache.is_quantized()) {
+        monitor.warn("portable: activations get scales at run time, and SSM internals and caches stay in float");
+        (steps.activations, steps.cache) = (Activations::default(), CacheFormats::default());
     }
     let mut folder = job.donors;
     if let Some(allocate) = &job.allocate {

@@ -148,7 +148,8 @@ impl<'a> Request<'a> {
         formats.dedup();
         Ok(Self {
             checkpoint,
-            steps: spec.steps.clone(),
+            // Losses are those of linears: scales at run time, SSM internals in float.
+            steps: Steps::new(spec.steps.transforms.clone(), spec.steps.method),
             embedding: spec.embedding,
             head: spec.head,
             by: spec.by,
