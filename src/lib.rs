@@ -3,6 +3,7 @@
 
 pub mod analysis;
 pub mod backend;
+pub mod bench;
 pub mod checkpoint;
 pub mod engine;
 pub mod error;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::format::Format;
 
 /// One report of a running job. Counters are absolute, so a lost report costs nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +24,8 @@ pub enum Report {
     Found { done: usize },
     /// A block was quantized: relative output error and the bytes its linears now take.
     Block { index: usize, error: f64, bytes: u64 },
+    /// A unit's loss was measured: the model's divergence, in nats a token, with only this unit of block `index` quantized.
+    Measured { index: usize, unit: String, format: Format, kld: f64 },
     /// Mean divergence from the reference over the text windows so far, in nats a token.
     Divergence { windows: usize, mean: f64 },
     /// The job stands still, or goes on again.
@@ -134,6 +137,11 @@ impl<'a> Monitor<'a> {
     /// Reports a quantized block.
     pub fn block(&self, index: usize, error: f64, bytes: u64) {
         (self.sink)(Report::Block { index, error, bytes });
+    }
+
+    /// Reports a measured loss.
+    pub fn measured(&self, index: usize, unit: &str, format: Format, kld: f64) {
+        (self.sink)(Report::Measured { index, unit: unit.into(), format, kld });
     }
 
     /// Writes a log line.

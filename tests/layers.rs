@@ -1,4 +1,4 @@
-//! Dependencies between modules point one way: format → checkpoint, backend → model → quant, eval, analysis →
+//! Dependencies between modules point one way: format → checkpoint, backend → model → quant, eval, analysis, bench →
 //! engine → session → cli, tui.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
@@ -9,7 +9,7 @@ const LEVELS: [&[&str]; 7] = [
     &["error", "files", "monitor", "format"],
     &["checkpoint", "backend"],
     &["model"],
-    &["quant", "eval", "analysis"],
+    &["quant", "eval", "analysis", "bench"],
     &["engine"],
     &["session"],
     &["cli", "tui"],

@@ -3,10 +3,18 @@
 //! A tensor is a matrix `[tokens, features]` of f32. The tokens of several sequences lie one after another,
 //! without padding; [`Sequences`] says where each begins. Start with [`Backend`].
 
+mod choice;
 pub mod cpu;
+pub mod cuda;
+
+pub use choice::DeviceChoice;
 
 use crate::error::Result;
 use crate::format::{CacheFormats, LinearWeights, QuantizedMatrix, Scheme, round_to_nearest};
+
+/// Tokens of a chunk of the selective scan where C·B is an integer product; chunks begin where a call begins. A text that is
+/// computed in several calls, each but the last of a multiple of this, is the same as in one call.
+pub const SSM_CHUNK: usize = 64;
 
 /// How the tokens of a batch divide into sequences, and which of them go on from the end of another one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -209,6 +217,26 @@ pub struct AttentionShape {
     pub head_dim: usize,
 }
 
+/// How a router chooses experts from its scores `s = sigmoid(raw)`: by `s` + correction, first the best `top_groups` of
+/// `groups` groups (a group's score is the sum of its two best), then the best experts in them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RouterShape {
+    pub experts: usize,
+    pub experts_per_token: usize,
+    pub groups: usize,
+    pub top_groups: usize,
+    /// Divide the weights of a token's experts by their sum.
+    pub normalize: bool,
+    pub scaling: f32,
+}
+
+/// The tokens that chose an expert, in ascending order, with the weights of its outputs.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Assignment {
+    pub tokens: Vec<usize>,
+    pub weights: Vec<f32>,
+}
+
 /// How far one row of logits is from the reference's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Divergence {
@@ -226,6 +254,10 @@ pub trait Backend: Send + Sync + 'static {
     type Linear: Send + Sync;
     /// An embedding table.
     type Embedding: Send + Sync;
+    /// A row of float parameters on the device: a norm's weight.
+    type Vector: Send + Sync;
+    /// A decoding step that can be done again.
+    type Recording: Send;
     /// What a linear reads: floats, int8 codes with a scale a token, or both.
     type Activation: Send + Sync;
     /// Small parameters of a Mamba-2 mixer on the device.
@@ -246,9 +278,13 @@ pub trait Backend: Send + Sync + 'static {
     fn download(&self, tensor: &Self::Tensor) -> Result<Vec<f32>>;
     /// The float form `[rows, cols]` of an activation that carries one.
     fn floats(&self, activation: &Self::Activation) -> Result<Vec<f32>>;
+    /// Rows of a tensor.
+    fn rows(&self, tensor: &Self::Tensor) -> usize;
     /// Features of a tensor.
     fn features(&self, tensor: &Self::Tensor) -> usize;
 
+    /// Moves a row of float parameters to the device.
+    fn prepare_vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
     /// Lays out weights for the device.
     fn prepare(&self, weights: LinearWeights) -> Result<Self::Linear>;
     /// Bytes that prepared weights take on the device.
@@ -264,10 +300,14 @@ pub trait Backend: Send + Sync + 'static {
     fn embed(&self, table: &Self::Embedding, ids: &[u32]) -> Result<Self::Tensor>;
     /// `x Wᵀ + bias`: `[tokens, in]` to `[tokens, out]`.
     fn linear(&self, linear: &Self::Linear, x: &Self::Activation) -> Result<Self::Tensor>;
+    /// `into + (x Wᵀ + bias)`, reusing `into`'s memory where possible.
+    fn linear_add(&self, into: Self::Tensor, linear: &Self::Linear, x: &Self::Activation) -> Result<Self::Tensor> {
+        self.add(into, &self.linear(linear, x)?)
+    }
     /// Hands `x` on in the forms asked for.
     fn emit(&self, x: Self::Tensor, emit: Emit) -> Result<Self::Activation>;
     /// `x / rms(x) · weight` by row.
-    fn rms_norm(&self, x: &Self::Tensor, weight: &[f32], eps: f32, emit: Emit) -> Result<Self::Activation>;
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, emit: Emit) -> Result<Self::Activation>;
     /// `relu(x)²`.
     fn relu2(&self, x: &Self::Tensor, emit: Emit) -> Result<Self::Activation>;
     /// `a + b`, reusing `a`'s memory where possible.
@@ -306,7 +346,7 @@ pub trait Backend: Send + Sync + 'static {
         y: &Self::Tensor,
         projection: &Self::Projection,
         parameters: &Self::Mamba,
-        weight: &[f32],
+        weight: &Self::Vector,
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
@@ -329,6 +369,9 @@ pub trait Backend: Send + Sync + 'static {
         cache: Option<&mut Self::KvCache>,
     ) -> Result<Self::Tensor>;
 
+    /// The experts of every token, by expert, from the router's raw outputs `[tokens, experts]`; `correction` `[experts]`
+    /// counts for choosing, not for weighting.
+    fn route(&self, raw: &Self::Tensor, correction: &Self::Vector, shape: &RouterShape) -> Result<Vec<Assignment>>;
     /// The rows `tokens` of an activation.
     fn gather(&self, x: &Self::Activation, tokens: &[usize]) -> Result<Self::Activation>;
     /// The rows `tokens` of a tensor.
@@ -336,12 +379,37 @@ pub trait Backend: Send + Sync + 'static {
     /// `into[tokens[i]] += weights[i] · x[i]`, in ascending i.
     fn scatter_add(&self, into: Self::Tensor, x: &Self::Tensor, tokens: &[usize], weights: &[f32]) -> Result<Self::Tensor>;
 
+    /// Does `step`, a decoding step whose launches do not depend on the token ids, so that [`Backend::replay`] can do it
+    /// again. `None`, with nothing done: this device does not record.
+    fn record(&self, step: &mut dyn FnMut() -> Result<Self::Tensor>) -> Result<Option<(Self::Recording, Self::Tensor)>>;
+    /// Does a recorded step again, for the token ids `ids`; its result holds until the next one. `None`, with nothing
+    /// done: a cache has moved since, and the step must be recorded again.
+    fn replay(&self, recording: &mut Self::Recording, ids: &[u32]) -> Result<Option<Self::Tensor>>;
+
+    /// Seconds that `run` takes on the device: the mean of `repeats`, after one that is not counted.
+    fn time(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        run()?;
+        let start = std::time::Instant::now();
+        for _ in 0..repeats {
+            run()?;
+        }
+        Ok(start.elapsed().as_secs_f64() / repeats as f64)
+    }
+    /// Seconds that copying `bytes` bytes within the device's memory takes.
+    fn copy_seconds(&self, bytes: usize) -> Result<f64>;
+    /// Most memory of the device that was in use since [`Backend::reset_peak`]; `None` where it is the process's.
+    fn peak_bytes(&self) -> Option<u64>;
+    /// Gives unused memory back and begins to watch anew.
+    fn reset_peak(&self) -> Result<()>;
+
     /// `Σ_t x_t x_tᵀ` `[features, features]` of the float form of an activation, in f64.
     fn gram(&self, x: &Self::Activation) -> Result<Vec<f64>>;
 
     /// For each (row, token) of `targets`: the log-probability of `token` under that row of logits, and whether it is
     /// the most probable one.
     fn log_probabilities(&self, logits: &Self::Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>>;
+    /// Index of the first largest logit of each row.
+    fn argmax(&self, logits: &Self::Tensor) -> Result<Vec<u32>>;
     /// Divergence of every row of `logits` from the same row of `reference`.
     fn divergence(&self, reference: &Self::Tensor, logits: &Self::Tensor) -> Result<Vec<Divergence>>;
 }

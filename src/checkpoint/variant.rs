@@ -18,7 +18,7 @@ pub const STRATA_FILE: &str = "strata.toml";
 pub const VARIANT_SCHEMA: &str = "strata.variant/1";
 /// What made a variant. The revision counts changes of what the quantizer writes, so that variants of an older
 /// one are not taken for today's.
-pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 3");
+pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 5");
 
 /// Who can read a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +65,9 @@ pub struct Provenance {
     /// SHA-256 of the token ids that the sample (and calibration, where the method has one) ran on.
     pub sample: String,
     pub seed: u64,
+    /// Name of the donors that the quantized weights were taken from; without it they were rounded block after block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub donors: Option<String>,
 }
 
 /// The sample that was run through the variant at validation.

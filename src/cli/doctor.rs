@@ -5,6 +5,8 @@ use std::io::IsTerminal;
 use clap::Args;
 use serde_json::{Value, json};
 use strata::backend::cpu::int_matmul::Isa;
+use strata::backend::cuda::libraries::{Found, HOW_TO_GET, Libraries, show};
+use strata::backend::cuda::{driver, nvrtc};
 use strata::checkpoint::hub::Hub;
 use strata::error::Result;
 use strata::eval::memory;
@@ -38,6 +40,7 @@ impl Doctor {
 }
 
 fn findings() -> Vec<(&'static str, Value)> {
+    let libraries = Libraries::get();
     let environment = |name: &str| std::env::var(name).unwrap_or_else(|_| "not set".into());
     let data = paths::data_directory();
     let writable = std::fs::create_dir_all(&data).and_then(|()| tempfile::tempfile_in(&data)).is_ok();
@@ -54,7 +57,12 @@ fn findings() -> Vec<(&'static str, Value)> {
         ("integer kernels", json!(Isa::available().iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))),
         ("memory", json!(memory::total_bytes().map_or_else(|| "unknown".into(), strata::session::report::bytes))),
         ("memory available", json!(memory::available_bytes().map_or_else(|| "unknown".into(), strata::session::report::bytes))),
-        ("GPU", json!("not used: this version computes on the CPU")),
+        ("GPU", json!(gpus())),
+        ("GPU driver", json!(library(&libraries.driver))),
+        ("NVRTC", json!(library(&libraries.nvrtc))),
+        ("cuBLAS", json!(library(&libraries.cublas))),
+        ("GPU libraries in", json!(libraries.searched.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(":"))),
+        ("kernel cache", json!(nvrtc::cache_directory())),
         ("data folder", json!(format!("{} ({})", data.display(), if writable { "writable" } else { "NOT writable: set XDG_DATA_HOME" }))),
         ("hub cache", json!(hub)),
         ("terminal", json!(environment("TERM"))),
@@ -62,4 +70,26 @@ fn findings() -> Vec<(&'static str, Value)> {
         ("unicode", json!(if unicode { "yes" } else { "no UTF-8 locale: use --ascii" })),
         ("stdout", json!(if std::io::stdout().is_terminal() { "terminal" } else { "not a terminal" })),
     ]
+}
+
+/// The GPUs with what each can be named as, or why there is none.
+fn gpus() -> String {
+    match driver::devices() {
+        Ok(found) if found.is_empty() => "none: the driver shows no GPU".into(),
+        Ok(found) => {
+            let describe = |(index, gpu): (usize, &driver::Description)| {
+                let old = if gpu.arch < driver::ARCH_MINIMUM { ", TOO OLD: sm_80 or newer is needed" } else { "" };
+                format!("cuda:{index} {} (sm_{}, {}{old})", gpu.name, gpu.arch, strata::session::report::bytes(gpu.memory))
+            };
+            found.iter().enumerate().map(describe).collect::<Vec<_>>().join("; ")
+        }
+        Err(error) => format!("none: {error}"),
+    }
+}
+
+fn library(found: &std::result::Result<Found, String>) -> String {
+    match found {
+        Ok(found) => format!("{} (CUDA {})", found.path.display(), show(found.version)),
+        Err(why) => format!("not found ({why}); {HOW_TO_GET}"),
+    }
 }

@@ -2,7 +2,9 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line is what prints")]
 
+mod allocate;
 mod analyze;
+mod bench;
 mod compare;
 mod doctor;
 mod eval;
@@ -13,6 +15,7 @@ mod quantize;
 mod replay;
 mod results;
 mod runs;
+mod sensitivity;
 mod trace;
 
 use std::io::IsTerminal;
@@ -20,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use strata::backend::DeviceChoice;
 use strata::checkpoint::DEMO;
 use strata::engine::{Engine, EngineOptions, Event};
 use strata::error::{Error, ErrorKind, Result};
@@ -52,6 +56,9 @@ struct Workbench {
     /// Theme by name (ansi16, dark, light, high-contrast, mono) or file.
     #[arg(long)]
     theme: Option<String>,
+    /// Look only: no session, no file and no job is changed.
+    #[arg(long)]
+    read_only: bool,
 }
 
 /// Options that every command takes.
@@ -60,7 +67,7 @@ pub struct Common {
     /// Print one JSON document on stdout.
     #[arg(long, global = true)]
     json: bool,
-    /// Where to compute: `cpu`.
+    /// Where to compute: `cpu`, `cuda:0` (or another GPU), or `emulated` (the GPU's kernels on the processor, to prove them).
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
     /// Seed of the calibration sample and of sampling.
@@ -106,6 +113,10 @@ enum Command {
     Eval(eval::Eval),
     /// Compare variants with the model that they were made from.
     Compare(compare::Compare),
+    /// Measure what each part of a model loses in each format; goes on where it stopped.
+    Sensitivity(sensitivity::Sensitivity),
+    /// The plan that loses least within a budget, from measured sensitivities.
+    Allocate(allocate::Allocate),
     /// Run a session file headless.
     Replay(replay::Replay),
     /// List, follow, cancel and remove runs: every replay and every job of the workbench is one.
@@ -116,6 +127,8 @@ enum Command {
     Generate(generate::Generate),
     /// Logits and residual streams for given token ids, as safetensors.
     Trace(trace::Trace),
+    /// Speed of kernels and of models with random weights on this machine; --verify proves the kernels.
+    Bench(bench::Bench),
     /// What this machine has: processor features, memory, folders, terminal.
     Doctor(doctor::Doctor),
 }
@@ -123,7 +136,7 @@ enum Command {
 /// Runs what the arguments ask for.
 pub fn run(arguments: Arguments) -> Result<()> {
     let common = arguments.common;
-    check_device(&common.device)?;
+    common.device()?.check()?;
     if common.threads == Some(0) {
         return Err(Error::input("--threads 0 computes nothing").hint("leave --threads out to use every processor"));
     }
@@ -133,11 +146,14 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Some(Command::Quantize(command)) => command.run(&common),
         Some(Command::Eval(command)) => command.run(&common),
         Some(Command::Compare(command)) => command.run(&common),
+        Some(Command::Sensitivity(command)) => command.run(&common),
+        Some(Command::Allocate(command)) => command.run(&common),
         Some(Command::Replay(command)) => command.run(&common),
         Some(Command::Runs(command)) => command.run(&common),
         Some(Command::Results(command)) => command.run(&common),
         Some(Command::Generate(command)) => command.run(&common),
         Some(Command::Trace(command)) => command.run(&common),
+        Some(Command::Bench(command)) => command.run(&common),
         Some(Command::Doctor(command)) => command.run(&common),
     }
 }
@@ -154,16 +170,6 @@ pub fn fail(error: &Error) -> ExitCode {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
-    if device == "cpu" {
-        return Ok(());
-    }
-    if device == "cuda" || device.starts_with("cuda:") {
-        return Err(Error::input(format!("--device {device}: this version of strata computes on the CPU only")).hint("leave --device out"));
-    }
-    Err(Error::input(format!("unknown device `{device}`")).hint("the devices are: cpu"))
-}
-
 /// The workbench on a terminal; the demo session, headless, without one.
 fn workbench(options: &Workbench, common: &Common) -> Result<()> {
     let model = options.model.as_deref().unwrap_or(DEMO);
@@ -175,13 +181,17 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
     };
     let interactive = std::io::stdout().is_terminal() && std::io::stdin().is_terminal() && !common.json;
     if interactive {
-        return tui::run(WorkbenchOptions {
+        let farewell = tui::run(WorkbenchOptions {
             session,
             session_path: file,
             threads: common.threads,
+            device: common.device()?,
             ascii: options.ascii,
             theme: options.theme.clone(),
-        });
+            host_memory: common.host_memory,
+            read_only: options.read_only,
+        })?;
+        return farewell.map_or(Ok(()), |line| output::line(&line));
     }
     if session.variants.is_empty() {
         return Err(Error::input("the workbench needs a terminal, and there is none")
@@ -196,8 +206,12 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
 }
 
 impl Common {
+    fn device(&self) -> Result<DeviceChoice> {
+        self.device.parse()
+    }
+
     /// Starts the engine for a headless command.
     fn engine(&self) -> Result<(Engine, UnboundedReceiver<Event>)> {
-        Engine::start(&EngineOptions { threads: self.threads })
+        Engine::start(&EngineOptions { threads: self.threads, device: self.device()? })
     }
 }

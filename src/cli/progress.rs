@@ -42,7 +42,12 @@ impl Follow {
                     bar.finish_and_clear();
                 }
             }
-            Event::Evaluated { .. } | Event::Text { .. } => {}
+            Event::Evaluated { .. }
+            | Event::Text { .. }
+            | Event::Sensitivities { .. }
+            | Event::Study { .. }
+            | Event::Observed { .. }
+            | Event::Spoken { .. } => {}
         }
     }
 
@@ -72,7 +77,7 @@ impl Follow {
                     bar.reset_eta();
                 }
             }
-            Report::Plan(_) | Report::Block { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
+            Report::Plan(_) | Report::Block { .. } | Report::Measured { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
         }
     }
 

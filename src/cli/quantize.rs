@@ -69,18 +69,9 @@ impl Quantize {
             output: self.output.clone(),
             store: paths::variants_directory(),
             force: self.force,
+            donors: None,
         };
-        let (engine, mut events) = common.engine()?;
-        engine.submit(Job::Quantize(Box::new(job)))?;
-        let mut follow = Follow::new();
-        let mut done = None;
-        finish(&mut events, &mut |event| {
-            follow.event(event);
-            if let Event::Quantized { path, manifest, .. } = event {
-                done = Some((path.clone(), manifest.clone()));
-            }
-        })?;
-        let (path, manifest) = done.ok_or_else(|| Error::run("quantization ended without a variant"))?;
+        let (path, manifest) = run_job(job, common)?;
         let base = layout.linear_bytes(&Plan::unquantized(layout.blocks.len()));
         print(&path, &manifest, base, common)
     }
@@ -109,7 +100,23 @@ impl Quantize {
     }
 }
 
-fn parse_override(rule: &str) -> Result<Override> {
+/// Makes the variant with progress on stderr; returns where it is.
+pub fn run_job(job: QuantizeJob, common: &Common) -> Result<(PathBuf, Box<VariantManifest>)> {
+    let (engine, mut events) = common.engine()?;
+    engine.submit(Job::Quantize(Box::new(job)))?;
+    let mut follow = Follow::new();
+    let mut done = None;
+    finish(&mut events, &mut |event| {
+        follow.event(event);
+        if let Event::Quantized { path, manifest, .. } = event {
+            done = Some((path.clone(), manifest.clone()));
+        }
+    })?;
+    done.ok_or_else(|| Error::run("quantization ended without a variant"))
+}
+
+/// `kind:ssm=w8a8` as an override.
+pub fn parse_override(rule: &str) -> Result<Override> {
     let (selector, format) =
         rule.split_once('=').ok_or_else(|| Error::input(format!("override `{rule}` has no `=`")).hint("write kind:ssm=w8a8"))?;
     let wrong =

@@ -2,17 +2,17 @@
 
 use std::path::PathBuf;
 
-use super::{Event, JobId};
-use crate::backend::cpu::Cpu;
+use super::{Event, JobId, ObserveJob, PlaygroundJob, SensitivityJob, StudyJob, measure, observe, playground};
+use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
 use crate::eval::{EvaluateRequest, evaluate, text};
-use crate::format::{BlockKind, Format, Plan};
+use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
 use crate::model::trace::{self, TraceInput};
 use crate::monitor::{CancelToken, Monitor, PauseToken, Report};
-use crate::quant::{self, QuantizeRequest, Sample, SampleSpec, Steps};
+use crate::quant::{self, Donors, QuantizeRequest, Sample, SampleSpec, Steps};
 
 /// Work for the engine.
 #[derive(Debug, Clone)]
@@ -24,6 +24,14 @@ pub enum Job {
     Generate(Box<GenerateJob>),
     /// Write logits and residual streams.
     Trace(Box<TraceJob>),
+    /// Measure what each part of a model loses; a `Sensitivities` event at the end.
+    Sensitivity(Box<SensitivityJob>),
+    /// Compare allocated plans with others; a `Study` event at the end.
+    Study(Box<StudyJob>),
+    /// Observe the inputs of every linear; an `Observed` event a block.
+    Observe(Box<ObserveJob>),
+    /// Continue a prompt with two models; a `Spoken` event a token.
+    Playground(Box<PlaygroundJob>),
 }
 
 /// Continue a prompt.
@@ -62,6 +70,8 @@ pub struct QuantizeJob {
     pub store: PathBuf,
     /// Replace what is there.
     pub force: bool,
+    /// Folder of donors to take the quantized weights from, made by a sensitivity job with the same steps and sample.
+    pub donors: Option<PathBuf>,
 }
 
 impl Job {
@@ -75,30 +85,45 @@ impl Job {
             }
             Self::Generate(job) => format!("generate with {}", job.model),
             Self::Trace(job) => format!("trace {}", job.model),
+            Self::Observe(job) => format!("observe {}", job.model),
+            Self::Playground(_) => "playground".into(),
+            Self::Sensitivity(job) => format!("measure {}", job.model),
+            Self::Study(job) => format!("study {}", job.model),
         }
     }
 }
 
 /// Runs a job on the current computing pool.
-pub(super) fn run(id: JobId, job: Job, cancel: &CancelToken, pause: &PauseToken, send: &(impl Fn(Event) + Sync)) -> Result<()> {
+pub(super) fn run<B: Backend + Clone>(
+    backend: &B,
+    id: JobId,
+    job: Job,
+    cancel: &CancelToken,
+    pause: &PauseToken,
+    send: &(impl Fn(Event) + Sync),
+) -> Result<()> {
     let monitor = Monitor::new(|report: Report| send(Event::Report { id, report }), cancel.clone()).pausable(pause.clone());
     monitor.check()?;
     match job {
-        Job::Quantize(job) => quantize(id, *job, &monitor, send),
+        Job::Quantize(job) => quantize(backend, id, *job, &monitor, send),
         Job::Evaluate(request) => {
-            evaluate(|| Cpu, &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
+            evaluate(|| backend.clone(), &request, &monitor, |evaluated| send(Event::Evaluated { id, evaluated: Box::new(evaluated) }))
         }
-        Job::Generate(job) => generate(id, &job, &monitor, send),
+        Job::Generate(job) => generate(backend, id, &job, &monitor, send),
+        Job::Observe(job) => observe::observe(id, backend, &job, &monitor, send),
+        Job::Playground(job) => playground::play(id, || backend.clone(), &job, &monitor, send),
+        Job::Sensitivity(job) => measure::sensitivity(id, backend, &job, &monitor, send),
+        Job::Study(job) => measure::study(id, backend, &job, &monitor, send),
         Job::Trace(job) => {
-            trace::trace(&Cpu, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
+            trace::trace(backend, &checkpoint::open_watched(&job.model, &monitor)?, &TraceInput::read(&job.input)?, &job.output, &monitor)
         }
     }
 }
 
-fn generate(id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+fn generate<B: Backend + Clone>(backend: &B, id: JobId, job: &GenerateJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
     let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let model = Hybrid::load(Cpu, &checkpoint)?;
+    let model = Hybrid::load(backend.clone(), &checkpoint)?;
     let prompt = text::encode(&tokenizer, &job.prompt, true)?;
     let stop: Vec<u32> = checkpoint.config.eos_token.into_iter().collect();
     // Pieces are decoded as a growing whole, since a character may take several tokens.
@@ -130,7 +155,7 @@ fn check_portable(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
+fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event)) -> Result<()> {
     let checkpoint = checkpoint::open_watched(&job.model, monitor)?;
     let mut plan = job.plan;
     if job.storage == StorageLayout::Portable && plan.embedding != Format::W16A16 {
@@ -150,7 +175,19 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         monitor.warn("portable: online rotations are left out, since other engines do not compute them");
         steps.transforms.retain(|transform| !transform.is_online());
     }
+    if job.storage == StorageLayout::Portable && (steps.activations != Activations::default() || steps.cache.is_quantized()) {
+        monitor.warn("portable: activations get scales at run time, and SSM internals and caches stay in float");
+        (steps.activations, steps.cache) = (Activations::default(), CacheFormats::default());
+    }
     let sample = Sample::load(&checkpoint, &job.sample)?;
+    let donors = match &job.donors {
+        Some(_) if job.storage == StorageLayout::Portable => {
+            return Err(Error::input("a portable variant cannot be put together from donors, whose slices have widths of their own")
+                .hint("leave --portable out, or quantize the plan's session with `strata quantize --portable`"));
+        }
+        Some(folder) => Some(Donors::open(backend, &checkpoint, &steps, &sample, folder, monitor)?),
+        None => None,
+    };
     let mut request = QuantizeRequest {
         checkpoint: &checkpoint,
         recipe: job.recipe,
@@ -160,6 +197,7 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
         storage: job.storage,
         output: PathBuf::new(),
         force: job.force,
+        donors: donors.as_ref(),
     };
     request.output = match job.output {
         Some(output) => output,
@@ -180,7 +218,7 @@ fn quantize(id: JobId, job: QuantizeJob, monitor: &Monitor, send: &impl Fn(Event
             output
         }
     };
-    let manifest = quant::quantize(&Cpu, &request, monitor)?;
+    let manifest = quant::quantize(backend, &request, monitor)?;
     send(Event::Quantized { id, name: job.name, path: request.output.clone(), manifest: Box::new(manifest), reused: false });
     Ok(())
 }

@@ -4,7 +4,12 @@
 //! how far a job is. The workbench and the headless commands use the same engine and the same jobs; neither holds a
 //! tensor.
 
+mod gpu;
+pub mod inspect;
 mod job;
+mod measure;
+mod observe;
+pub mod playground;
 mod progress;
 
 use std::collections::HashMap;
@@ -15,9 +20,18 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+pub use gpu::{GpuMonitor, GpuReading};
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
+pub use measure::{SensitivityJob, StudyJob};
+pub use observe::{BlockInputs, ObserveJob};
+pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};
 
+use crate::analysis::sensitivity::Sensitivities;
+use crate::analysis::study::StudyRow;
+use crate::backend::DeviceChoice;
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
 use crate::checkpoint::VariantManifest;
 use crate::error::{Error, Result};
 use crate::eval::run::Evaluated;
@@ -61,6 +75,26 @@ pub enum Event {
         piece: String,
         tokens: usize,
     },
+    /// What each part of a model loses.
+    Sensitivities {
+        id: JobId,
+        sensitivities: Box<Sensitivities>,
+    },
+    /// Allocated plans beside others.
+    Study {
+        id: JobId,
+        rows: Vec<StudyRow>,
+    },
+    /// The inputs of a block's linears were observed.
+    Observed {
+        id: JobId,
+        inputs: Box<BlockInputs>,
+    },
+    /// Both models of a playground said their next token.
+    Spoken {
+        id: JobId,
+        step: Box<PlaygroundStep>,
+    },
     Finished {
         id: JobId,
         outcome: Result<()>,
@@ -72,6 +106,22 @@ pub enum Event {
 pub struct EngineOptions {
     /// Threads of the computing pool; `None` takes one for each processor.
     pub threads: Option<usize>,
+    pub device: DeviceChoice,
+}
+
+/// The device, opened when the first job needs it.
+#[derive(Default)]
+struct Computer {
+    cuda: Option<Cuda>,
+}
+
+impl Computer {
+    fn cuda(&mut self, open: impl FnOnce() -> Result<Cuda>) -> Result<&Cuda> {
+        match &mut self.cuda {
+            Some(cuda) => Ok(cuda),
+            none => Ok(none.insert(open()?)),
+        }
+    }
 }
 
 /// A handle on the worker thread. Dropping it cancels what runs and ends the thread.
@@ -95,16 +145,23 @@ impl Engine {
             .map_err(|error| Error::run(format!("the computing threads cannot be started: {error}")))?;
         let tokens = Arc::new(Mutex::new(HashMap::new()));
         let finished = Arc::clone(&tokens);
+        let device = options.device;
         let pause = PauseToken::default();
         let paused = pause.clone();
         let worker = move || {
+            let mut computer = Computer::default();
             while let Ok((id, job, cancel)) = queue.recv() {
                 let title = job.title();
                 // Receivers may be gone when the program is ending: nobody is left to be told.
                 let send = |event| drop(event_sender.send(event));
                 send(Event::Started { id, title: title.clone() });
                 // A panic in a job is that job's failure; the panic hook has told where it was.
-                let run = AssertUnwindSafe(|| pool.install(|| job::run(id, job, &cancel, &paused, &send)));
+                let run = || match device {
+                    DeviceChoice::Cpu => job::run(&Cpu, id, job, &cancel, &paused, &send),
+                    DeviceChoice::Cuda(index) => job::run(computer.cuda(|| Cuda::new(index))?, id, job, &cancel, &paused, &send),
+                    DeviceChoice::Emulated => job::run(computer.cuda(Cuda::emulated)?, id, job, &cancel, &paused, &send),
+                };
+                let run = AssertUnwindSafe(|| pool.install(run));
                 let outcome = catch_unwind(run).unwrap_or_else(|_| {
                     Err(Error::run(format!("the job `{title}` crashed; this is a fault of strata"))
                         .hint("please report it with what was printed above"))

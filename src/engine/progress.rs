@@ -81,7 +81,13 @@ impl Progress {
             Event::Started { title, .. } => *self = Self::begin(title.clone(), now),
             Event::Report { report, .. } => self.report(report, now),
             Event::Evaluated { .. } => self.evaluated += 1,
-            Event::Quantized { .. } | Event::Text { .. } | Event::Finished { .. } => {}
+            Event::Quantized { .. }
+            | Event::Text { .. }
+            | Event::Sensitivities { .. }
+            | Event::Study { .. }
+            | Event::Observed { .. }
+            | Event::Spoken { .. }
+            | Event::Finished { .. } => {}
         }
     }
 
@@ -119,7 +125,7 @@ impl Progress {
                 self.paused = *paused;
                 self.pace.since = now;
             }
-            Report::Log(_) | Report::Warning(_) => {}
+            Report::Measured { .. } | Report::Log(_) | Report::Warning(_) => {}
         }
     }
 

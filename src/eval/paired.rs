@@ -13,15 +13,6 @@ use super::tasks::Task;
 /// Changed rows below which McNemar's test is the exact binomial one: from here on the chi-squared distribution is close.
 const EXACT_BELOW: usize = 25;
 
-/// Resamples of a bootstrap interval.
-const RESAMPLES: usize = 10_000;
-
-/// Share of the resampled differences that the interval holds.
-const CONFIDENCE: f64 = 0.95;
-
-/// Seed of the resampling: the same rows give the same interval.
-const SEED: u64 = 0x5354_5241_5441;
-
 /// How the p-value was computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -105,14 +96,14 @@ impl Paired {
         let right_to_wrong = rows.iter().filter(|(before, after)| *before && !after).count();
         let wrong_to_right = rows.iter().filter(|(before, after)| !before && *after).count();
         let (p_value, test) = mcnemar(right_to_wrong, wrong_to_right);
-        let differences: Vec<i8> = rows.iter().map(|(before, after)| i8::from(*after) - i8::from(*before)).collect();
+        let differences: Vec<f64> = rows.iter().map(|(before, after)| f64::from(i8::from(*after) - i8::from(*before))).collect();
         Self {
             metric: metric.into(),
             rows: rows.len(),
             right_to_wrong,
             wrong_to_right,
             difference: (wrong_to_right as f64 - right_to_wrong as f64) / rows.len().max(1) as f64,
-            interval: bootstrap(&differences),
+            interval: statistics::bootstrap(&differences),
             p_value,
             test,
         }
@@ -135,32 +126,6 @@ pub fn mcnemar(b: usize, c: usize) -> (f64, McNemarTest) {
     let distance = (b.abs_diff(c) as f64 - 1.0).max(0.0);
     let statistic = distance * distance / changed as f64;
     (libm::erfc(statistic.sqrt() * FRAC_1_SQRT_2), McNemarTest::ChiSquaredContinuity)
-}
-
-/// Percentile bootstrap interval of the mean of paired differences: rows are drawn with replacement.
-fn bootstrap(differences: &[i8]) -> [f64; 2] {
-    let rows = differences.len();
-    if rows == 0 {
-        return [0.0, 0.0];
-    }
-    let mut state = SEED;
-    let mut means: Vec<f64> = (0..RESAMPLES)
-        .map(|_| {
-            let draw = |_| i64::from(differences[((u128::from(split_mix(&mut state)) * rows as u128) >> 64) as usize]);
-            (0..rows).map(draw).sum::<i64>() as f64 / rows as f64
-        })
-        .collect();
-    means.sort_unstable_by(f64::total_cmp);
-    let tail = f64::midpoint(1.0, -CONFIDENCE);
-    [statistics::quantile(&means, tail), statistics::quantile(&means, 1.0 - tail)]
-}
-
-/// Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

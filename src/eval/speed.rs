@@ -129,7 +129,7 @@ fn time<B: Backend>(
         model.backend.download(&logits)?;
         let after_prompt = Instant::now();
         for token in &next {
-            let logits = model.last_logits(&vec![*token; sequences], &Sequences::steps(sequences), Some(&mut cache))?;
+            let logits = model.step(&vec![*token; sequences], &mut cache)?;
             model.backend.download(&logits)?;
         }
         if round > 0 {

@@ -4,6 +4,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Divergence;
 
+/// Resamples of a bootstrap interval.
+const RESAMPLES: usize = 10_000;
+
+/// Share of the resampled means that the interval holds.
+const CONFIDENCE: f64 = 0.95;
+
+/// Seed of the resampling: the same values give the same interval.
+const SEED: u64 = 0x5354_5241_5441;
+
 /// Mean of `values`; 0 when there are none.
 pub fn mean(values: &[f64]) -> f64 {
     if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
@@ -33,6 +42,29 @@ pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     quantile(&sorted, 0.5)
+}
+
+/// Percentile bootstrap interval (95 %) of the mean of `values`: values are drawn with replacement. The same values give the
+/// same interval.
+pub fn bootstrap(values: &[f64]) -> [f64; 2] {
+    let count = values.len();
+    if count == 0 {
+        return [0.0, 0.0];
+    }
+    let mut state = SEED;
+    let mut draw = |_| values[((u128::from(split_mix(&mut state)) * count as u128) >> 64) as usize];
+    let mut means: Vec<f64> = (0..RESAMPLES).map(|_| (0..count).map(&mut draw).sum::<f64>() / count as f64).collect();
+    means.sort_unstable_by(f64::total_cmp);
+    let tail = f64::midpoint(1.0, -CONFIDENCE);
+    [quantile(&means, tail), quantile(&means, 1.0 - tail)]
+}
+
+/// Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014.
+fn split_mix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 /// KL divergence over many tokens, in nats a token.

@@ -1,15 +1,26 @@
 //! One block: `h + mixer(RMSNorm(h))`, for the four kinds of mixer.
 
-use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
-use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec};
+use crate::backend::{
+    AttentionShape, Backend, Emit, MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation,
+};
+use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec, MambaConfig};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, CacheFormats, Format, LinearWeights, SsmActivations, Transform};
 
 use super::moe::Moe;
 
+/// Longest piece of a text that a block computes at a time: a multiple of the scan's chunk, so that the result is that of
+/// one call.
+const PIECE: usize = 32 * SSM_CHUNK;
+
+/// Whether sequences that go on from no cache are computed in pieces.
+fn is_long(sequences: &Sequences, cached: bool) -> bool {
+    !cached && !sequences.is_tree() && sequences.ranges().any(|range| range.len() > PIECE)
+}
+
 /// A block whose weights are on the device.
 pub struct Block<B: Backend> {
-    norm: Vec<f32>,
+    norm: B::Vector,
     eps: f32,
     mixer: Mixer<B>,
 }
@@ -25,7 +36,7 @@ struct Ssm<B: Backend> {
     shape: MambaShape,
     in_proj: B::Linear,
     parameters: B::Mamba,
-    norm: Vec<f32>,
+    norm: B::Vector,
     out_proj: B::Linear,
 }
 
@@ -70,6 +81,27 @@ pub type Tap<'a, B> = dyn Fn(&str, &<B as Backend>::Activation) -> Result<()> + 
 /// Hands a linear's input to the tap, if there is one.
 pub(super) fn observe<B: Backend>(tap: Option<&Tap<'_, B>>, name: &str, x: &B::Activation) -> Result<()> {
     tap.map_or(Ok(()), |tap| tap(name, x))
+}
+
+/// The sizes of a mixer.
+pub fn mamba_shape(mamba: &MambaConfig) -> MambaShape {
+    MambaShape {
+        heads: mamba.heads,
+        head_dim: mamba.head_dim,
+        groups: mamba.groups,
+        state: mamba.state,
+        kernel: mamba.conv_kernel,
+        dt_min: mamba.dt_min,
+        dt_max: mamba.dt_max,
+    }
+}
+
+/// A mixer's last linear: its output, added to `into` where that is given.
+pub(super) fn write<B: Backend>(backend: &B, into: Option<B::Tensor>, linear: &B::Linear, x: &B::Activation) -> Result<B::Tensor> {
+    match into {
+        Some(into) => backend.linear_add(into, linear, x),
+        None => backend.linear(linear, x),
+    }
 }
 
 /// A block as `checkpoint` stores it.
@@ -135,15 +167,7 @@ impl<B: Backend> Block<B> {
         let mixer = match spec.kind {
             BlockKind::Ssm => {
                 let mamba = &config.mamba;
-                let shape = MambaShape {
-                    heads: mamba.heads,
-                    head_dim: mamba.head_dim,
-                    groups: mamba.groups,
-                    state: mamba.state,
-                    kernel: mamba.conv_kernel,
-                    dt_min: mamba.dt_min,
-                    dt_max: mamba.dt_max,
-                };
+                let shape = mamba_shape(mamba);
                 let parameters = MambaParameters {
                     conv_weight: mixer_tensor("conv1d.weight")?,
                     conv_bias: if mamba.conv_bias { mixer_tensor("conv1d.bias")? } else { vec![0.0; mamba.conv_channels()] },
@@ -157,7 +181,7 @@ impl<B: Backend> Block<B> {
                     shape,
                     in_proj: linear("in_proj")?,
                     parameters: backend.prepare_mamba(parameters)?,
-                    norm: mixer_tensor("norm.weight")?,
+                    norm: backend.prepare_vector(mixer_tensor("norm.weight")?)?,
                     out_proj: linear("out_proj")?,
                 }))
             }
@@ -174,7 +198,8 @@ impl<B: Backend> Block<B> {
             }
             BlockKind::Moe => Mixer::Moe(Box::new(Moe::assemble(backend, &config.moe, &mixer_tensor, &linear, config.hidden_size)?)),
         };
-        Ok(Self { norm: source.tensor(&format!("{}norm.weight", spec.prefix))?, eps: config.norm_eps, mixer })
+        let norm = backend.prepare_vector(source.tensor(&format!("{}norm.weight", spec.prefix))?)?;
+        Ok(Self { norm, eps: config.norm_eps, mixer })
     }
 
     /// An empty cache for `sequences` sequences.
@@ -188,12 +213,15 @@ impl<B: Backend> Block<B> {
 
     /// The residual stream behind the block, `[tokens, hidden]`.
     pub fn forward(&self, backend: &B, h: B::Tensor, sequences: &Sequences, cache: Option<&mut BlockCache<B>>) -> Result<B::Tensor> {
-        let mixed = self.mix(backend, &h, sequences, cache, None)?;
-        backend.add(h, &mixed)
+        if is_long(sequences, cache.is_some()) {
+            let mixed = self.mix_in_pieces(backend, &h, sequences, None)?;
+            return backend.add(h, &mixed);
+        }
+        self.run(backend, &h.clone(), sequences, cache, None, Some(h))
     }
 
-    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input.
-    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
+    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input, of a long text
+    /// piece by piece.
     pub fn mix(
         &self,
         backend: &B,
@@ -201,6 +229,39 @@ impl<B: Backend> Block<B> {
         sequences: &Sequences,
         cache: Option<&mut BlockCache<B>>,
         tap: Option<&Tap<'_, B>>,
+    ) -> Result<B::Tensor> {
+        if is_long(sequences, cache.is_some()) {
+            return self.mix_in_pieces(backend, h, sequences, tap);
+        }
+        self.run(backend, h, sequences, cache, tap, None)
+    }
+
+    /// Sequence after sequence in pieces that go on from a cache in full precision, so that what is held besides `h`
+    /// and the result does not grow with the length (but for the keys and values of attention).
+    fn mix_in_pieces(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
+        let mut mixed = Vec::new();
+        for range in sequences.ranges() {
+            let mut cache = self.cache(backend, 1, CacheFormats::default());
+            for start in range.clone().step_by(PIECE) {
+                let tokens: Vec<usize> = (start..range.end.min(start + PIECE)).collect();
+                let piece = backend.gather_rows(h, &tokens)?;
+                let out = self.run(backend, &piece, &Sequences::new(vec![tokens.len()]), Some(&mut cache), tap, None)?;
+                mixed.extend(backend.download(&out)?);
+            }
+        }
+        backend.upload(mixed, backend.features(h))
+    }
+
+    /// `into + mixer(RMSNorm(h))`, the same to the bit as the mixer's output added to it; or without `into` the mixer's output alone.
+    #[allow(clippy::needless_pass_by_value, reason = "an optional exclusive reference is handed on")]
+    fn run(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        sequences: &Sequences,
+        cache: Option<&mut BlockCache<B>>,
+        tap: Option<&Tap<'_, B>>,
+        into: Option<B::Tensor>,
     ) -> Result<B::Tensor> {
         let norm = |emit| backend.rms_norm(h, &self.norm, self.eps, emit);
         match &self.mixer {
@@ -216,9 +277,9 @@ impl<B: Backend> Block<B> {
                 let emit = backend.reads(&ssm.out_proj);
                 let gated = backend.gated_norm(&y, &projection, &ssm.parameters, &ssm.norm, &ssm.shape, self.eps, emit)?;
                 observe::<B>(tap, "out_proj", &gated)?;
-                backend.linear(&ssm.out_proj, &gated)
+                write(backend, into, &ssm.out_proj, &gated)
             }
-            Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?, tap),
+            Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?, tap, into),
             Mixer::Attention(attention) => {
                 let cache = match cache {
                     Some(BlockCache::KeyValue(cache)) => Some(cache),
@@ -233,10 +294,21 @@ impl<B: Backend> Block<B> {
                 let mixed = backend.attention(&q, &k, &v, &attention.shape, sequences, cache)?;
                 let mixed = backend.emit(mixed, backend.reads(&attention.o))?;
                 observe::<B>(tap, "o_proj", &mixed)?;
-                backend.linear(&attention.o, &mixed)
+                write(backend, into, &attention.o, &mixed)
             }
-            Mixer::Moe(moe) => moe.forward(backend, &norm(moe.reads(backend).and(Emit::FLOAT))?, tap),
+            Mixer::Moe(moe) => {
+                let mixed = moe.forward(backend, &norm(moe.reads(backend).and(Emit::FLOAT))?, tap)?;
+                match into {
+                    Some(into) => backend.add(into, &mixed),
+                    None => Ok(mixed),
+                }
+            }
         }
+    }
+
+    /// Whether a decoding step through it can be recorded: the experts of a mixture are launched as the router chose.
+    pub fn is_recordable(&self) -> bool {
+        !matches!(self.mixer, Mixer::Moe(_))
     }
 
     /// Bytes that the block's linears take on the device.
@@ -261,12 +333,12 @@ impl<B: Backend> Mlp<B> {
         backend.reads(&self.up)
     }
 
-    pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
+    pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>, into: Option<B::Tensor>) -> Result<B::Tensor> {
         observe::<B>(tap, &format!("{}up_proj", self.prefix), x)?;
         let wide = backend.linear(&self.up, x)?;
         let x = backend.relu2(&wide, backend.reads(&self.down))?;
         observe::<B>(tap, &format!("{}down_proj", self.prefix), &x)?;
-        backend.linear(&self.down, &x)
+        write(backend, into, &self.down, &x)
     }
 
     pub(super) fn resident_bytes(&self, backend: &B) -> u64 {

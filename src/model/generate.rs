@@ -39,11 +39,13 @@ pub fn generate<B: Backend>(
     };
     let mut sampler = LogitsProcessor::from_sampling(sampling.seed, strategy);
     let mut cache = model.cache(1);
-    let mut input = prompt.to_vec();
     let mut tokens = Vec::new();
     monitor.stage("generate", max_tokens);
     while tokens.len() < max_tokens {
-        let logits = model.last_logits(&input, &Sequences::new(vec![input.len()]), Some(&mut cache))?;
+        let logits = match tokens.last() {
+            Some(token) => model.step(&[*token], &mut cache)?,
+            None => model.last_logits(prompt, &Sequences::new(vec![prompt.len()]), Some(&mut cache))?,
+        };
         let logits = model.backend.download(&logits)?;
         let token = sampler.sample(&Tensor::from_vec(logits, model.vocabulary(), &Device::Cpu)?)?;
         if stop.contains(&token) {
@@ -52,7 +54,6 @@ pub fn generate<B: Backend>(
         tokens.push(token);
         each(token)?;
         monitor.step(tokens.len(), "")?;
-        input = vec![token];
     }
     Ok(tokens)
 }

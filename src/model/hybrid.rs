@@ -4,13 +4,13 @@ use super::block::{Block, BlockCache};
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::format::CacheFormats;
+use crate::format::{CacheFormats, LinearWeights};
 use crate::monitor::CancelToken;
 
 /// What stands before and behind the blocks: embedding, final norm and head.
 pub struct Ends<B: Backend> {
     embedding: B::Embedding,
-    final_norm: Vec<f32>,
+    final_norm: B::Vector,
     eps: f32,
     head: B::Linear,
 }
@@ -18,12 +18,14 @@ pub struct Ends<B: Backend> {
 impl<B: Backend> Ends<B> {
     /// Loads embedding, final norm and head of `checkpoint`.
     pub fn load(backend: &B, checkpoint: &Checkpoint) -> Result<Self> {
-        Ok(Self {
-            embedding: backend.prepare_embedding(checkpoint.embedding()?)?,
-            final_norm: checkpoint.read("norm_f.weight")?,
-            eps: checkpoint.config.norm_eps,
-            head: backend.prepare(checkpoint.head()?)?,
-        })
+        let norm = checkpoint.read("norm_f.weight")?;
+        Self::new(backend, checkpoint.embedding()?, norm, checkpoint.config.norm_eps, checkpoint.head()?)
+    }
+
+    /// Ends with these weights: embedding table `[vocabulary, hidden]`, final norm, head.
+    pub fn new(backend: &B, table: LinearWeights, final_norm: Vec<f32>, eps: f32, head: LinearWeights) -> Result<Self> {
+        let (embedding, final_norm) = (backend.prepare_embedding(table)?, backend.prepare_vector(final_norm)?);
+        Ok(Self { embedding, final_norm, eps, head: backend.prepare(head)? })
     }
 
     /// The residual stream in front of the first block, `[tokens, hidden]`.
@@ -57,6 +59,11 @@ impl<B: Backend> Ends<B> {
 /// What the blocks of a model remember of the tokens they have seen.
 pub struct Cache<B: Backend> {
     blocks: Vec<BlockCache<B>>,
+    sequences: usize,
+    /// The last decoding step, where the device can do it again.
+    step: Option<B::Recording>,
+    /// Whether a step was done: the first compiles and allocates what later ones reuse.
+    warm: bool,
 }
 
 /// A model whose blocks are all on the device.
@@ -70,6 +77,11 @@ pub struct Hybrid<B: Backend> {
 }
 
 impl<B: Backend> Hybrid<B> {
+    /// A model of these parts.
+    pub fn new(backend: B, ends: Ends<B>, blocks: Vec<Block<B>>, vocabulary: usize, caches: CacheFormats) -> Self {
+        Self { backend, ends, blocks, vocabulary, caches, cancel: CancelToken::default() }
+    }
+
     /// Loads every block of `checkpoint`.
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
         let ends = Ends::load(&backend, checkpoint)?;
@@ -96,7 +108,8 @@ impl<B: Backend> Hybrid<B> {
 
     /// An empty cache for `sequences` sequences, in the formats that the variant was made for.
     pub fn cache(&self, sequences: usize) -> Cache<B> {
-        Cache { blocks: self.blocks.iter().map(|block| block.cache(&self.backend, sequences, self.caches)).collect() }
+        let blocks = self.blocks.iter().map(|block| block.cache(&self.backend, sequences, self.caches)).collect();
+        Cache { blocks, sequences, step: None, warm: false }
     }
 
     /// Bytes that `cache` takes now: (SSM states and convolution windows, keys and values).
@@ -157,9 +170,36 @@ impl<B: Backend> Hybrid<B> {
         self.ends.logits_at(&self.backend, &h, &last)
     }
 
+    /// A decoding step: `ids` has a token for each sequence of `cache`. Logits `[sequences, vocabulary]`, which hold until
+    /// the next step.
+    pub fn step(&self, ids: &[u32], cache: &mut Cache<B>) -> Result<B::Tensor> {
+        if let Some(mut step) = cache.step.take() {
+            if let Some(logits) = self.backend.replay(&mut step, ids)? {
+                cache.step = Some(step);
+                return Ok(logits);
+            }
+            cache.warm = false;
+        }
+        let sequences = Sequences::steps(cache.sequences);
+        if cache.warm
+            && self.blocks.iter().all(Block::is_recordable)
+            && let Some((step, logits)) = self.backend.record(&mut || self.last_logits(ids, &sequences, Some(&mut *cache)))?
+        {
+            cache.step = Some(step);
+            return Ok(logits);
+        }
+        cache.warm = true;
+        self.last_logits(ids, &sequences, Some(cache))
+    }
+
     /// Logits of the rows `tokens` of `forward`'s result.
     pub fn logits_at(&self, h: &B::Tensor, tokens: &[usize]) -> Result<B::Tensor> {
         self.ends.logits_at(&self.backend, h, tokens)
+    }
+
+    /// Bytes of weights that a decoding step reads: blocks and head. (Of a mixture it reads the chosen experts only.)
+    pub fn read_bytes(&self) -> u64 {
+        self.resident_bytes() - self.backend.embedding_bytes(&self.ends.embedding)
     }
 
     /// Bytes of weights on the device.

@@ -1,17 +1,17 @@
 //! Mixture of experts: sigmoid router in f32, chosen experts, shared expert, optional latent projections.
 
 use super::block::{Mlp, Tap, observe};
-use crate::backend::{Backend, Emit};
+use crate::backend::{Assignment, Backend, Emit, RouterShape};
 use crate::checkpoint::MoeConfig;
 use crate::error::Result;
 use crate::format::LinearWeights;
 
 pub(super) struct Moe<B: Backend> {
-    config: MoeConfig,
+    router: RouterShape,
     /// Router `[experts, hidden]`, always in float.
     gate: B::Linear,
     /// Added to the scores for choosing, not for weighting.
-    correction: Vec<f32>,
+    correction: B::Vector,
     experts: Vec<Mlp<B>>,
     shared: Option<Mlp<B>>,
     /// Into and out of the experts' latent space.
@@ -29,14 +29,21 @@ impl<B: Backend> Moe<B> {
         let mlp = |name: &str| Ok(Mlp::new(format!("{name}."), linear(&format!("{name}.up_proj"))?, linear(&format!("{name}.down_proj"))?));
         Ok(Self {
             gate: backend.prepare(LinearWeights::float(tensor("gate.weight")?, hidden))?,
-            correction: tensor("gate.e_score_correction_bias")?,
+            correction: backend.prepare_vector(tensor("gate.e_score_correction_bias")?)?,
             experts: (0..config.experts).map(|expert| mlp(&format!("experts.{expert}"))).collect::<Result<_>>()?,
             shared: if config.shared_intermediate > 0 { Some(mlp("shared_experts")?) } else { None },
             latent: match config.latent {
                 Some(_) => Some((linear("fc1_latent_proj")?, linear("fc2_latent_proj")?)),
                 None => None,
             },
-            config: config.clone(),
+            router: RouterShape {
+                experts: config.experts,
+                experts_per_token: config.experts_per_token,
+                groups: config.groups,
+                top_groups: config.top_groups,
+                normalize: config.normalize,
+                scaling: config.scaling,
+            },
         })
     }
 
@@ -54,16 +61,10 @@ impl<B: Backend> Moe<B> {
     }
 
     pub(super) fn forward(&self, backend: &B, x: &B::Activation, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
-        let scores = backend.download(&backend.linear(&self.gate, x)?)?;
-        let tokens = scores.len() / self.config.experts;
-        // For each expert the tokens that chose it, with their weights; experts are added in ascending order.
-        let mut assigned = vec![(Vec::new(), Vec::new()); self.config.experts];
-        for (token, scores) in scores.chunks_exact(self.config.experts).enumerate() {
-            for (expert, weight) in self.route(scores) {
-                assigned[expert].0.push(token);
-                assigned[expert].1.push(weight);
-            }
-        }
+        let raw = backend.linear(&self.gate, x)?;
+        // Experts are added in ascending order.
+        let assigned = backend.route(&raw, &self.correction, &self.router)?;
+        let tokens = backend.rows(&raw);
         let latent = match &self.latent {
             Some((into, _)) => {
                 observe::<B>(tap, "fc1_latent_proj", x)?;
@@ -73,11 +74,11 @@ impl<B: Backend> Moe<B> {
         };
         let input = latent.as_ref().unwrap_or(x);
         let mut sum: Option<B::Tensor> = None;
-        for (expert, (chosen, weights)) in self.experts.iter().zip(&assigned) {
+        for (expert, Assignment { tokens: chosen, weights }) in self.experts.iter().zip(&assigned) {
             if chosen.is_empty() {
                 continue;
             }
-            let out = expert.forward(backend, &backend.gather(input, chosen)?, tap)?;
+            let out = expert.forward(backend, &backend.gather(input, chosen)?, tap, None)?;
             let into = match sum.take() {
                 Some(sum) => sum,
                 None => {
@@ -95,42 +96,13 @@ impl<B: Backend> Moe<B> {
             out = backend.linear(back, &x)?;
         }
         match &self.shared {
-            Some(shared) => backend.add(out, &shared.forward(backend, x, tap)?),
+            Some(shared) => backend.add(out, &shared.forward(backend, x, tap, None)?),
             None => Ok(out),
         }
-    }
-
-    /// The experts of one token with their weights, from the router's raw outputs `[experts]`.
-    fn route(&self, raw: &[f32]) -> Vec<(usize, f32)> {
-        let config = &self.config;
-        let scores: Vec<f32> = raw.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
-        let mut choice: Vec<f32> = scores.iter().zip(&self.correction).map(|(score, correction)| score + correction).collect();
-        let size = config.experts / config.groups;
-        if config.top_groups < config.groups {
-            let group_scores: Vec<f32> =
-                choice.chunks_exact(size).map(|group| largest(group, 2).into_iter().map(|expert| group[expert]).sum()).collect();
-            let kept = largest(&group_scores, config.top_groups);
-            for (group, choice) in choice.chunks_exact_mut(size).enumerate() {
-                if !kept.contains(&group) {
-                    choice.fill(f32::NEG_INFINITY);
-                }
-            }
-        }
-        let chosen = largest(&choice, config.experts_per_token);
-        let total: f32 = if config.normalize { chosen.iter().map(|expert| scores[*expert]).sum::<f32>() + 1e-20 } else { 1.0 };
-        chosen.into_iter().map(|expert| (expert, scores[expert] / total * config.scaling)).collect()
     }
 
     pub(super) fn resident_bytes(&self, backend: &B) -> u64 {
         let latent = self.latent.iter().map(|(into, back)| backend.resident_bytes(into) + backend.resident_bytes(back)).sum::<u64>();
         latent + self.experts.iter().chain(&self.shared).map(|mlp| mlp.resident_bytes(backend)).sum::<u64>()
     }
-}
-
-/// Indices of the `count` largest values, the first of equals first.
-fn largest(values: &[f32], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
-    order.truncate(count);
-    order
 }

@@ -1,7 +1,7 @@
 //! The model one block at a time: batches wait at a block boundary while the block is loaded, so that memory holds
 //! one block and one boundary, whatever the size of the checkpoint.
 
-use super::block::Block;
+use super::block::{Block, Tap};
 use super::hybrid::Ends;
 use crate::backend::{Backend, Sequences};
 use crate::checkpoint::Checkpoint;
@@ -39,6 +39,16 @@ impl<'a, B: Backend> Stream<'a, B> {
         Ok(())
     }
 
+    /// Runs block `index` over every batch; `tap` sees the input of each of its linears.
+    pub fn advance_observed(&mut self, index: usize, tap: &Tap<'_, B>) -> Result<()> {
+        let block = Block::load(self.backend, self.checkpoint, index)?;
+        for (h, sequences) in self.boundary.iter_mut().zip(&self.sequences) {
+            let mixed = block.mix(self.backend, h, sequences, None, Some(tap))?;
+            *h = self.backend.add(h.clone(), &mixed)?;
+        }
+        Ok(())
+    }
+
     /// Runs every block, reporting each.
     pub fn run(&mut self, monitor: &Monitor, stage: &str) -> Result<()> {
         monitor.stage(stage, self.blocks());
@@ -57,6 +67,11 @@ impl<'a, B: Backend> Stream<'a, B> {
     /// The residual stream after the final norm of each batch.
     pub fn normalized(&self) -> Result<Vec<Vec<f32>>> {
         self.boundary.iter().map(|h| self.ends.normalize(self.backend, h)).collect()
+    }
+
+    /// Logits of the rows `tokens` of batch `batch`.
+    pub fn logits_at(&self, batch: usize, tokens: &[usize]) -> Result<B::Tensor> {
+        self.ends.logits_at(self.backend, &self.boundary[batch], tokens)
     }
 
     /// Logits of batch `batch`, `[tokens, vocabulary]`.

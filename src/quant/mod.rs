@@ -1,10 +1,15 @@
 //! Quantization: recipes, the sample text, weight methods, and the pipeline that makes a variant on disk.
 //! Start with [`quantize`].
 
+mod boundary;
 mod calibrate;
+mod cluster;
+pub mod donors;
 mod gptq;
 pub mod hadamard;
 mod method;
+mod need;
+mod observe;
 mod pipeline;
 mod publish;
 mod recipe;
@@ -12,7 +17,10 @@ mod sample;
 mod transform;
 mod weights;
 
+pub use donors::Donors;
+pub use gptq::round_clipped;
+pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
-pub use publish::work_directory;
+pub use publish::{lock, work_directory};
 pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::observe::Observers;
 use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, Selector, Transform};
+use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, Selector, Transform};
 
 /// Schema of a recipe file.
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
@@ -46,10 +47,22 @@ impl Method {
 }
 
 /// What is done to weights, formats apart: transforms, then rounding.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Steps {
     pub transforms: Vec<Transform>,
     pub method: Method,
+    pub activations: Activations,
+    /// How static scales of activations are found.
+    pub observers: Observers,
+    pub cache: CacheFormats,
+}
+
+impl Steps {
+    /// With run-time scales, float internals and float caches.
+    pub fn new(transforms: Vec<Transform>, method: Method) -> Self {
+        let (activations, cache) = (Activations::default(), CacheFormats::default());
+        Self { transforms, method, activations, observers: Observers::default(), cache }
+    }
 }
 
 /// Formats by kind of block.
@@ -65,7 +78,7 @@ pub struct Formats {
 }
 
 /// How to quantize.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     pub schema: String,
@@ -76,6 +89,13 @@ pub struct Recipe {
     #[serde(default)]
     pub transforms: Vec<Transform>,
     pub formats: Formats,
+    /// Where formats read int8.
+    #[serde(default)]
+    pub activations: Activations,
+    #[serde(default)]
+    pub observers: Observers,
+    #[serde(default)]
+    pub cache: CacheFormats,
 }
 
 /// A rule that changes a recipe's plan: what `match` means gets `format`.
@@ -90,7 +110,8 @@ pub struct Override {
 impl Recipe {
     /// What the recipe does to weights, formats apart.
     pub fn steps(&self) -> Steps {
-        Steps { transforms: self.transforms.clone(), method: self.method }
+        let Self { activations, observers, cache, .. } = *self;
+        Steps { activations, observers, cache, ..Steps::new(self.transforms.clone(), self.method) }
     }
 
     /// Names and descriptions of the built-in recipes.
@@ -121,6 +142,7 @@ impl Recipe {
         if recipe.schema != RECIPE_SCHEMA {
             return Err(Error::input(format!("{origin} has schema `{}`, and this strata reads `{RECIPE_SCHEMA}`", recipe.schema)));
         }
+        recipe.observers.check()?;
         Ok(recipe)
     }
 

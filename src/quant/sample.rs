@@ -66,6 +66,13 @@ impl Sample {
         Ok(Self { sequences: windows[..spec.sequences].iter().map(|window| window.to_vec()).collect(), seed: spec.seed })
     }
 
+    /// The first `count` sequences, and the others.
+    pub fn split(mut self, count: usize) -> (Self, Self) {
+        let others = self.sequences.split_off(count.min(self.sequences.len()));
+        let seed = self.seed;
+        (self, Self { sequences: others, seed })
+    }
+
     /// Tokens in all.
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(Vec::len).sum()

@@ -1,6 +1,6 @@
 //! The transforms applied to weights: folded norms and fused rotations.
 
-use faer::Mat;
+use faer::{Mat, MatRef};
 
 use super::hadamard;
 use super::weights::{BlockWeights, FloatLinear};
@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockKind, Transform};
 
 /// The transforms of a run, with the rotation of the residual stream where there is one.
+#[derive(Clone)]
 pub struct Transforms {
     pub list: Vec<Transform>,
     /// Q `[hidden, hidden]`: the rotated stream is `h Q`.
@@ -45,6 +46,11 @@ impl Transforms {
         }
         let rotation = if has(Transform::RotateResidual) { Some(residual_rotation(second_moment, hidden)?) } else { None };
         Ok(Self { list: list.to_vec(), rotation })
+    }
+
+    /// Q `[hidden, hidden]` where the residual stream is rotated: the rotated stream is `h Q`.
+    pub fn rotation(&self) -> Option<MatRef<'_, f64>> {
+        self.rotation.as_ref().map(Mat::as_ref)
     }
 
     fn has(&self, transform: Transform) -> bool {

@@ -117,6 +117,7 @@ impl Replay<'_> {
             output: self.options.output.as_ref().map(|folder| folder.join(&variant.name)),
             store: paths::variants_directory(),
             force: self.options.fresh,
+            donors: None,
         })
     }
 }

@@ -1,6 +1,9 @@
 //! Results as a table of text.
 
 use super::store::Record;
+use crate::analysis::allocate::{Allocation, FrontPoint};
+use crate::analysis::sensitivity::{Check, Loss, Sensitivities};
+use crate::analysis::study::{self, StudyRow};
 use crate::eval::memory::CacheBytes;
 use crate::eval::paired::{Comparison, McNemarTest};
 use crate::eval::result::Evidence;
@@ -164,6 +167,24 @@ pub fn divergence(results: &[ModelResult]) -> Table {
     table
 }
 
+/// Divergence of variants with rounded caches that read one token a step, beside what they lose on whole windows; no rows
+/// where there is none.
+pub fn decoding(results: &[ModelResult]) -> Table {
+    let stretches = results.iter().filter_map(|result| result.kld_decode.as_ref()).map(|found| &found.positions).max_by_key(|p| p.len());
+    let mut heads = ["variant", "KLD whole", "KLD decoding", "p99", "top1"].map(str::to_owned).to_vec();
+    heads.extend(stretches.into_iter().flatten().map(|stretch| format!("to {}", stretch.to)));
+    let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
+    for result in results {
+        let Some(found) = &result.kld_decode else { continue };
+        let whole = result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", kld.mean));
+        let mut row = vec![result.variant.clone(), whole, format!("{:.2e}", found.mean), format!("{:.2e}", found.p99)];
+        row.push(format!("{:.1}%", 100.0 * found.top1));
+        row.extend(found.positions.iter().map(|stretch| format!("{:.2e}", stretch.mean)));
+        table.push(row);
+    }
+    table
+}
+
 /// What figures were measured on, in a line.
 pub fn evidence(evidence: &Evidence) -> String {
     let Evidence { tool, backend, processor, threads, cores, memory_bytes, libraries, text, .. } = evidence;
@@ -279,6 +300,108 @@ pub fn flips(comparisons: &[Comparison]) -> Table {
                 flip.variant.to_string(),
             ]);
         }
+    }
+    table
+}
+
+/// What each unit loses: a row a unit, a column a format.
+pub fn sensitivities(found: &Sensitivities) -> Table {
+    let formats = found.formats();
+    let mut heads = vec!["unit".to_owned(), "kind".into(), "weights".into()];
+    heads.extend(formats.iter().map(ToString::to_string));
+    heads.push("a8".into());
+    let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
+    for unit in &found.units {
+        let mut row = vec![unit.name.clone(), unit.kind.to_string(), count(unit.weights)];
+        let loss = |loss: &Loss| format!("{}{:.1e}", if loss.measured { "" } else { "~" }, loss.kld);
+        row.extend(formats.iter().map(|format| unit.loss(*format).map_or_else(String::new, loss)));
+        row.push(unit.activation_kld().map_or_else(|| "-".into(), |kld| format!("{kld:.1e}")));
+        table.push(row);
+    }
+    table
+}
+
+/// Plans that were put together and measured.
+pub fn checks(checks: &[Check]) -> Table {
+    let mut table = Table::new(&["plan", "predicted", "measured", "±", "ratio"]);
+    for check in checks {
+        let mut formats: Vec<String> = check.plan.blocks.iter().map(ToString::to_string).collect();
+        formats.sort_unstable();
+        formats.dedup();
+        let row = [format!("{:.2e}", check.predicted), format!("{:.2e}", check.measured), format!("{:.0e}", 1.96 * check.stderr)];
+        let mut row = [vec![formats.join(" ")], row.to_vec()].concat();
+        row.push(format!("{:.2}", check.ratio()));
+        table.push(row);
+    }
+    table
+}
+
+/// A plan unit by unit, with the exchanges beside it when `explain` is set.
+pub fn allocation(allocation: &Allocation, explain: bool) -> Table {
+    let mut heads = vec!["unit", "format", "bytes", "KLD"];
+    if explain {
+        heads.extend(["cheaper", "saves", "loses", "nats/MB", "dearer", "takes", "gains", "nats/MB"]);
+    }
+    let mut table = Table::new(&heads);
+    for unit in &allocation.units {
+        let mut row = vec![unit.unit.clone(), unit.format.to_string(), bytes(unit.bytes), format!("{:.1e}", unit.kld)];
+        for exchange in [&unit.cheaper, &unit.dearer].into_iter().filter(|_| explain) {
+            row.extend(match exchange {
+                Some(to) => {
+                    [to.format.to_string(), bytes(to.bytes.unsigned_abs()), format!("{:.1e}", to.kld.abs()), format!("{:.1e}", to.price())]
+                }
+                None => [if unit.pinned { "pinned" } else { "-" }.into(), "-".into(), "-".into(), "-".into()],
+            });
+        }
+        table.push(row);
+    }
+    table
+}
+
+/// Rows of a front that a table shows.
+const FRONT_ROWS: usize = 16;
+
+/// A front in a few rows, evenly spaced in bytes.
+pub fn front(front: &[FrontPoint]) -> Table {
+    let mut table = Table::new(&["bits", "linears", "predicted KLD", "corrected KLD"]);
+    let (Some(first), Some(last)) = (front.first(), front.last()) else { return table };
+    let mut shown = None;
+    for step in 0..FRONT_ROWS {
+        let budget = first.linear_bytes + (last.linear_bytes - first.linear_bytes) * step as u64 / (FRONT_ROWS as u64 - 1);
+        let Some(index) = front.partition_point(|point| point.linear_bytes <= budget).checked_sub(1) else { continue };
+        if shown.replace(index) != Some(index) {
+            let point = &front[index];
+            let kld = [point.predicted_kld, point.corrected_kld].map(|kld| format!("{kld:.2e}"));
+            table.push([vec![format!("{:.3}", point.bits_per_weight), bytes(point.linear_bytes)], kld.to_vec()].concat());
+        }
+    }
+    table
+}
+
+/// Plans of a study: of the random ones the best, the others all.
+pub fn study(rows: &[StudyRow]) -> Table {
+    let mut table = Table::new(&["budget", "plan", "bits", "predicted", "corrected", "KLD", "interval", "excess", "interval"]);
+    let interval = |[low, high]: [f64; 2]| format!("{low:.2e} to {high:.2e}");
+    let is_random = |row: &StudyRow| row.name.starts_with("random");
+    for row in rows {
+        let rivals = || rows.iter().filter(|other| other.budget == row.budget && is_random(other));
+        let best = rivals().map(|other| other.kld).fold(f64::INFINITY, f64::min);
+        if is_random(row) && row.kld > best {
+            continue;
+        }
+        let name = if is_random(row) { format!("best of {} random", rivals().count()) } else { row.name.clone() };
+        let own = row.name == study::ALLOCATED;
+        table.push(vec![
+            row.budget.clone(),
+            name,
+            format!("{:.3}", row.bits_per_weight),
+            format!("{:.2e}", row.predicted_kld),
+            format!("{:.2e}", row.corrected_kld),
+            format!("{:.3e}", row.kld),
+            interval(row.interval),
+            if own { "-".into() } else { format!("{:.2e}", row.excess) },
+            if own { "-".into() } else { interval(row.excess_interval) },
+        ]);
     }
     table
 }

@@ -1,6 +1,6 @@
 //! Every command of the workbench, in the order of the help.
 
-use super::actions::{files, formats, jobs, navigate, plan, results, screen, select, variants};
+use super::actions::{files, formats, jobs, looks, navigate, plan, playground, results, screen, select, variants};
 use super::commands::Command;
 use super::state::{Pane, State};
 
@@ -20,7 +20,7 @@ macro_rules! command {
 
 /// The table.
 #[rustfmt::skip]
-pub static TABLE: [Command; 66] = [
+pub static TABLE: [Command; 100] = [
     // Formats
     command!("format-w4a8", "Format w4a8", Some((1, "w4a8")), ["4"], PLANNING, always, formats::w4a8, "Gives the selected blocks 4-bit weights and 8-bit activations."),
     command!("format-w8a8", "Format w8a8", Some((1, "w8a8")), ["8"], PLANNING, always, formats::w8a8, "Gives the selected blocks 8-bit weights and activations."),
@@ -47,9 +47,16 @@ pub static TABLE: [Command; 66] = [
     command!("select-kind", "Select a kind", Some((3, "kind")), ["s"], &[Pane::Layers], always, select::kind, "Selects every listed block of the kind under the cursor."),
     command!("select-all", "Select all", None, ["ctrl-a"], &[Pane::Layers], always, select::all, "Selects every listed block."),
     command!("clear", "Clear selection and filter", None, ["esc"], &[Pane::Layers], always, select::clear, "Lets the selection go; once more, the filter."),
-    command!("filter", "Filter blocks", Some((3, "find")), ["/"], &[Pane::Layers], always, select::filter, "Narrows the list to a kind, a format or block numbers: `ssm w8`, `3-9`."),
+    command!("select-pattern", "Select by pattern", None, ["+"], &[Pane::Layers], always, select::pattern, "Adds the blocks that meet a kind, a format, numbers or a module's name to the selection."),
+    command!("order", "Sort the blocks", Some((6, "sort")), ["o"], &[Pane::Layers], always, select::sort, "Sorts the blocks by the next column, and after the last one as in the model."),
+    command!("reverse-order", "Reverse the blocks", None, ["O"], &[Pane::Layers], always, select::reverse, "Turns the order of the blocks around."),
+    command!("group", "Group by kind", Some((6, "group")), ["K"], &[Pane::Layers], always, select::group, "Lists the blocks of a kind together, or all as in the model."),
+    command!("open-block", "Open the block", Some((4, "open")), ["l", "right"], &[Pane::Layers], always, navigate::open, "Lists the modules and slices of the block, which take formats of their own."),
+    command!("close-block", "Close the block", None, ["h", "left"], &[Pane::Layers], always, navigate::close, "Lists the block as one line again."),
+    command!("filter", "Filter blocks", Some((3, "find")), ["/"], &[Pane::Layers], always, select::filter, "Narrows the list to a kind, a format, block numbers or letters of a module's name: `ssm w8`, `3-9`, `qproj`."),
     command!("look", "Look at the block", Some((5, "block")), ["enter"], &[Pane::Layers], always, screen::look, "Shows the block under the cursor in the Block pane."),
     command!("back", "Back to the layers", Some((1, "layers")), ["esc", "enter"], &[Pane::Block], always, screen::layers, "Goes back to the list of layers."),
+    command!("observe", "Observe the inputs", Some((2, "inputs")), ["i"], &[Pane::Block], always, looks::observe, "Runs the float model over the calibration sample and shows the largest input of every channel."),
     // Variants
     command!("next-variant", "Next variant", Some((5, "next variant")), ["]"], EVERYWHERE, variants::has_others, variants::next, "Edits the next variant."),
     command!("previous-variant", "Previous variant", None, ["["], EVERYWHERE, variants::has_others, variants::previous, "Edits the previous variant."),
@@ -60,15 +67,36 @@ pub static TABLE: [Command; 66] = [
     // Jobs
     command!("run", "Run the variant", Some((2, "run")), ["R"], EVERYWHERE, always, jobs::run, "Quantizes the variant being edited, then evaluates it beside the base."),
     command!("run-all", "Run all variants", Some((2, "run all")), ["A"], EVERYWHERE, always, jobs::run_all, "Quantizes every variant of the session, then evaluates them beside the base."),
-    command!("cancel", "Cancel", Some((1, "cancel")), ["x"], EVERYWHERE, jobs::is_busy, jobs::cancel, "Stops the running job at the next block or batch and drops those that wait, after asking."),
+    command!("quantize", "Only quantize the variant", None, [], EVERYWHERE, always, jobs::quantize, "Quantizes the variant being edited and does not evaluate it."),
+    command!("cancel", "Cancel", Some((1, "cancel")), ["x"], EVERYWHERE, jobs::can_cancel, jobs::cancel, "Stops the run under the cursor of the Run pane, elsewhere the one that runs, after asking. What it has finished is kept."),
+    command!("pause", "Pause or go on", Some((2, "pause")), ["p"], &[Pane::Run], jobs::is_busy, jobs::pause, "Makes the job at hand stand still at its next step and starts no other, or lets them go on."),
+    command!("retry", "Run it again", Some((2, "retry")), ["r"], &[Pane::Run], jobs::can_retry, jobs::retry, "Puts the run under the cursor, which is over, into the queue again. What it has finished is not made again."),
+    command!("move-down", "Move the run down", Some((5, "move")), ["J"], &[Pane::Run], jobs::can_move, jobs::move_down, "Lets the run under the cursor wait for the one behind it."),
+    command!("move-up", "Move the run up", None, ["K"], &[Pane::Run], jobs::can_move, jobs::move_up, "Puts the run under the cursor before the one in front of it."),
+    command!("log-level", "Level of the log", Some((6, "level")), ["l"], &[Pane::Run], always, jobs::log_level, "Shows all lines of the log, or only warnings and errors, or only errors."),
+    command!("runs", "Runs of all processes", Some((3, "runs")), ["v"], &[Pane::Run], always, jobs::runs, "Lists the runs on this machine, those without a screen too: follow, cancel, go on with, forget."),
     command!("clear-jobs", "Clear finished jobs", Some((3, "clear")), ["c"], &[Pane::Run], always, jobs::clear, "Takes jobs that are over off the list."),
     // Results
+    command!("side-a", "Make it A", Some((2, "A")), ["a"], &[Pane::Results], always, results::side_a, "Makes the row under the cursor A of the comparison and of the playground."),
+    command!("side-b", "Make it B", Some((2, "B")), ["b"], &[Pane::Results], always, results::side_b, "Makes the row under the cursor B of the comparison and of the playground."),
+    command!("compare", "Compare A with B", Some((1, "compare")), ["c"], &[Pane::Results], always, results::compare, "Shows A against B: tasks with intervals and flips, divergence, size, errors of the blocks; once more the table."),
+    command!("flips", "Rows that flipped", Some((3, "flips")), ["f"], &[Pane::Results], always, results::flips, "Shows the rows that A has right and B wrong, or the other way round, with their questions."),
+    command!("plot", "Plot size and loss", Some((2, "plot")), ["p"], &[Pane::Results], always, results::plot, "Plots divergence or accuracy over size, and the line of the variants that no other beats."),
+    command!("ordinate", "Other axis", None, ["y"], &[Pane::Results], always, results::ordinate, "Plots accuracy instead of divergence, and back."),
+    command!("table", "Table of results", None, ["esc"], &[Pane::Results], always, results::table, "Goes back to the table."),
+    command!("filter-results", "Filter the results", Some((4, "find")), ["/"], &[Pane::Results], always, results::filter, "Shows the variants whose name, recipe or formats have the words that are typed."),
+    command!("export", "Export the view", Some((4, "export")), ["e"], &[Pane::Results], always, results::export, "Writes what is shown into a .csv, .md or .json file."),
     command!("sort", "Sort by the next column", Some((1, "sort")), ["s"], &[Pane::Results], always, results::sort, "Sorts the variants by the next column, and after the last one as in the session."),
     command!("reverse", "Reverse the order", Some((1, "reverse")), ["S"], &[Pane::Results], always, results::reverse, "Turns the order of the variants around."),
     command!("differences", "Differences", Some((1, "differences")), ["d"], &[Pane::Results], always, results::differences, "Shows or hides the lines of differences from the base, in points."),
     command!("columns-right", "Columns to the right", Some((5, "columns")), ["l", "right"], &[Pane::Results], always, results::columns_right, "Shows the columns further to the right."),
     command!("columns-left", "Columns to the left", None, ["h", "left"], &[Pane::Results], always, results::columns_left, "Shows the columns further to the left."),
     command!("edit-result", "Edit this variant", Some((1, "edit")), ["enter"], &[Pane::Results], always, results::edit, "Edits the variant of the row under the cursor."),
+    // Playground
+    command!("prompt", "Prompt both models", Some((1, "prompt")), ["enter", "i"], &[Pane::Playground], always, playground::prompt, "Lets A and B of the results go on from one prompt, side by side."),
+    command!("token-left", "Token to the left", None, ["h", "left"], &[Pane::Playground], always, playground::left, "Looks at the token before."),
+    command!("token-right", "Token to the right", Some((2, "token")), ["l", "right"], &[Pane::Playground], always, playground::right, "Looks at the next token."),
+    command!("parting", "Where the texts part", Some((1, "parting")), ["p"], &[Pane::Playground], always, playground::parting, "Looks at the first token that differs."),
     // Moving
     command!("down", "Down", None, ["j", "down"], EVERYWHERE, always, navigate::down, "Moves the cursor down; scrolls the log in the Run pane."),
     command!("up", "Up", None, ["k", "up"], EVERYWHERE, always, navigate::up, "Moves the cursor up."),
@@ -84,15 +112,22 @@ pub static TABLE: [Command; 66] = [
     command!("pane-run", "Run", None, ["3", "f3"], EVERYWHERE, always, screen::run, "Goes to the jobs."),
     command!("pane-block", "Block", None, ["4", "f4"], EVERYWHERE, always, screen::block, "Goes to the block under the cursor. Where `4` sets a format, `f4` or `enter` does."),
     command!("pane-results", "Results", None, ["5", "f5"], EVERYWHERE, always, screen::results, "Goes to the results."),
+    command!("pane-playground", "Playground", None, ["6", "f6"], EVERYWHERE, always, playground::pane, "Goes to the playground: one prompt, two models. Where `6` sets a format, `f6` does."),
     command!("zoom", "Zoom", Some((5, "zoom")), ["z"], EVERYWHERE, always, screen::zoom, "Lets the pane fill the screen, or shows all panes again."),
     command!("theme", "Theme", None, [], EVERYWHERE, always, screen::theme, "Chooses the colours."),
+    command!("mouse", "Mouse on or off", None, ["M"], EVERYWHERE, always, screen::mouse, "Takes clicks and the wheel, or leaves them to the terminal, to select text with."),
+    command!("copy", "Copy", None, ["Y"], EVERYWHERE, always, screen::copy, "Copies what the pane is about to the clipboard: the variant as TOML, the table, the texts."),
+    command!("tour", "First steps", None, [], EVERYWHERE, always, screen::tour, "Shows the first steps again."),
     command!("redraw", "Redraw", None, ["ctrl-l"], EVERYWHERE, always, screen::redraw, "Draws the whole screen again."),
     // Session
     command!("save", "Save the session", Some((4, "save")), ["ctrl-s"], EVERYWHERE, always, files::save, "Saves the session to its file, keeping the file's comments; asks for a path when it has none."),
     command!("save-as", "Save the session as", None, [], EVERYWHERE, always, files::save_as, "Saves the session to another file."),
     command!("open", "Open a session", None, ["ctrl-o"], EVERYWHERE, files::can_open, files::open, "Opens another session file."),
+    command!("recent", "Open a recent session", None, ["ctrl-e"], EVERYWHERE, files::can_open, files::recent, "Chooses among the session files that were opened or saved last."),
+    command!("changes", "Changes since the last save", None, ["C"], EVERYWHERE, always, files::changes, "Shows how the variants and their plans differ from the session's file."),
+    command!("messages", "Messages", None, ["M"], EVERYWHERE, always, screen::messages, "Shows what was said in the status line and in the corner, errors too."),
     command!("suspend", "Suspend", None, ["ctrl-z"], EVERYWHERE, always, screen::suspend, "Stops strata and goes back to the shell; `fg` comes back."),
-    command!("quit", "Quit", Some((5, "quit")), ["q", "ctrl-c"], EVERYWHERE, always, files::quit, "Leaves; asks when something is not saved or a job runs."),
     command!("palette", "Command palette", Some((5, "command")), [":"], EVERYWHERE, always, screen::palette, "Finds a command by name."),
     command!("help", "Help", Some((5, "help")), ["?"], EVERYWHERE, always, screen::help, "Lists the keys; type to search."),
+    command!("quit", "Quit", Some((5, "quit")), ["q", "ctrl-c"], EVERYWHERE, always, files::quit, "Leaves; asks when something is not saved or a job runs."),
 ];

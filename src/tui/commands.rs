@@ -1,5 +1,8 @@
 //! [`Command`]: one row of the table that feeds keys, the hint line, `?` help, the `:` palette and the documentation.
 
+use nucleo_matcher::pattern::{CaseMatching, Normalization, Pattern};
+use nucleo_matcher::{Config, Matcher, Utf32Str};
+
 use super::command_table::TABLE;
 use super::message::Effect;
 use super::state::{Pane, State};
@@ -25,13 +28,21 @@ pub struct Command {
 impl Command {
     /// Runs the command, or says why it cannot.
     pub fn invoke(&self, state: &mut State) -> Vec<Effect> {
-        match (self.enabled)(state) {
+        match self.possible(state) {
             Ok(()) => (self.run)(state),
             Err(reason) => {
                 state.say(reason);
                 Vec::new()
             }
         }
+    }
+
+    /// An error says why it cannot be done now.
+    pub fn possible(&self, state: &State) -> Result<(), &'static str> {
+        if state.read_only && !LOOKING.contains(&self.id) {
+            return Err("read-only: nothing can be changed");
+        }
+        (self.enabled)(state)
     }
 
     /// Where the keys work, in words.
@@ -43,48 +54,116 @@ impl Command {
     }
 }
 
-/// The command of a key: one of the pane before one of everywhere.
-pub fn of_key(key: &str, pane: Pane) -> Option<&'static Command> {
-    let has_key = |command: &&Command| command.keys.contains(&key);
-    let of_pane = TABLE.iter().filter(has_key).find(|command| command.panes.contains(&pane));
-    of_pane.or_else(|| TABLE.iter().filter(has_key).find(|command| command.panes.is_empty()))
-}
+/// What a read-only workbench can do. What is not named here may change a session, a file or a job.
+const LOOKING: &[&str] = &[
+    "select",
+    "select-range",
+    "select-kind",
+    "select-all",
+    "clear",
+    "filter",
+    "look",
+    "back",
+    "next-variant",
+    "previous-variant",
+    "sort",
+    "reverse",
+    "differences",
+    "columns-right",
+    "columns-left",
+    "edit-result",
+    "side-a",
+    "side-b",
+    "compare",
+    "flips",
+    "plot",
+    "ordinate",
+    "table",
+    "filter-results",
+    "history",
+    "gpu",
+    "beside",
+    "select-pattern",
+    "order",
+    "reverse-order",
+    "group",
+    "open-block",
+    "close-block",
+    "copy",
+    "mouse",
+    "tour",
+    "token-left",
+    "token-right",
+    "parting",
+    "pane-playground",
+    "down",
+    "up",
+    "page-down",
+    "page-up",
+    "first",
+    "last",
+    "next-pane",
+    "previous-pane",
+    "pane-layers",
+    "pane-plan",
+    "pane-run",
+    "pane-block",
+    "pane-results",
+    "zoom",
+    "theme",
+    "redraw",
+    "runs",
+    "log-level",
+    "messages",
+    "changes",
+    "open",
+    "recent",
+    "suspend",
+    "quit",
+    "palette",
+    "help",
+];
 
 /// Keys to hint at with what they do, by rank: the commands that are possible now, those of the pane first.
-pub fn hinted(state: &State) -> Vec<(&'static str, &'static str)> {
+pub fn hinted(state: &State) -> Vec<(String, &'static str)> {
     let of_pane = TABLE.iter().filter(|command| command.panes.contains(&state.focus));
     let everywhere = TABLE.iter().filter(|command| command.panes.is_empty());
-    let possible = of_pane.chain(everywhere).filter(|command| (command.enabled)(state).is_ok());
-    let mut hints: Vec<(u8, &str, &str)> =
-        possible.filter_map(|command| command.hint.and_then(|(rank, hint)| Some((rank, *command.keys.first()?, hint)))).collect();
+    let possible = of_pane.chain(everywhere).filter(|command| command.possible(state).is_ok());
+    let mut hints: Vec<(u8, String, &str)> = possible
+        .filter_map(|command| command.hint.and_then(|(rank, hint)| Some((rank, state.keymap.keys(command).first()?.clone(), hint))))
+        .collect();
     hints.sort_by_key(|(rank, _, _)| *rank);
     hints.into_iter().map(|(_, key, hint)| (key, hint)).collect()
 }
 
-/// Commands that match what was typed in the palette, best first: letters in order, earlier and closer is better.
-pub fn search(query: &str) -> Vec<&'static Command> {
-    let mut found: Vec<(usize, &Command)> = TABLE
-        .iter()
-        .filter_map(|command| {
-            let by_id = score(query, command.id);
-            let by_title = score(query, command.title).map(|score| score + 1);
-            Some((by_id.into_iter().chain(by_title).min()?, command))
-        })
-        .collect();
-    found.sort_by_key(|(score, _)| *score);
-    found.into_iter().map(|(_, command)| command).collect()
+/// A command that matches what was typed, and the letters of its id that do.
+pub struct Match {
+    pub command: &'static Command,
+    pub letters: Vec<u32>,
 }
 
-/// How far `query`'s letters, in order, lie apart in `text`; nothing when they do not all occur.
-fn score(query: &str, text: &str) -> Option<usize> {
-    let text: Vec<char> = text.to_lowercase().chars().collect();
-    let (mut at, mut score) = (0, 0);
-    for letter in query.to_lowercase().chars().filter(|letter| *letter != ' ') {
-        let step = text[at..].iter().position(|other| *other == letter)?;
-        score += step * if at == 0 { 2 } else { 3 };
-        at += step + 1;
+/// Commands that match what was typed in the palette, best first: words in any order, the letters of each in theirs.
+pub fn search(query: &str) -> Vec<Match> {
+    let pattern = Pattern::parse(query, CaseMatching::Ignore, Normalization::Smart);
+    let mut matcher = Matcher::new(Config::DEFAULT);
+    let mut buffer = Vec::new();
+    let mut found: Vec<(u32, Match)> = Vec::new();
+    for command in &TABLE {
+        let mut letters = Vec::new();
+        let by_id = pattern.indices(Utf32Str::new(command.id, &mut buffer), &mut matcher, &mut letters);
+        // The title has words that the id leaves out; where both match, the id is what one types.
+        let by_title = pattern.score(Utf32Str::new(command.title, &mut buffer), &mut matcher);
+        if let Some(score) = by_id.map(|score| score + 1).max(by_title) {
+            letters.sort_unstable();
+            letters.dedup();
+            found.push((score, Match { command, letters }));
+        }
     }
-    Some(score)
+    if query.trim().is_empty() {
+        return found.into_iter().map(|(_, found)| found).collect();
+    }
+    found.sort_by(|(a, first), (b, second)| b.cmp(a).then(first.command.id.len().cmp(&second.command.id.len())));
+    found.into_iter().map(|(_, found)| found).collect()
 }
 
 /// The key table of docs/workbench.md.
@@ -122,18 +201,26 @@ mod tests {
     }
 
     #[test]
+    fn what_a_read_only_workbench_can_do_exists() {
+        for id in LOOKING {
+            assert!(TABLE.iter().any(|command| command.id == *id), "{id}");
+        }
+    }
+
+    #[test]
     fn keys_are_spelt_as_events_are_named() {
         for key in TABLE.iter().flat_map(|command| command.keys) {
-            assert_eq!(super::super::keys::name(super::super::keys::event(key)).as_deref(), Some(*key));
+            assert_eq!(super::super::keys::event(key).and_then(super::super::keys::name).as_deref(), Some(*key));
         }
     }
 
     #[test]
     fn the_palette_puts_the_closest_first() {
-        assert_eq!(search("quit")[0].id, "quit");
-        assert_eq!(search("q")[0].id, "quit");
-        assert_eq!(search("w8a16")[0].id, "format-w8a16");
-        assert_eq!(search("runall")[0].id, "run-all");
+        for (query, id) in [("quit", "quit"), ("q", "quit"), ("w8a16", "format-w8a16"), ("runall", "run-all"), ("var new", "new-variant")] {
+            assert_eq!(search(query)[0].command.id, id, "{query}");
+        }
+        assert_eq!(search("runall")[0].letters, [0, 1, 2, 4, 5, 6], "the letters to mark");
+        assert_eq!(search("").len(), TABLE.len());
         assert!(search("zzz").is_empty());
     }
 

@@ -142,6 +142,11 @@ impl Document {
         Session { variants: self.drafts.iter().map(spec).collect(), ..self.session.clone() }
     }
 
+    /// What was last opened or saved.
+    pub fn saved(&self) -> &Session {
+        &self.saved
+    }
+
     /// Whether the session differs from what was last opened or saved; how the screen looks does not count.
     pub fn unsaved(&self) -> bool {
         let plain = |session: &Session| Session { ui: UiSpec::default(), ..session.clone() };
@@ -198,8 +203,23 @@ impl Document {
         self.set_plan(plan, label)
     }
 
+    /// Gives `format` to linears and slices of block `block`, by their canonical names; returns whether anything changed.
+    pub fn set_linears(&mut self, block: usize, names: &[String], format: Format, label: impl Into<String>) -> Result<bool> {
+        let mut plan = self.draft().plan.clone();
+        for name in names {
+            // What is said of a linear holds for its slices.
+            plan.linears.retain(|known, _| known != name && !known.starts_with(&format!("{name}.")));
+            let linear = self.layout.blocks[block].linears.iter().find(|linear| name.starts_with(&format!("{}.", linear.stem)));
+            let inherited = linear.map_or(plan.blocks[block], |linear| plan.linear(block, &linear.stem));
+            if format != inherited {
+                plan.linears.insert(name.clone(), format);
+            }
+        }
+        self.set_plan(plan, label)
+    }
+
     /// Replaces the current variant's plan; returns whether that changed anything.
-    pub fn set_plan(&mut self, plan: Plan, label: impl Into<String>) -> Result<bool> {
+    pub fn set_plan(&mut self, mut plan: Plan, label: impl Into<String>) -> Result<bool> {
         let draft = self.draft();
         if plan == draft.plan {
             return Ok(false);
@@ -216,6 +236,14 @@ impl Document {
                 if same { kept } else { rules }
             }
         };
+        if !plan.linears.is_empty() {
+            // Formats of slices may not be possible together: the rules are tried before anything changes.
+            let ruled = draft.recipe.plan(&self.layout, &rules)?;
+            if ruled == draft.plan {
+                return Ok(false);
+            }
+            plan = ruled;
+        }
         self.remember(label);
         let draft = &mut self.drafts[self.current];
         draft.plan = plan;

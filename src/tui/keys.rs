@@ -37,9 +37,8 @@ pub fn name(event: KeyEvent) -> Option<String> {
     Some(format!("{ctrl}{alt}{}{key}", if shift { "shift-" } else { "" }))
 }
 
-/// The event of a key name: the inverse of [`name`], for scripts of keys.
-#[cfg(test)]
-pub fn event(name: &str) -> KeyEvent {
+/// The event of a key name, where there is such a key: the inverse of [`name`].
+pub fn event(name: &str) -> Option<KeyEvent> {
     let mut modifiers = KeyModifiers::NONE;
     let mut rest = name;
     for (prefix, modifier) in [("ctrl-", KeyModifiers::CONTROL), ("alt-", KeyModifiers::ALT), ("shift-", KeyModifiers::SHIFT)] {
@@ -66,10 +65,10 @@ pub fn event(name: &str) -> KeyEvent {
         (_, _, "pgup") => KeyCode::PageUp,
         (_, _, "pgdn") => KeyCode::PageDown,
         (Some(letter), None, _) => KeyCode::Char(letter),
-        (Some('f'), _, number) => KeyCode::F(number[1..].parse().unwrap()),
-        _ => panic!("no key is named {name}"),
+        (Some('f'), _, number) => KeyCode::F(number.get(1..)?.parse().ok().filter(|number| (1..=12).contains(number))?),
+        _ => return None,
     };
-    KeyEvent::new(code, modifiers)
+    Some(KeyEvent::new(code, modifiers))
 }
 
 #[cfg(test)]
@@ -79,7 +78,8 @@ mod tests {
     #[test]
     fn names_and_events_are_inverse() {
         for key in ["j", "G", "4", "ctrl-s", "shift-tab", "tab", "f3", "space", "pgdn", "alt-4", ":"] {
-            assert_eq!(name(event(key)).as_deref(), Some(key));
+            assert_eq!(event(key).and_then(name).as_deref(), Some(key));
         }
+        assert!(["f13", "ctrl-", "hyper-x", ""].iter().all(|key| event(key).is_none()));
     }
 }

@@ -4,9 +4,12 @@
 //! keep its figures, and an edit that comes back to a measured plan shows them at once.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::checkpoint::VariantManifest;
 use crate::eval::ModelResult;
+use crate::eval::run::Evaluated;
+use crate::eval::score::Sample;
 use crate::format::{Format, Plan};
 use crate::quant::Steps;
 
@@ -19,12 +22,15 @@ pub struct Measurement {
     /// Relative output error of each block.
     pub errors: Vec<f64>,
     pub result: Option<ModelResult>,
+    /// The scored rows of the evaluation.
+    pub samples: Arc<Vec<Sample>>,
 }
 
 /// Everything measured since the session was opened.
 #[derive(Debug, Default, PartialEq)]
 pub struct Measurements {
     pub base: Option<ModelResult>,
+    pub base_samples: Arc<Vec<Sample>>,
     /// The latest last.
     rows: Vec<Measurement>,
 }
@@ -37,7 +43,7 @@ impl Measurements {
 
     /// Takes a variant on disk in. An earlier result of the same plan stays: the weights are the same.
     pub fn quantized(&mut self, steps: &Steps, plan: Plan, path: PathBuf, manifest: &VariantManifest) {
-        let result = self.find(steps, &plan).and_then(|row| row.result.clone());
+        let (result, samples) = self.find(steps, &plan).map(|row| (row.result.clone(), row.samples.clone())).unwrap_or_default();
         self.rows.retain(|row| row.steps != *steps || row.plan != plan);
         let mut errors = vec![0.0; plan.blocks.len()];
         for block in &manifest.blocks {
@@ -45,14 +51,21 @@ impl Measurements {
                 *error = block.error;
             }
         }
-        self.rows.push(Measurement { steps: steps.clone(), plan, path, errors, result });
+        self.rows.push(Measurement { steps: steps.clone(), plan, path, errors, result, samples });
     }
 
     /// Takes an evaluation in.
-    pub fn evaluated(&mut self, steps: &Steps, plan: &Plan, result: ModelResult) {
+    pub fn evaluated(&mut self, steps: &Steps, plan: &Plan, evaluated: Evaluated) {
         if let Some(row) = self.rows.iter_mut().find(|row| row.steps == *steps && row.plan == *plan) {
-            row.result = Some(result);
+            row.result = Some(evaluated.result);
+            row.samples = Arc::new(evaluated.samples);
         }
+    }
+
+    /// Takes an evaluation of the unquantized model in.
+    pub fn base_evaluated(&mut self, evaluated: Evaluated) {
+        self.base = Some(evaluated.result);
+        self.base_samples = Arc::new(evaluated.samples);
     }
 
     /// The error of a block under `plan`: measured (`true`), or taken from the latest plan in which the block had the

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use ratatui::Frame;
-use ratatui::layout::Rect;
+use ratatui::layout::{Margin, Position, Rect};
 use ratatui::style::Style;
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Block, BorderType};
+use ratatui::widgets::{Block, BorderType, Clear, Paragraph};
 
 use super::queue::Level;
 use super::state::{Pane, State};
-use super::text::cut;
+use super::text::{cut, wrap};
 use super::theme::Role;
 use super::{ascii, commands, panes, popups};
 
@@ -34,7 +34,8 @@ pub fn regions(size: (u16, u16), focus: Pane, zoom: bool) -> Option<Regions> {
         return None;
     }
     let body = Rect::new(0, 1, width, height - 3);
-    let panes = if zoom || width < WIDE.0 || height < WIDE.1 {
+    // Two texts side by side need the whole width.
+    let panes = if zoom || focus == Pane::Playground || width < WIDE.0 || height < WIDE.1 {
         vec![(focus, body)]
     } else {
         let left = (width / 2).min(84);
@@ -74,11 +75,13 @@ pub fn draw(frame: &mut Frame, state: &State) {
                 Pane::Run => panes::run::draw(frame, inner, state),
                 Pane::Block => panes::block::draw(frame, inner, state),
                 Pane::Results => panes::results::draw(frame, inner, state),
+                Pane::Playground => panes::playground::draw(frame, inner, state),
             }
         }
         draw_status(frame, regions.status, state);
         draw_hints(frame, regions.hints, state);
         popups::draw(frame, area, state);
+        draw_toasts(frame, area, state);
     } else {
         let text = format!("strata needs {}x{}; this is {}x{}", SMALLEST.0, SMALLEST.1, area.width, area.height);
         frame.render_widget(Line::styled(text, state.theme.style(Role::Strong)), area);
@@ -86,6 +89,38 @@ pub fn draw(frame: &mut Frame, state: &State) {
     if state.ascii {
         ascii::flatten(frame.buffer_mut());
     }
+}
+
+/// The inside of a pane's frame.
+pub fn inner(area: Rect) -> Rect {
+    area.inner(Margin::new(1, 1))
+}
+
+/// Whether a pane is on the screen.
+pub fn shows(state: &State, pane: Pane) -> bool {
+    regions(state.size, state.focus, state.zoom).is_some_and(|regions| regions.panes.iter().any(|(shown, _)| *shown == pane))
+}
+
+/// The pane whose tab in the header is at a position.
+pub fn tab_at(state: &State, at: Position) -> Option<Pane> {
+    let regions = regions(state.size, state.focus, state.zoom)?;
+    if at.y != regions.header.y || regions.panes.len() > 1 {
+        return None;
+    }
+    let mut end = PROGRAM.len() as u16;
+    Pane::ALL.into_iter().find(|pane| {
+        end += tab(*pane).chars().count() as u16;
+        at.x < end && at.x >= PROGRAM.len() as u16
+    })
+}
+
+/// What the header begins with.
+const PROGRAM: &str = " strata ";
+
+/// A pane's tab, where there is room for one pane.
+fn tab(pane: Pane) -> String {
+    let title = if pane == Pane::Playground { "Play" } else { pane.title() };
+    format!(" {} {title} ", pane.number())
 }
 
 fn frame_pane(frame: &mut Frame, area: Rect, state: &State, pane: Pane) -> Rect {
@@ -107,7 +142,7 @@ fn frame_pane(frame: &mut Frame, area: Rect, state: &State, pane: Pane) -> Rect 
 fn draw_header(frame: &mut Frame, area: Rect, state: &State, side_by_side: bool) {
     let style = |role| state.theme.style(role);
     let draft = state.document.draft();
-    let mut spans = vec![Span::styled(" strata ", style(Role::Title))];
+    let mut spans = vec![Span::styled(PROGRAM, style(Role::Title))];
     if side_by_side {
         let path = state.path.as_ref().map_or_else(|| "not saved yet".to_owned(), |path| path.display().to_string());
         let unsaved = if state.document.unsaved() { " *" } else { "" };
@@ -126,18 +161,29 @@ fn draw_header(frame: &mut Frame, area: Rect, state: &State, side_by_side: bool)
     } else {
         for pane in Pane::ALL {
             let role = if pane == state.focus { Role::Cursor } else { Role::Text };
-            spans.push(Span::styled(format!(" {} {} ", pane.number(), pane.title()), style(role)));
+            spans.push(Span::styled(tab(pane), style(role)));
         }
         let unsaved = if state.document.unsaved() { "*" } else { "" };
         spans.push(Span::styled(format!("  {}{unsaved}", draft.name), style(Role::Dim)));
     }
-    let memory = format!("{} resident ", crate::session::report::bytes(state.resident_bytes));
+    let read_only = if state.read_only { "read-only  " } else { "" };
+    let memory = format!("{read_only}{}{} resident ", gpu_summary(state), crate::session::report::bytes(state.resident_bytes));
     let line = Line::from(spans);
-    let room = area.width as usize > line.width() + memory.len() + 1;
+    let room = area.width as usize > line.width() + memory.chars().count() + 1;
     frame.render_widget(line, area);
     if room && state.resident_bytes > 0 {
         frame.render_widget(Line::styled(memory, style(Role::Dim)).right_aligned(), area);
     }
+}
+
+/// The first GPU in a few words, when there is one.
+fn gpu_summary(state: &State) -> String {
+    state.gpus.first().map_or_else(String::new, |gpu| {
+        let temperature = gpu.temperature.map_or_else(String::new, |degrees| format!(" {degrees}°C"));
+        let name = gpu.name.trim_start_matches("NVIDIA ").split_whitespace().next().unwrap_or("GPU").to_owned();
+        let bytes = crate::session::report::bytes;
+        format!("{name}{temperature} {}% {} of {}  ", gpu.utilization, bytes(gpu.used_bytes), bytes(gpu.total_bytes))
+    })
 }
 
 /// What was last said; while nothing is said, what runs.
@@ -152,9 +198,9 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
             Line::styled(format!(" {}", message.text), state.theme.style(role))
         }
         (None, Some(running)) => {
-            let stage = &state.queue.stage;
-            let mut text = format!(" ▶ {} · {} {} of {}", running.title, stage.name, stage.done, stage.total);
-            if let Some(left) = state.queue.remaining(state.clock) {
+            let job = &state.queue.progress;
+            let mut text = format!(" ▶ {} · {} {} of {}", running.title, job.stage, job.done, job.total);
+            if let Some(left) = job.remaining(state.clock).filter(|_| !job.paused) {
                 text = format!("{text} · {} left", duration(left));
             }
             Line::styled(text, state.theme.style(Role::Progress))
@@ -170,26 +216,52 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
     frame.render_widget(line, area);
 }
 
+/// What happened by itself, in the lower right corner, the latest at the bottom.
+fn draw_toasts(frame: &mut Frame, area: Rect, state: &State) {
+    let mut bottom = area.bottom().saturating_sub(3);
+    for toast in state.toasts.iter().rev() {
+        let role = match toast.message.level {
+            Level::Info => Role::Good,
+            Level::Warning => Role::Warning,
+            Level::Error => Role::Bad,
+        };
+        let lines = wrap(&toast.message.text, (area.width as usize).saturating_sub(8).min(56));
+        let width = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0) as u16 + 4;
+        let height = lines.len() as u16 + 2;
+        if bottom < area.y + 2 + height {
+            break;
+        }
+        bottom -= height;
+        let place = Rect { x: area.right().saturating_sub(width + 2), y: bottom, width, height };
+        frame.render_widget(Clear, place);
+        let block = Block::bordered().border_type(BorderType::Rounded).border_style(state.theme.style(role));
+        let text: Vec<Line> = lines.into_iter().map(|line| Line::raw(format!(" {line}"))).collect();
+        frame.render_widget(Paragraph::new(text).block(block).style(state.theme.style(Role::Text)), place);
+    }
+}
+
 /// The keys of the focused pane; those that do not fit are left out from the end, except the ways to help.
 fn draw_hints(frame: &mut Frame, area: Rect, state: &State) {
-    let span = |(key, hint): (&str, &str)| {
+    let span = |(key, hint): (String, &str)| {
         [Span::styled(format!(" {key} "), state.theme.style(Role::Key)), Span::styled(hint.to_owned(), state.theme.style(Role::Dim))]
     };
-    let always = [(":", "command"), ("?", "help"), ("q", "quit")];
-    let width = |(key, hint): &(&str, &str)| key.chars().count() + hint.chars().count() + 2;
-    let mut room = area.width as usize - always.iter().map(width).sum::<usize>();
+    let width = |(key, hint): &(String, &str)| key.chars().count() + hint.chars().count() + 2;
+    let (always, others): (Vec<_>, Vec<_>) = commands::hinted(state).into_iter().partition(|(_, hint)| ALWAYS.contains(hint));
+    let mut room = (area.width as usize).saturating_sub(always.iter().map(width).sum());
     let mut spans = Vec::new();
-    for hint in commands::hinted(state).into_iter().filter(|hint| !always.contains(hint)) {
+    for hint in others {
         let needed = width(&hint);
-        if needed > room {
-            continue;
+        if needed <= room {
+            room -= needed;
+            spans.extend(span(hint));
         }
-        room -= needed;
-        spans.extend(span(hint));
     }
     spans.extend(always.into_iter().flat_map(span));
     frame.render_widget(Line::from(spans), area);
 }
+
+/// Hints that stay whatever the width.
+const ALWAYS: [&str; 3] = ["command", "help", "quit"];
 
 /// A duration as `7 s`, `4:12` or `1:02:30`.
 pub fn duration(duration: Duration) -> String {

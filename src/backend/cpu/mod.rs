@@ -3,18 +3,20 @@
 
 mod attention;
 mod embedding;
-mod hadamard;
+pub mod hadamard;
 pub mod int_matmul;
 mod kv_cache;
 mod mamba;
 mod math;
 mod norm;
+pub mod operations;
+mod router;
 mod stored;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 
 use self::int_matmul::{Isa, PackedMatrix, QuantizedRows};
-use super::{AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, Sequences};
+use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormats, LinearWeights, WeightPart};
 
@@ -22,6 +24,7 @@ use crate::format::{CacheFormats, LinearWeights, WeightPart};
 const GRAM_TOKENS: usize = 256;
 
 /// The machine's processor.
+#[derive(Clone, Copy)]
 pub struct Cpu;
 
 /// Weights of a linear, in parts along the output.
@@ -93,6 +96,8 @@ impl Backend for Cpu {
     type Tensor = Tensor;
     type Linear = CpuLinear;
     type Embedding = embedding::Embedding;
+    type Vector = Vec<f32>;
+    type Recording = std::convert::Infallible;
     type Activation = CpuActivation;
     type Mamba = mamba::Parameters;
     type SsmCache = mamba::SsmCache;
@@ -115,8 +120,16 @@ impl Backend for Cpu {
         self.download(activation.float.as_ref().ok_or_else(|| missing("float"))?)
     }
 
+    fn rows(&self, tensor: &Tensor) -> usize {
+        tensor.dims()[0]
+    }
+
     fn features(&self, tensor: &Tensor) -> usize {
         width(tensor)
+    }
+
+    fn prepare_vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
     }
 
     fn prepare(&self, weights: LinearWeights) -> Result<CpuLinear> {
@@ -164,6 +177,7 @@ impl Backend for Cpu {
     fn linear(&self, linear: &CpuLinear, x: &CpuActivation) -> Result<Tensor> {
         let float_product = |weights: &Tensor| -> Result<Tensor> {
             let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
+            operations::count_float(x.dims()[0] * weights.elem_count());
             Ok(x.matmul(&weights.t()?)?)
         };
         if let ([Part::Float(weights)], None) = (linear.parts.as_slice(), &linear.bias) {
@@ -223,7 +237,7 @@ impl Backend for Cpu {
         Ok(CpuActivation { float: emit.float.then_some(x), int8 })
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &[f32], eps: f32, emit: Emit) -> Result<CpuActivation> {
+    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32, emit: Emit) -> Result<CpuActivation> {
         Self::activation(with_values(x, |x| norm::rms(x, weight, eps))?, weight.len(), emit)
     }
 
@@ -275,7 +289,7 @@ impl Backend for Cpu {
         y: &Tensor,
         projection: &mamba::Projection,
         parameters: &mamba::Parameters,
-        weight: &[f32],
+        weight: &Vec<f32>,
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
@@ -307,6 +321,10 @@ impl Backend for Cpu {
         tensor(out, shape.heads * shape.head_dim)
     }
 
+    fn route(&self, raw: &Tensor, correction: &Vec<f32>, shape: &RouterShape) -> Result<Vec<Assignment>> {
+        with_values(raw, |raw| router::assign(raw, correction, shape))
+    }
+
     fn gather(&self, x: &CpuActivation, tokens: &[usize]) -> Result<CpuActivation> {
         let float = x.float.as_ref().map(|float| self.gather_rows(float, tokens)).transpose()?;
         Ok(CpuActivation { float, int8: x.int8.as_ref().map(|codes| codes.select(tokens)) })
@@ -331,6 +349,33 @@ impl Backend for Cpu {
         tensor(sum, cols)
     }
 
+    fn record(&self, _step: &mut dyn FnMut() -> Result<Tensor>) -> Result<Option<(Self::Recording, Tensor)>> {
+        Ok(None)
+    }
+
+    fn replay(&self, recording: &mut Self::Recording, _ids: &[u32]) -> Result<Option<Tensor>> {
+        match *recording {}
+    }
+
+    fn copy_seconds(&self, bytes: usize) -> Result<f64> {
+        use rayon::prelude::*;
+        const PIECE: usize = 1 << 22;
+        let (from, mut to) = (vec![1_u8; bytes], vec![0_u8; bytes]);
+        self.time(3, &mut || {
+            to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+            std::hint::black_box(&to);
+            Ok(())
+        })
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn gram(&self, x: &CpuActivation) -> Result<Vec<f64>> {
         let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
         let cols = width(x);
@@ -347,6 +392,11 @@ impl Backend for Cpu {
     fn log_probabilities(&self, logits: &Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
         let width = width(logits);
         with_values(logits, |logits| norm::log_probabilities(logits, width, targets))
+    }
+
+    fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
+        let width = width(logits);
+        with_values(logits, |logits| logits.chunks_exact(width).map(|row| norm::argmax(row) as u32).collect())
     }
 
     fn divergence(&self, reference: &Tensor, logits: &Tensor) -> Result<Vec<Divergence>> {

@@ -2,7 +2,9 @@
 
 use super::super::message::Effect;
 use super::super::popups::Choose;
-use super::super::state::State;
+use super::super::state::{Pane, State};
+use super::super::tree;
+use crate::checkpoint::LinearSpec;
 use crate::format::{Format, Plan, Selector};
 use crate::quant::{Formats, Recipe};
 use crate::session::report;
@@ -84,9 +86,35 @@ fn set_blocks(state: &mut State, format: Format) -> Vec<Effect> {
         0 | 1 => format!("block {}", state.layers.selected.first().unwrap_or(&state.layers.cursor)),
         count => format!("{count} blocks"),
     };
+    if state.layers.selected.is_empty() && state.focus == Pane::Layers && state.layers.inside.is_some() {
+        set_linears(state, format);
+        return Vec::new();
+    }
     let targets = state.targets();
     set(state, &targets, format, &what);
     Vec::new()
+}
+
+/// Gives a format to the module or slice under the cursor.
+fn set_linears(state: &mut State, format: Format) {
+    let Some((module, slice)) = state.layers.inside else { return };
+    let block = state.layers.cursor;
+    let modules = tree::modules(&state.document.layout.blocks[block]);
+    let Some(module) = modules.get(module) else { return };
+    let name = |linear: &&LinearSpec| match slice.and_then(|slice| linear.slices.get(slice)) {
+        Some(slice) => format!("{}.{}", linear.stem, slice.name),
+        None => linear.stem.clone(),
+    };
+    let names: Vec<String> = module.linears.iter().map(name).collect();
+    let what = match slice.and_then(|slice| module.linears[0].slices.get(slice)) {
+        Some(slice) => format!("block {block} {}.{}", module.name, slice.name),
+        None => format!("block {block} {}", module.name),
+    };
+    match state.document.set_linears(block, &names, format, format!("{what} to {format}")) {
+        Ok(true) => state.say(format!("{what}: {format}")),
+        Ok(false) => state.say(format!("{what}: {format} already")),
+        Err(error) => state.complain(&error),
+    }
 }
 
 /// Sets formats and says what that does to the size.

@@ -3,8 +3,10 @@
 pub mod files;
 pub mod formats;
 pub mod jobs;
+pub mod looks;
 pub mod navigate;
 pub mod plan;
+pub mod playground;
 pub mod results;
 pub mod screen;
 pub mod select;

@@ -1,9 +1,12 @@
 //! Panes, zoom, theme, help.
 
 use super::super::message::Effect;
-use super::super::popups::{Choose, Help, Palette, Popup};
+use super::super::panes;
+use super::super::popups::{Choose, Help, Pager, Palette, Popup, Tour};
+use super::super::queue::{Level, LogLine};
 use super::super::state::{Pane, State};
-use super::super::theme::{self, Theme};
+use super::super::theme::{self, Role, Theme};
+use super::super::view::duration;
 
 fn focus(state: &mut State, pane: Pane) -> Vec<Effect> {
     state.focus = pane;
@@ -34,6 +37,29 @@ pub fn results(state: &mut State) -> Vec<Effect> {
     focus(state, Pane::Results)
 }
 
+/// Takes clicks and the wheel, or leaves them to the terminal, to select text with.
+pub fn mouse(state: &mut State) -> Vec<Effect> {
+    state.mouse = !state.mouse;
+    state.say(if state.mouse { "the mouse clicks and scrolls here" } else { "the mouse is the terminal's: select text with it" });
+    vec![Effect::Mouse(state.mouse)]
+}
+
+/// Puts what the pane is about into the clipboard.
+pub fn copy(state: &mut State) -> Vec<Effect> {
+    match panes::copied(state) {
+        Ok(text) => vec![Effect::Copy(text)],
+        Err(error) => {
+            state.complain(&error);
+            Vec::new()
+        }
+    }
+}
+
+pub fn tour(state: &mut State) -> Vec<Effect> {
+    state.popups.push(Popup::Tour(Tour));
+    Vec::new()
+}
+
 pub fn next_pane(state: &mut State) -> Vec<Effect> {
     let next = (state.focus as usize + 1) % Pane::ALL.len();
     focus(state, Pane::ALL[next])
@@ -59,6 +85,20 @@ pub fn suspend(_: &mut State) -> Vec<Effect> {
 
 pub fn palette(state: &mut State) -> Vec<Effect> {
     state.popups.push(Popup::Palette(Palette::default()));
+    Vec::new()
+}
+
+pub fn messages(state: &mut State) -> Vec<Effect> {
+    let line = |line: &LogLine| {
+        let role = match line.level {
+            Level::Info => Role::Text,
+            Level::Warning => Role::Warning,
+            Level::Error => Role::Bad,
+        };
+        (role, format!("{:>8}  {}", duration(line.clock), line.text))
+    };
+    let lines = state.messages.iter().map(line).collect();
+    state.popups.push(Pager::popup("Messages, with the time since the start", lines, true));
     Vec::new()
 }
 

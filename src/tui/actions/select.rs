@@ -1,16 +1,24 @@
 //! Selecting blocks and filtering the list.
 
+use super::super::filter::Filter;
 use super::super::message::Effect;
 use super::super::popups::Prompt;
 use super::super::state::State;
+use super::super::tree::Column;
 
 pub fn toggle(state: &mut State) -> Vec<Effect> {
+    toggle_here(state);
+    super::navigate::down(state)
+}
+
+/// Selects the block under the cursor, or lets it go.
+pub fn toggle_here(state: &mut State) -> Vec<Effect> {
     let cursor = state.layers.cursor;
     state.layers.anchor = None;
     if !state.layers.selected.remove(&cursor) {
         state.layers.selected.insert(cursor);
     }
-    super::navigate::down(state)
+    Vec::new()
 }
 
 pub fn range(state: &mut State) -> Vec<Effect> {
@@ -54,9 +62,47 @@ pub fn clear(state: &mut State) -> Vec<Effect> {
     Vec::new()
 }
 
+/// Adds the blocks that meet a filter to the selection.
+pub fn pattern(state: &mut State) -> Vec<Effect> {
+    let prompt = Prompt::new("Select blocks by kind, format, number or name", "", |state, text| {
+        if !text.trim().is_empty() {
+            let met = Filter { text: text.to_owned() }.visible(&state.document.layout, &state.document.draft().plan);
+            state.say(format!("{} blocks selected", met.len()));
+            state.layers.anchor = None;
+            state.layers.selected.extend(met);
+        }
+        Vec::new()
+    });
+    state.popups.push(prompt.popup());
+    Vec::new()
+}
+
+/// Sorts the list by the next column, and after the last one as in the model.
+pub fn sort(state: &mut State) -> Vec<Effect> {
+    let at = state.layers.sort.and_then(|sort| Column::ALL.iter().position(|column| *column == sort));
+    state.layers.sort = Column::ALL.get(at.map_or(1, |at| at + 1)).copied();
+    state.say(match state.layers.sort {
+        Some(column) => format!("sorted by {}; O turns the order around", column.title()),
+        None => "in the order of the model".into(),
+    });
+    Vec::new()
+}
+
+pub fn reverse(state: &mut State) -> Vec<Effect> {
+    state.layers.descending = !state.layers.descending;
+    state.layers.sort = state.layers.sort.or(Some(Column::Number));
+    Vec::new()
+}
+
+/// Lists blocks of a kind together, or as in the model.
+pub fn group(state: &mut State) -> Vec<Effect> {
+    state.layers.grouped = !state.layers.grouped;
+    Vec::new()
+}
+
 pub fn filter(state: &mut State) -> Vec<Effect> {
     let text = state.layers.filter.text.clone();
-    let prompt = Prompt::new("Find blocks by kind, format or number", &text, |state, text| {
+    let prompt = Prompt::new("Find blocks by kind, format, number or module", &text, |state, text| {
         apply_filter(state, text);
         Vec::new()
     });
@@ -70,6 +116,6 @@ fn apply_filter(state: &mut State, text: &str) {
     if !visible.contains(&state.layers.cursor)
         && let Some(first) = visible.first()
     {
-        state.layers.cursor = *first;
+        (state.layers.cursor, state.layers.inside) = (*first, None);
     }
 }

@@ -1,120 +1,201 @@
-//! The block under the cursor: its linears, and what each format would make of it.
+//! The block under the cursor: its linears in the plan, what its weights and inputs look like, what rounding loses.
 
 use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
-use super::{dim, percent, short};
-use crate::checkpoint::LinearSpec;
-use crate::format::Scheme;
+use super::{dim, percent, scheme_name, short};
+use crate::checkpoint::BlockSpec;
+use crate::engine::inspect::LinearLook;
+use crate::format::{Format, Plan};
+use crate::quant::Method;
 use crate::session::report;
+use crate::tui::queue::Work;
 use crate::tui::state::{Inspection, State};
+use crate::tui::text::cut;
 use crate::tui::theme::Role;
+use crate::tui::tree::{self, Module};
+use crate::tui::view::bar_letter;
+
+/// Width of names and labels.
+const LABEL: usize = 16;
+
+/// An input channel is an outlier when its largest value is so many times the median channel's.
+const OUTLIER: f32 = 8.0;
 
 pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let Some(block) = state.document.layout.blocks.get(state.layers.cursor) else { return };
-    let format = state.document.draft().plan.blocks[block.index];
-    let style = |role| state.theme.style(role);
-    let float_bytes = state.document.layout.float_bytes;
-    let mut lines = vec![Line::from(vec![
-        Span::styled(format!(" {} {}", block.kind.letter(), short(block.kind)), style(Role::of_kind(block.kind))),
-        Span::raw(format!("  {} parameters  ", report::count(block.parameters()))),
-        Span::styled(format.to_string(), style(Role::of_format(format))),
-        dim(state, "  4, 8, 6 change it"),
-    ])];
-    let row = &state.inventory.blocks[block.index];
-    let mut facts = vec![dim(state, " risk "), Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted))];
-    match (row.outlier_ratio, state.inspection) {
-        (Some(ratio), _) => facts.extend([dim(state, "   largest weight / rms "), Span::raw(format!("{ratio:.1}"))]),
-        (None, Inspection::Reading) => facts.push(dim(state, "   reading the weights …")),
-        _ => {}
+    let (width, room) = (area.width as usize, area.height as usize);
+    let mut lines = facts(state, block);
+    let modules = tree::modules(block);
+    // Few linears: everything about one together; experts by the dozen: only the shared picture of the first.
+    for module in &modules {
+        lines.extend(module_lines(state, block, module, width));
     }
-    facts.extend([dim(state, "   suggested "), Span::styled(row.suggested.to_string(), style(Role::of_format(row.suggested)))]);
-    lines.push(Line::from(facts));
-
-    // Fewer than 4 bits are for exploration: shown where the block has them.
-    let shown = row.suitability.iter().filter(|fit| fit.format.weight_bits() >= 4 || fit.format == format);
-    let formats = shown.map(|fit| (fit.format, fit.bytes, fit.fallbacks.is_empty()));
-    let whole = block.linear_bytes(crate::format::Format::W16A16, float_bytes);
-    let steps = state.document.draft().recipe.steps();
-    for pair in std::iter::once((crate::format::Format::W16A16, whole, true)).chain(formats).collect::<Vec<_>>().chunks(2) {
-        let mut spans = Vec::new();
-        for (other, bytes, fits) in pair {
-            let mark = if *other == format { " ▶ " } else { "   " };
-            let error = state.measurements.error_at(&steps, block.index, *other).map(percent).unwrap_or_default();
-            let note = if *fits { "" } else { " part int8" };
-            spans.extend([
-                Span::styled(mark, style(Role::Strong)),
-                Span::styled(format!("{other:<6}"), style(Role::of_format(*other))),
-                Span::raw(format!(" {:>8} ", report::bytes(*bytes))),
-                dim(state, format!("{:<16}", format!("{error}{note}"))),
-            ]);
-        }
-        lines.push(Line::from(spans));
+    lines.extend(formats(state, block));
+    lines.extend(roundings(state, block));
+    let scroll = state.looks.scroll.min(lines.len().saturating_sub(room));
+    let more = lines.len().saturating_sub(scroll + room);
+    let mut shown: Vec<Line> = lines.into_iter().skip(scroll).take(room).collect();
+    if more > 0
+        && let Some(last) = shown.last_mut()
+    {
+        *last = Line::from(dim(state, format!(" … {} more lines: pgdn, or z", more + 1)));
     }
-    for group in alike(&block.linears) {
-        lines.push(linear_line(state, &group, format, float_bytes));
-        if group[0].slices.len() > 1 {
-            lines.push(Line::from(dim(state, format!("   {}", slices(group[0], format)))));
-        }
-    }
-    let room = area.height as usize;
-    if lines.len() > room && room > 0 {
-        let left = lines.len() - room + 1;
-        lines.truncate(room - 1);
-        lines.push(Line::from(dim(state, format!("   … {left} more lines: z shows them"))));
-    }
-    for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {
+    for (line, y) in shown.into_iter().zip(area.y..area.bottom()) {
         frame.render_widget(line, Rect { y, height: 1, ..area });
     }
 }
 
-/// Linears by name, those of the experts together.
-fn alike(linears: &[LinearSpec]) -> Vec<Vec<&LinearSpec>> {
-    let mut groups: Vec<(String, Vec<&LinearSpec>)> = Vec::new();
-    for linear in linears {
-        let name = pattern(&linear.name);
-        match groups.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, group)) => group.push(linear),
-            None => groups.push((name, vec![linear])),
-        }
+/// Kind, size, format, and what a rule of thumb and the largest weight say.
+fn facts(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
+    let style = |role| state.theme.style(role);
+    let format = state.document.draft().plan.blocks[block.index];
+    let row = &state.inventory.blocks[block.index];
+    let mut facts = vec![
+        Span::styled(format!(" {} {}", block.kind.letter(), short(block.kind)), style(Role::of_kind(block.kind))),
+        Span::raw(format!("  {}  ", report::count(row.parameters))),
+        Span::styled(format.to_string(), style(Role::of_format(format))),
+        dim(state, "  risk "),
+        Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted)),
+        dim(state, "  suggested "),
+        Span::styled(row.suggested.to_string(), style(Role::of_format(row.suggested))),
+    ];
+    if row.outlier_ratio.is_none() && state.inspection == Inspection::Reading {
+        facts.push(dim(state, "  reading the weights …"));
     }
-    groups.into_iter().map(|(_, group)| group).collect()
+    vec![Line::from(facts)]
 }
 
-/// `experts.*.up_proj` for `experts.3.up_proj`.
-fn pattern(name: &str) -> String {
-    let part = |part: &str| if part.parse::<usize>().is_ok() { "*".to_owned() } else { part.to_owned() };
-    name.split('.').map(part).collect::<Vec<_>>().join(".")
-}
-
-fn linear_line(state: &State, group: &[&LinearSpec], format: crate::format::Format, float_bytes: usize) -> Line<'static> {
-    let linear = group[0];
-    let count = if group.len() > 1 { format!("  {} of them", group.len()) } else { String::new() };
-    let sum = |of: &dyn Fn(&LinearSpec) -> u64| group.iter().map(|linear| of(linear)).sum::<u64>();
-    Line::from(vec![
-        Span::raw(format!(" {:<24}", pattern(&linear.name))),
+/// A linear: shape and bytes, its slices, the histogram of its weights, the largest of its inputs.
+fn module_lines(state: &State, block: &BlockSpec, module: &Module, width: usize) -> Vec<Line<'static>> {
+    let style = |role| state.theme.style(role);
+    let plan = &state.document.draft().plan;
+    let linear = module.linears[0];
+    let (format, same) = module.format(plan, block.index);
+    let count = if module.linears.len() > 1 { format!(" ×{}", module.linears.len()) } else { String::new() };
+    let schemes = linear.planned_schemes(plan, block.index);
+    let mut lines = vec![Line::from(vec![
+        Span::styled(format!(" {:<LABEL$}", cut(&module.name.replace("experts.*.", "expert "), LABEL)), style(Role::Strong)),
         dim(state, format!("{:>6}×{:<6}", linear.rows, linear.cols)),
-        Span::raw(format!("{:>8}", report::count(sum(&LinearSpec::weights)))),
-        Span::raw(format!("{:>10}  ", report::bytes(sum(&|linear| linear.stored_bytes(format, float_bytes))))),
-        dim(state, format!("{}{count}", scheme_name(linear.schemes(format)[0]))),
+        Span::raw(format!("{:>8} ", report::bytes(module.bytes(plan, block.index, state.document.layout.float_bytes)))),
+        Span::styled(if same { format.to_string() } else { "mixed".into() }, style(Role::of_format(format))),
+        dim(state, format!(" {}{count}", scheme_name(schemes[0]))),
+    ])];
+    if linear.slices.len() > 1 {
+        let slice = |(slice, scheme): (&crate::checkpoint::SliceSpec, &crate::format::Scheme)| {
+            let bytes = scheme.stored_bytes(slice.rows, linear.cols, state.document.layout.float_bytes);
+            let own = if *scheme == schemes[0] { String::new() } else { format!(" {}", scheme_name(*scheme)) };
+            format!("{} {} {}{own}", slice.name, slice.rows, report::bytes(bytes).replace(' ', ""))
+        };
+        let slices: Vec<String> = linear.slices.iter().zip(&schemes).map(slice).collect();
+        lines.push(Line::from(dim(state, cut(&format!("   {}", slices.join(", ")), width))));
+    }
+    let looks = state.looks.blocks.get(&block.index);
+    if let Some(look) = looks.and_then(|looks| looks.linears.iter().find(|look| look.name == linear.name)) {
+        lines.push(weights(state, look));
+    } else if looks.is_some_and(|looks| !looks.done) {
+        lines.push(Line::from(dim(state, "   weights …")));
+    }
+    let inputs = state.looks.inputs.get(&block.index);
+    if let Some((_, maxima)) = inputs.and_then(|inputs| inputs.maxima.iter().find(|(name, _)| *name == linear.name)) {
+        lines.push(input_line(state, maxima, width));
+    }
+    lines
+}
+
+/// The weights by value: a bar a bin, as high as the root of its share, so that the tails are seen.
+fn weights(state: &State, look: &LinearLook) -> Line<'static> {
+    let most = look.histogram.iter().copied().max().unwrap_or(1).max(1) as f64;
+    let bars: String = look.histogram.iter().map(|count| bar_letter((*count as f64 / most).sqrt())).collect();
+    let ratio = if look.rms > 0.0 { f64::from(look.max) / look.rms } else { 0.0 };
+    Line::from(vec![
+        dim(state, "   w "),
+        Span::styled(bars, state.theme.style(Role::Progress)),
+        dim(state, format!(" |w| {:.3}  max/rms {ratio:.1}", look.max)),
     ])
 }
 
-/// The slices with their rows, those of one scheme together: `z 512, x 512: int4/128; dt 8: int8`.
-fn slices(linear: &LinearSpec, format: crate::format::Format) -> String {
-    let slices: Vec<_> = linear.slices.iter().zip(linear.schemes(format)).collect();
-    let part = |slices: &[(&crate::checkpoint::SliceSpec, Scheme)]| {
-        let names: Vec<String> = slices.iter().map(|(slice, _)| format!("{} {}", slice.name, slice.rows)).collect();
-        format!("{}: {}", names.join(", "), scheme_name(slices[0].1))
-    };
-    slices.chunk_by(|(_, a), (_, b)| a == b).map(part).collect::<Vec<_>>().join("; ")
+/// The largest input of each channel, channels side by side folded into the room there is; outliers marked.
+fn input_line(state: &State, maxima: &[f32], width: usize) -> Line<'static> {
+    let mut sorted = maxima.to_vec();
+    sorted.sort_unstable_by(f32::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0.0);
+    let largest = sorted.last().copied().unwrap_or(0.0).max(f32::MIN_POSITIVE);
+    let outlier = |value: f32| median > 0.0 && value > OUTLIER * median;
+    let outliers = maxima.iter().filter(|value| outlier(**value)).count();
+    let cells = width.saturating_sub(32).clamp(8, 41);
+    let mut spans = vec![dim(state, "   x ")];
+    for channels in maxima.chunks(maxima.len().div_ceil(cells).max(1)) {
+        let max = channels.iter().copied().fold(0.0, f32::max);
+        let role = if outlier(max) { Role::Bad } else { Role::Progress };
+        spans.push(Span::styled(bar_letter(f64::from(max / largest)).to_string(), state.theme.style(role)));
+    }
+    spans.push(dim(state, format!(" |x| {largest:.3}  ")));
+    spans.push(match outliers {
+        0 => dim(state, "no outliers"),
+        1 => Span::styled("1 outlier", state.theme.style(Role::Bad)),
+        count => Span::styled(format!("{count} outliers"), state.theme.style(Role::Bad)),
+    });
+    Line::from(spans)
 }
 
-fn scheme_name(scheme: Scheme) -> String {
-    match scheme {
-        Scheme::Float => "float".into(),
-        Scheme::Int8 => "int8".into(),
-        Scheme::Grouped { bits, group } => format!("int{bits}/{group}"),
+/// Bytes and output error of the block in every format, two a line.
+fn formats(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
+    let style = |role| state.theme.style(role);
+    let current = state.document.draft().plan.blocks[block.index];
+    let steps = state.document.draft().recipe.steps();
+    // Fewer than 4 bits are for exploration: shown where the block has them.
+    let shown: Vec<Format> = Format::ALL.into_iter().filter(|format| format.weight_bits() >= 4 || *format == current).collect();
+    let mut plan = Plan::unquantized(state.document.kinds.len());
+    let mut cell = |format: Format| {
+        plan.blocks[block.index] = format;
+        let bytes = state.document.footprint.linears(&plan, block.index).stored;
+        let row = &state.inventory.blocks[block.index];
+        let fits = row.suitability.iter().find(|fit| fit.format == format).is_none_or(|fit| fit.fallbacks.is_empty());
+        let error = state.measurements.error_at(&steps, block.index, format).map(percent).unwrap_or_default();
+        let note = if fits { "" } else { " part int8" };
+        [
+            Span::styled(if format == current { " ▶ " } else { "   " }, style(Role::Strong)),
+            Span::styled(format!("{format:<6}"), style(Role::of_format(format))),
+            Span::raw(format!(" {:>8} ", report::bytes(bytes))),
+            dim(state, format!("{:<8}", format!("{error}{note}"))),
+        ]
+    };
+    shown.chunks(2).map(|pair| Line::from(pair.iter().flat_map(|format| cell(*format)).collect::<Vec<_>>())).collect()
+}
+
+/// What each way of rounding loses on the weights themselves.
+fn roundings(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
+    let mut lines = Vec::new();
+    if let Some(look) = state.looks.blocks.get(&block.index) {
+        for method in [Method::Rtn, Method::Clip] {
+            let errors: Vec<_> = look.roundings.iter().filter(|rounding| rounding.method == method).collect();
+            if errors.is_empty() {
+                continue;
+            }
+            let mut spans = vec![dim(state, format!(" {:<14}", format!("{} loses", method.name())))];
+            for rounding in errors {
+                spans.push(Span::styled(
+                    format!("w{} ", rounding.format.weight_bits()),
+                    state.theme.style(Role::of_format(rounding.format)),
+                ));
+                spans.push(Span::raw(format!("{:<7}", percent(rounding.error))));
+            }
+            lines.push(Line::from(spans));
+        }
+        if let Some(failure) = &look.failure {
+            lines.push(Line::styled(format!(" {failure}"), state.theme.style(Role::Bad)));
+        } else if !look.done {
+            lines.push(Line::from(dim(state, " rounding …")));
+        }
     }
+    let observing = state.queue.running().is_some_and(|item| item.work == Work::Observe);
+    if !state.looks.inputs.contains_key(&block.index) {
+        lines.push(Line::from(dim(
+            state,
+            if observing { " inputs: being observed …" } else { " inputs: i observes them over the calibration sample" },
+        )));
+    }
+    lines
 }

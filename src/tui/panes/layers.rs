@@ -6,38 +6,73 @@ use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
-use super::{dim, percent, short};
+use super::{dim, percent, scheme_name, short};
 use crate::format::{BlockKind, Format};
 use crate::session::report;
 use crate::tui::popups::window;
 use crate::tui::state::{Inspection, State};
+use crate::tui::text::cut;
 use crate::tui::theme::Role;
+use crate::tui::tree::{self, Column, Row};
 use crate::tui::view::bar_letter;
 
 /// Lines that the strip may take, at most.
 const STRIP_LINES: usize = 6;
 
+/// How the pane's lines are shared out.
+struct Parts {
+    strip: usize,
+    /// The rows of the tree that are on screen.
+    rows: std::ops::Range<usize>,
+    room: usize,
+}
+
+fn parts(state: &State, area: Rect, rows: &[Row]) -> Parts {
+    let pairs = state.document.kinds.len().div_ceil(strip_width(area));
+    let strip = (2 * pairs).min(if area.height >= 18 { STRIP_LINES } else { 2 });
+    let room = (area.height as usize).saturating_sub(strip + 1 + total_lines(state));
+    let cursor = tree::cursor(state);
+    let at = rows.iter().position(|row| *row == cursor).unwrap_or(0);
+    Parts { strip, rows: window(at, rows.len(), room), room }
+}
+
+/// The row of the tree in line `line` of the pane; the block that the strip shows at `column` of it.
+pub fn at(state: &State, area: Rect, column: u16, line: u16) -> Option<Row> {
+    let rows = tree::rows(state);
+    let parts = parts(state, area, &rows);
+    let line = line as usize;
+    if line < parts.strip {
+        let width = strip_width(area);
+        let pairs = window(state.layers.cursor / width, state.document.kinds.len().div_ceil(width), parts.strip / 2);
+        let block = (pairs.start + line / 2) * width + (column as usize).checked_sub(1)?;
+        return (block < state.document.kinds.len()).then_some(Row::Block(block));
+    }
+    let index = parts.rows.start + line.checked_sub(parts.strip + 1)?;
+    parts.rows.contains(&index).then(|| rows[index])
+}
+
 pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let width = area.width as usize;
-    let mut lines = strip(state, width.saturating_sub(2), if area.height >= 18 { STRIP_LINES } else { 2 });
+    let rows = tree::rows(state);
+    let parts = parts(state, area, &rows);
+    let mut lines = strip(state, strip_width(area), parts.strip);
     let columns = Columns::new(width);
-    let totals = totals(state, width);
     lines.push(columns.head(state));
-    let room = (area.height as usize).saturating_sub(lines.len() + totals.len());
-    let visible = state.visible_blocks();
-    let at = visible.iter().position(|index| *index == state.layers.cursor).unwrap_or(0);
     let worst = worst_error(state);
-    let rows = window(at, visible.len(), room);
-    let blank = room - rows.len();
-    lines.extend(rows.map(|row| columns.row(state, visible[row], worst)));
-    if visible.is_empty() {
+    let blank = parts.room - parts.rows.len();
+    lines.extend(rows[parts.rows].iter().map(|row| columns.row(state, *row, worst)));
+    if rows.is_empty() {
         lines.push(Line::styled("  no block meets the filter; esc clears it", state.theme.style(Role::Dim)));
     }
-    lines.extend(vec![Line::default(); blank.saturating_sub(usize::from(visible.is_empty()))]);
-    lines.extend(totals);
+    lines.extend(vec![Line::default(); blank.saturating_sub(usize::from(rows.is_empty()))]);
+    lines.extend(totals(state, width));
     for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {
         frame.render_widget(line, Rect { y, height: 1, ..area });
     }
+}
+
+fn strip_width(area: Rect) -> usize {
+    (area.width as usize).saturating_sub(2).max(1)
 }
 
 /// Pairs of lines, kinds above and bits of the weights below, a letter a block. A stack that needs more lines than
@@ -82,69 +117,87 @@ fn bits(format: Format) -> &'static str {
 
 /// The largest error on screen, which fills an error bar.
 fn worst_error(state: &State) -> f64 {
-    let errors = (0..state.document.kinds.len()).filter_map(|index| error(state, index)).map(|(error, _)| error);
+    let errors = (0..state.document.kinds.len()).filter_map(|index| state.error(index)).map(|(error, _)| error);
     errors.fold(0.0, f64::max)
-}
-
-/// The error of a block: from the job that quantizes just this plan, or from what was measured before.
-fn error(state: &State, index: usize) -> Option<(f64, bool)> {
-    use crate::tui::queue::Work;
-    let draft = state.document.draft();
-    if let Some(Work::Quantize(target)) = state.queue.running().map(|item| &item.work)
-        && target.plan == draft.plan
-        && let Some(error) = state.queue.errors.get(index)
-    {
-        return Some((*error, true));
-    }
-    state.measurements.error(&draft.recipe.steps(), &draft.plan, index)
 }
 
 /// Which columns there is room for.
 struct Columns {
-    parameters: bool,
+    /// What the weights say.
     weights: bool,
 }
 
 impl Columns {
     fn new(width: usize) -> Self {
-        Self { parameters: width >= 50, weights: width >= 72 }
+        Self { weights: width >= 72 }
     }
 
     fn head(&self, state: &State) -> Line<'static> {
-        let parameters = if self.parameters { format!("{:>9}", "params") } else { String::new() };
-        let weights = if self.weights { format!("  {:>8}   {:<6}", "max/rms", "risk") } else { String::new() };
-        let text = format!("    {:>3}  {:<5}{parameters} {:>8}   {:<6} {:>9}{weights}", "#", "kind", "bytes", "format", "error");
-        Line::styled(text, state.theme.style(Role::Dim))
+        // Width, and the place of the title in it: to the right, or so far from the left.
+        let mut cells = vec![
+            (Column::Number, 7, None),
+            (Column::Kind, 7, Some(2)),
+            (Column::Parameters, 9, None),
+            (Column::Bytes, 9, None),
+            (Column::Format, 9, Some(3)),
+            (Column::Error, 9, None),
+        ];
+        if self.weights {
+            cells.extend([(Column::Outliers, 11, None), (Column::Risk, 9, Some(3))]);
+        }
+        let cell = |(column, width, indent): (Column, usize, Option<usize>)| {
+            let sorted = state.layers.sort == Some(column);
+            let arrow = match (sorted, state.layers.descending) {
+                (false, _) => "",
+                (true, false) => "↑",
+                (true, true) => "↓",
+            };
+            let title = format!("{}{arrow}", column.title());
+            let text = match indent {
+                Some(indent) => format!("{:<width$}", format!("{:indent$}{title}", "")),
+                None => format!("{title:>width$}"),
+            };
+            Span::styled(text, state.theme.style(if sorted { Role::Strong } else { Role::Dim }))
+        };
+        Line::from(cells.into_iter().map(cell).collect::<Vec<_>>())
     }
 
-    fn row(&self, state: &State, index: usize, worst: f64) -> Line<'static> {
+    fn row(&self, state: &State, row: Row, worst: f64) -> Line<'static> {
+        let line = match row {
+            Row::Kind(kind) => kind_row(state, kind),
+            Row::Block(block) => self.block_row(state, block, worst),
+            Row::Module(block, module) => Self::module_row(state, block, module, None),
+            Row::Slice(block, module, slice) => Self::module_row(state, block, module, Some(slice)),
+        };
+        if row == tree::cursor(state) { line.style(state.theme.style(Role::Cursor)) } else { line }
+    }
+
+    fn block_row(&self, state: &State, index: usize, worst: f64) -> Line<'static> {
         let block = &state.document.layout.blocks[index];
-        let format = state.document.draft().plan.blocks[index];
+        let plan = &state.document.draft().plan;
+        let format = plan.blocks[index];
         let style = |role| state.theme.style(role);
-        let under_cursor = index == state.layers.cursor;
         let selected = state.layers.selected.contains(&index);
         let mut spans = vec![
-            Span::styled(if under_cursor { " ▶" } else { "  " }, style(Role::Strong)),
+            Span::styled(if index == state.layers.cursor { " ▶" } else { "  " }, style(Role::Strong)),
             Span::styled(if selected { "● " } else { "  " }, style(Role::Selected)),
             Span::raw(format!("{index:>3}  ")),
             Span::styled(format!("{} {}", block.kind.letter(), short(block.kind)), style(Role::of_kind(block.kind))),
         ];
-        if self.parameters {
-            spans.push(Span::raw(format!("{:>9}", report::count(block.parameters()))));
-        }
-        let float_bytes = state.document.layout.float_bytes;
-        let bytes = block.linear_bytes(format, float_bytes) + block.float_parameters() * float_bytes as u64;
-        spans.push(Span::raw(format!(" {:>8} ", report::bytes(bytes))));
+        spans.push(Span::raw(format!("{:>9}", report::count(state.inventory.blocks[index].parameters))));
+        spans.push(Span::raw(format!(" {:>8} ", report::bytes(tree::bytes(state, plan, index)))));
         let changed = state.document.saved_format(index) != Some(format);
         spans.push(Span::styled(if changed { " ▸" } else { "  " }, style(Role::Changed)));
-        spans.push(Span::styled(format!("{format:<6} "), style(Role::of_format(format))));
-        spans.extend(match error(state, index) {
+        spans.push(Span::styled(format!("{format:<6}"), style(Role::of_format(format))));
+        let mixed = plan.linears.keys().any(|name| name.starts_with(&block.prefix));
+        spans.push(Span::styled(if mixed { "+" } else { " " }, style(Role::Changed)));
+        spans.extend(match state.error(index) {
             Some((error, exact)) => {
                 let role = if exact { Role::Text } else { Role::Predicted };
                 let text = format!("{}{}", if exact { "" } else { "~" }, percent(error));
-                [Span::styled(format!("{} ", bar_letter(error / worst)), style(role)), Span::styled(format!("{text:>7}"), style(role))]
+                [Span::styled(format!("{} ", bar_letter(error / worst)), style(role)), Span::styled(format!("{text:>6}"), style(role))]
             }
-            None => [Span::raw("  "), dim(state, format!("{:>7}", "–"))],
+            None => [Span::raw("  "), dim(state, format!("{:>6}", "–"))],
         });
         if self.weights {
             let row = &state.inventory.blocks[index];
@@ -153,23 +206,89 @@ impl Columns {
                 (None, Inspection::Reading) => "…".into(),
                 (None, _) => "–".into(),
             };
-            spans.push(Span::raw(format!("  {ratio:>8}  ")));
+            spans.push(Span::raw(format!("   {ratio:>8}   ")));
             spans.push(Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted)));
         }
-        let line = Line::from(spans);
-        if under_cursor { line.style(style(Role::Cursor)) } else { line }
+        Line::from(spans)
     }
+
+    /// A module of an open block, or one of its slices.
+    fn module_row(state: &State, block: usize, place: usize, slice: Option<usize>) -> Line<'static> {
+        let spec = &state.document.layout.blocks[block];
+        let modules = tree::modules(spec);
+        let module = &modules[place];
+        let linear = module.linears[0];
+        let plan = &state.document.draft().plan;
+        let float_bytes = state.document.layout.float_bytes;
+        let last = place + 1 == modules.len();
+        let (label, rows, weights, bytes, format, same, scheme) = if let Some(slice) = slice {
+            let spec = &linear.slices[slice];
+            let scheme = linear.planned_schemes(plan, block)[slice];
+            let branch = if slice + 1 == linear.slices.len() { "└" } else { "├" };
+            let label = format!("{} {branch} {}", if last { " " } else { "│" }, spec.name);
+            let weights = (spec.rows * linear.cols) as u64;
+            let bytes = scheme.stored_bytes(spec.rows, linear.cols, float_bytes);
+            (label, spec.rows, weights, bytes, plan.slice(block, &linear.stem, spec.name), true, scheme)
+        } else {
+            let (format, same) = module.format(plan, block);
+            let label = format!("{} {}", if last { "└" } else { "├" }, module_label(&module.name));
+            let scheme = linear.planned_schemes(plan, block)[0];
+            (label, linear.rows, module.weights(), module.bytes(plan, block, float_bytes), format, same, scheme)
+        };
+        let style = |role| state.theme.style(role);
+        let mut spans = vec![
+            Span::raw("      "),
+            dim(state, format!("{:<11}", cut(&label, 11))),
+            Span::raw(format!("{:>6}", report::count(weights).replace(' ', ""))),
+        ];
+        let changed = format != plan.blocks[block];
+        let shown = if same { format.to_string() } else { "mixed".to_owned() };
+        spans.push(Span::raw(format!(" {:>8} ", report::bytes(bytes))));
+        spans.push(Span::styled(if changed { " ▸" } else { "  " }, style(Role::Changed)));
+        spans.push(Span::styled(format!("{shown:<7}"), style(Role::of_format(format))));
+        let count = if module.linears.len() > 1 && slice.is_none() { format!(" ×{}", module.linears.len()) } else { String::new() };
+        spans.push(dim(state, format!(" {rows}×{}{count}  {}", linear.cols, scheme_name(scheme))));
+        Line::from(spans)
+    }
+}
+
+/// `experts.*.up_proj` in the room that there is.
+fn module_label(name: &str) -> String {
+    name.replace("experts.*.", "exp ")
+        .replace("shared_exp ", "shared ")
+        .replace("shared_experts.", "shared ")
+        .replace("_latent_proj", "_latent")
+}
+
+fn kind_row(state: &State, kind: BlockKind) -> Line<'static> {
+    let name = match kind {
+        BlockKind::Ssm => "state-space blocks",
+        BlockKind::Mlp => "MLP blocks",
+        BlockKind::Attention => "attention blocks",
+        BlockKind::Moe => "blocks of experts",
+    };
+    let count = state.visible_blocks().into_iter().filter(|block| state.document.kinds[*block] == kind).count();
+    Line::from(vec![
+        Span::styled(format!("  {} ", kind.letter()), state.theme.style(Role::of_kind(kind))),
+        Span::styled(format!("{count} {name}"), state.theme.style(Role::Strong)),
+    ])
+}
+
+/// Lines of [`totals`].
+fn total_lines(state: &State) -> usize {
+    let kinds = BlockKind::ALL.into_iter().filter(|kind| state.document.kinds.contains(kind)).count();
+    1 + (kinds + 2).div_ceil(2)
 }
 
 /// Sums by kind: blocks, parameters, bytes under the plan.
 fn totals(state: &State, width: usize) -> Vec<Line<'static>> {
     let (layout, plan) = (&state.document.layout, &state.document.draft().plan);
     let mut kinds: BTreeMap<BlockKind, (usize, u64, u64)> = BTreeMap::new();
-    for (block, format) in layout.blocks.iter().zip(&plan.blocks) {
-        let (count, parameters, bytes) = kinds.entry(block.kind).or_default();
+    for row in &state.inventory.blocks {
+        let (count, parameters, total) = kinds.entry(row.kind).or_default();
         *count += 1;
-        *parameters += block.parameters();
-        *bytes += block.linear_bytes(*format, layout.float_bytes) + block.float_parameters() * layout.float_bytes as u64;
+        *parameters += row.parameters;
+        *total += tree::bytes(state, plan, row.index);
     }
     // Two kinds a line; where that leaves no room, without parameters.
     let figures = |weights: u64, bytes: u64| {

@@ -3,14 +3,17 @@
 pub mod block;
 pub mod layers;
 pub mod plan;
+pub mod playground;
 pub mod results;
 pub mod run;
 
 use ratatui::text::Span;
 
+use super::queue::Work;
 use super::state::{Pane, State};
 use super::theme::Role;
-use crate::format::BlockKind;
+use crate::error::{Error, Result};
+use crate::format::{BlockKind, Scheme};
 
 /// Three letters for a kind of block.
 pub fn short(kind: BlockKind) -> &'static str {
@@ -34,14 +37,44 @@ pub fn caption(state: &State, pane: Pane) -> String {
         }
         Pane::Plan => format!("{} ", state.document.draft().name),
         Pane::Run => match (state.queue.running(), state.queue.waiting()) {
+            _ if state.queue.paused => "paused ".into(),
             (None, _) => "nothing runs ".into(),
             (Some(running), 0) => format!("{} ", running.title),
             (Some(running), waiting) => format!("{}, {waiting} waiting ", running.title),
         },
         Pane::Block => format!("{} ", state.layers.cursor),
-        Pane::Results => state.results.sort.as_ref().map_or_else(String::new, |sort| {
-            format!("by {sort}, {} first ", if state.results.descending { "largest" } else { "smallest" })
+        Pane::Playground => match state.queue.running() {
+            Some(item) if matches!(item.work, Work::Playground(_)) => "speaking ".into(),
+            _ => String::new(),
+        },
+        Pane::Results => results::caption(state).unwrap_or_else(|| {
+            state.results.sort.as_ref().map_or_else(String::new, |sort| {
+                format!("by {sort}, {} first ", if state.results.descending { "largest" } else { "smallest" })
+            })
         }),
+    }
+}
+
+/// What is copied from the focused pane.
+pub fn copied(state: &State) -> Result<String> {
+    match state.focus {
+        Pane::Results => results::export(state, "md"),
+        Pane::Playground => Ok(playground::copied(state)),
+        Pane::Run => Ok(state.queue.log.iter().map(|line| line.text.as_str()).collect::<Vec<_>>().join("\n")),
+        Pane::Layers | Pane::Plan | Pane::Block => {
+            let variants = vec![state.document.session().variants.swap_remove(state.document.current())];
+            toml::to_string(&std::collections::BTreeMap::from([("variant", variants)]))
+                .map_err(|error| Error::run(format!("the variant cannot be written: {error}")))
+        }
+    }
+}
+
+/// How a slice is stored, in a word.
+fn scheme_name(scheme: Scheme) -> String {
+    match scheme {
+        Scheme::Float => "float".into(),
+        Scheme::Int8 => "int8".into(),
+        Scheme::Grouped { bits, group } => format!("int{bits}/{group}"),
     }
 }
 

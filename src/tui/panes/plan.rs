@@ -17,23 +17,35 @@ use crate::tui::view::bar;
 /// Width of the labels on the left.
 const LABEL: usize = 13;
 
-pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
-    let (width, height) = (area.width as usize, area.height as usize);
+/// Lines above the list of variants.
+fn above(state: &State, width: usize, height: usize) -> Vec<Line<'static>> {
     let mut lines = match state.beside() {
         Some(other) => comparison(state, other, width),
         None => predictions(state, width),
     };
     lines.extend(edits(state, width, if height > 20 { 5 } else { 1 }));
-    let room = height.saturating_sub(lines.len() + 1);
-    let drafts = &state.document.drafts;
-    if room > drafts.len() {
+    if height.saturating_sub(lines.len() + 1) > state.document.drafts.len() {
         lines.push(Line::default());
     }
     lines.push(Line::styled(
         format!("   {:<18} {:<10} {:>9} {:>7} {:>6}", "variant", "recipe", "linears", "ratio", "bits"),
         state.theme.style(Role::Dim),
     ));
-    for index in window(state.document.current(), drafts.len(), height.saturating_sub(lines.len())) {
+    lines
+}
+
+/// The variant whose row is in line `line` of the pane.
+pub fn variant_at(state: &State, area: Rect, line: u16) -> Option<usize> {
+    let (height, above) = (area.height as usize, above(state, area.width as usize, area.height as usize).len());
+    let rows = window(state.document.current(), state.document.drafts.len(), height.saturating_sub(above));
+    let index = rows.start + (line as usize).checked_sub(above)?;
+    rows.contains(&index).then_some(index)
+}
+
+pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
+    let mut lines = above(state, area.width as usize, area.height as usize);
+    let room = (area.height as usize).saturating_sub(lines.len());
+    for index in window(state.document.current(), state.document.drafts.len(), room) {
         lines.push(variant(state, index));
     }
     for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {

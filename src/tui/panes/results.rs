@@ -1,14 +1,20 @@
-//! The table of results: the unquantized model first, a row a variant, differences from the base under it.
+//! What was measured: a table with the unquantized model first, A against B, the rows that flipped, size against loss.
+
+mod compare;
+mod flips;
+mod pareto;
 
 use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
 use super::dim;
+use crate::error::{Error, Result};
+use crate::eval::result::{RESULTS_SCHEMA, ResultSet};
 use crate::eval::{ModelResult, Task};
 use crate::session::report;
 use crate::tui::document::Draft;
-use crate::tui::state::{Pane, State};
+use crate::tui::state::{Pane, ResultsTab, Side, State};
 use crate::tui::theme::Role;
 
 /// A column of figures.
@@ -140,7 +146,7 @@ pub fn order(state: &State) -> Vec<usize> {
         let key = |index: &usize| {
             let draft = &drafts[*index];
             match (column.figure, result(state, draft)) {
-                (Figure::Bytes | Figure::Ratio | Figure::Bits, None) => Some(state.document.layout.linear_bytes(&draft.plan) as f64),
+                (Figure::Bytes | Figure::Ratio | Figure::Bits, None) => Some(state.document.footprint.linear_bytes(&draft.plan) as f64),
                 (Figure::Bytes | Figure::Ratio | Figure::Bits, Some(result)) => Some(result.weight_bytes as f64),
                 (_, result) => result.and_then(|result| column.value(result, 1)),
             }
@@ -156,47 +162,131 @@ pub fn order(state: &State) -> Vec<usize> {
     order
 }
 
+/// The variants that the filter lets through, in the order of the table.
+pub fn shown(state: &State) -> Vec<usize> {
+    let words: Vec<String> = state.results.filter.to_lowercase().split_whitespace().map(str::to_owned).collect();
+    let meets = |index: &usize| {
+        let draft = &state.document.drafts[*index];
+        let mut formats: Vec<String> = draft.plan.blocks.iter().map(ToString::to_string).collect();
+        formats.dedup();
+        let text = format!("{} {} {}", draft.name, draft.recipe_name, formats.join(" ")).to_lowercase();
+        words.iter().all(|word| text.contains(word))
+    };
+    order(state).into_iter().filter(meets).collect()
+}
+
+/// What is said behind the title, unless it is how the table is sorted.
+pub fn caption(state: &State) -> Option<String> {
+    match state.results.tab {
+        ResultsTab::Table if state.results.filter.is_empty() => None,
+        ResultsTab::Table => Some(format!("with {} ", state.results.filter)),
+        ResultsTab::Compare => Some("A against B ".into()),
+        ResultsTab::Flips => Some("rows that flipped ".into()),
+        ResultsTab::Plot => Some("size and loss ".into()),
+    }
+}
+
+/// The view as text for a file: `csv`, `md` or `json`.
+pub fn export(state: &State, form: &str) -> Result<String> {
+    let table = match state.results.tab {
+        ResultsTab::Compare => compare::table(state),
+        ResultsTab::Flips => flips::table(state),
+        ResultsTab::Table | ResultsTab::Plot => {
+            let variants = shown(state).into_iter().filter_map(|index| result(state, &state.document.drafts[index]).cloned());
+            report::comparison(&state.measurements.base.iter().cloned().chain(variants).collect::<Vec<_>>())
+        }
+    };
+    match form {
+        "csv" => Ok(table.csv()),
+        "md" => Ok(table.markdown()),
+        "json" => {
+            let variants = shown(state).into_iter().filter_map(|index| result(state, &state.document.drafts[index]).cloned());
+            let set = ResultSet {
+                schema: RESULTS_SCHEMA.into(),
+                results: state.measurements.base.iter().cloned().chain(variants).collect(),
+                comparisons: state.compared().map(|compared| compared.comparison.clone()).into_iter().collect(),
+            };
+            serde_json::to_string_pretty(&set).map_err(|error| Error::run(format!("the results cannot be written: {error}")))
+        }
+        _ => Err(Error::input("the name ends in none of .csv, .md and .json").hint("the ending says in which form to write")),
+    }
+}
+
+/// The row in line `line` of the table: 0 for the base.
+pub fn row_at(state: &State, area: Rect, line: u16) -> Option<usize> {
+    let columns = fitting(state, area.width as usize);
+    let heights: Vec<usize> = rows(state, &columns).iter().map(Vec::len).collect();
+    let first = first_row(&heights, state.results.cursor.min(heights.len() - 1), area);
+    let mut end = 1;
+    (first..heights.len()).find(|row| {
+        end += heights[*row];
+        line > 0 && (line as usize) < end
+    })
+}
+
+fn rows(state: &State, columns: &[&'static Column]) -> Vec<Vec<Line<'static>>> {
+    let mut rows: Vec<Vec<Line>> = vec![base_rows(state, columns)];
+    rows.extend(shown(state).into_iter().map(|index| variant_rows(state, index, columns)));
+    rows
+}
+
+/// Rows above go until the one under the cursor is on screen.
+fn first_row(heights: &[usize], cursor: usize, area: Rect) -> usize {
+    let room = area.height.saturating_sub(1) as usize;
+    let mut first = 0;
+    while first < cursor && heights[first..=cursor].iter().sum::<usize>() > room {
+        first += 1;
+    }
+    first
+}
+
 pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
+    let (width, height) = (area.width as usize, area.height as usize);
+    let lines = match state.results.tab {
+        ResultsTab::Table => table_lines(state, area),
+        ResultsTab::Compare => compare::lines(state, width),
+        ResultsTab::Flips => flips::lines(state, width, height),
+        ResultsTab::Plot => return pareto::draw(frame, area, state),
+    };
+    for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {
+        frame.render_widget(line, Rect { y, height: 1, ..area });
+    }
+}
+
+fn table_lines(state: &State, area: Rect) -> Vec<Line<'static>> {
     let columns = fitting(state, area.width as usize);
     let style = |role| state.theme.style(role);
-    let mut head = vec![Span::styled(format!("   {:<NAME$}", "variant"), style(Role::Dim))];
+    let mut head = vec![Span::styled(format!("    {:<NAME$}", "variant"), style(Role::Dim))];
     for column in &columns {
         let sorted = state.results.sort.as_deref() == Some(column.title);
         let width = column.width;
         head.push(Span::styled(format!(" {:>width$}", column.title), style(if sorted { Role::Strong } else { Role::Dim })));
     }
-    let mut rows: Vec<Vec<Line>> = vec![base_rows(state, &columns)];
-    rows.extend(order(state).into_iter().map(|index| variant_rows(state, index, &columns)));
+    let mut rows = rows(state, &columns);
     let cursor = state.results.cursor.min(rows.len() - 1);
     if state.focus == Pane::Results
         && let Some(line) = rows[cursor].first_mut()
     {
         *line = std::mem::take(line).style(style(Role::Cursor));
     }
-    // Rows above go until the one under the cursor is on screen.
-    let room = area.height.saturating_sub(1) as usize;
-    let mut first = 0;
-    while first < cursor && rows[first..=cursor].iter().map(Vec::len).sum::<usize>() > room {
-        first += 1;
-    }
+    let heights: Vec<usize> = rows.iter().map(Vec::len).collect();
+    let first = first_row(&heights, cursor, area);
     let mut lines = vec![Line::from(head)];
     lines.extend(rows.into_iter().skip(first).flatten());
     if state.measurements.base.is_none() && lines.len() + 3 <= area.height as usize {
         lines.extend([
             Line::default(),
-            Line::from(dim(state, "   nothing is measured yet: A runs all variants")),
-            Line::from(dim(state, "   ~ marks what follows from the plan")),
+            Line::from(dim(state, "    nothing is measured yet: A runs all variants")),
+            Line::from(dim(state, "    ~ marks what follows from the plan")),
         ]);
     }
-    for (line, y) in lines.into_iter().zip(area.y..area.bottom()) {
-        frame.render_widget(line, Rect { y, height: 1, ..area });
-    }
+    lines
 }
 
 /// The columns that there is room for, in the table's order.
 fn fitting(state: &State, width: usize) -> Vec<&'static Column> {
     let mut columns: Vec<&Column> = COLUMNS.iter().skip(state.results.first_column).collect();
-    let needed = |columns: &[&Column]| NAME + 3 + columns.iter().map(|column| column.width + 1).sum::<usize>();
+    let needed = |columns: &[&Column]| NAME + 4 + columns.iter().map(|column| column.width + 1).sum::<usize>();
     while needed(&columns) > width && columns.len() > 1 {
         let sorted = state.results.sort.as_deref();
         let spare = columns.iter().enumerate().filter(|(_, column)| sorted != Some(column.title));
@@ -212,8 +302,19 @@ fn name(text: &str) -> String {
     format!("{cut:<NAME$}")
 }
 
+/// Whether a row is the variant being edited, and whether it is A or B.
+fn marks(state: &State, name: &str, current: bool) -> Vec<Span<'static>> {
+    let side = [Side::A, Side::B].into_iter().find(|side| state.side(*side).name == name);
+    let letter = side.map_or_else(|| " ".to_owned(), |side| format!("{side:?}"));
+    vec![
+        Span::styled(if current { " ▶" } else { "  " }, state.theme.style(Role::Strong)),
+        Span::styled(format!("{letter} "), state.theme.style(Role::Key)),
+    ]
+}
+
 fn base_rows(state: &State, columns: &[&'static Column]) -> Vec<Line<'static>> {
-    let mut spans = vec![Span::raw("   "), Span::styled(name("base"), state.theme.style(Role::Strong))];
+    let mut spans = marks(state, "base", false);
+    spans.push(Span::styled(name("base"), state.theme.style(Role::Strong)));
     if let Some(base) = &state.measurements.base {
         spans.extend(columns.iter().map(|column| measured(state, column, base, base.weight_bytes)));
     } else {
@@ -225,8 +326,8 @@ fn base_rows(state: &State, columns: &[&'static Column]) -> Vec<Line<'static>> {
 
 fn variant_rows(state: &State, index: usize, columns: &[&'static Column]) -> Vec<Line<'static>> {
     let draft = &state.document.drafts[index];
-    let mark = if index == state.document.current() { " ▶ " } else { "   " };
-    let mut spans = vec![Span::styled(mark, state.theme.style(Role::Strong)), Span::raw(name(&draft.name))];
+    let mut spans = marks(state, &draft.name, index == state.document.current());
+    spans.push(Span::raw(name(&draft.name)));
     let (Some(result), Some(base)) = (result(state, draft), &state.measurements.base) else {
         spans.extend(columns.iter().map(|column| prediction(state, column, &draft.plan)));
         return vec![Line::from(spans)];
@@ -234,7 +335,7 @@ fn variant_rows(state: &State, index: usize, columns: &[&'static Column]) -> Vec
     spans.extend(columns.iter().map(|column| measured(state, column, result, base.weight_bytes)));
     let mut rows = vec![Line::from(spans)];
     if !state.results.hide_differences {
-        let mut spans = vec![dim(state, format!("   {}", name("  against base")))];
+        let mut spans = vec![dim(state, format!("    {}", name("  against base")))];
         spans.extend(columns.iter().map(|column| {
             let width = column.width;
             let (text, role) = column.difference(result, base).unwrap_or((String::new(), Role::Dim));
@@ -255,13 +356,13 @@ fn measured(state: &State, column: &Column, result: &ModelResult, base_bytes: u6
 
 /// What the plan says before anything is measured: sizes.
 fn prediction(state: &State, column: &Column, plan: &crate::format::Plan) -> Span<'static> {
-    let (layout, width) = (&state.document.layout, column.width);
-    let float = layout.linear_bytes(&crate::format::Plan::unquantized(plan.blocks.len())) as f64;
-    let bytes = layout.linear_bytes(plan) as f64;
+    let (footprint, width) = (&state.document.footprint, column.width);
+    let float = footprint.linear_bytes(&crate::format::Plan::unquantized(plan.blocks.len())) as f64;
+    let bytes = footprint.linear_bytes(plan) as f64;
     let value = match column.figure {
         Figure::Bytes => Some(bytes),
         Figure::Ratio => Some(bytes / float),
-        Figure::Bits => Some(layout.bits_per_weight(plan)),
+        Figure::Bits => Some(footprint.bits_per_weight(plan)),
         _ => None,
     };
     match value {

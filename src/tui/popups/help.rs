@@ -20,17 +20,17 @@ pub struct Help {
 }
 
 impl Help {
-    fn matches(&self) -> Vec<&'static Command> {
+    fn matches(&self, state: &State) -> Vec<&'static Command> {
         let words: Vec<String> = self.query.text().to_lowercase().split_whitespace().map(str::to_owned).collect();
         let meets = |command: &&Command| {
-            let text = format!("{} {} {} {}", command.id, command.title, command.help, command.keys.join(" ")).to_lowercase();
+            let text = format!("{} {} {} {}", command.id, command.title, command.help, state.keymap.keys(command).join(" ")).to_lowercase();
             words.iter().all(|word| text.contains(word))
         };
         TABLE.iter().filter(meets).collect()
     }
 
-    pub(super) fn key(&mut self, key: &str) -> Reply {
-        let count = self.matches().len();
+    pub(super) fn key(&mut self, key: &str, state: &State) -> Reply {
+        let count = self.matches(state).len();
         match key {
             "esc" | "ctrl-c" | "?" | "enter" => return Reply::Close,
             "down" => self.scroll = (self.scroll + 1).min(count.saturating_sub(1)),
@@ -53,9 +53,12 @@ impl Help {
         head.extend(self.query.spans(width as usize / 3));
         head.push(Span::styled("   up/down, pgup/pgdn scroll   esc leaves", state.theme.style(Role::Dim)));
         let mut lines = vec![Line::from(head), Line::default()];
-        let matches = self.matches();
+        let matches = self.matches(state);
         for command in matches.iter().skip(self.scroll.min(matches.len().saturating_sub(1))) {
-            let keys = if command.keys.is_empty() { ":".to_owned() } else { command.keys.join(" ") };
+            let keys = match state.keymap.keys(command) {
+                [] => ":".to_owned(),
+                keys => keys.join(" "),
+            };
             let place = if command.panes.is_empty() || width < 100 { String::new() } else { format!(" [{}]", command.place()) };
             let text = format!("{}{place}", command.help);
             for (index, part) in wrap(&text, (width as usize).saturating_sub(40).max(30)).into_iter().enumerate() {

@@ -5,8 +5,11 @@ mod choose;
 mod confirm;
 mod help;
 mod input;
+mod pager;
 mod palette;
 mod prompt;
+mod runs;
+mod tour;
 
 use crossterm::event::KeyEvent;
 use ratatui::Frame;
@@ -17,13 +20,17 @@ use ratatui::widgets::{Block, BorderType, Clear, Paragraph};
 pub use choose::Choose;
 pub use confirm::{Choice, Confirm};
 pub use help::Help;
+pub use pager::Pager;
 pub use palette::Palette;
 pub use prompt::Prompt;
+pub use runs::Runs;
+pub use tour::Tour;
 
 use super::keys;
-use super::message::Effect;
+use super::message::{Effect, Msg};
 use super::state::State;
 use super::theme::Role;
+use super::update::update;
 
 /// What a popup does when it is answered.
 pub type Action = Box<dyn Fn(&mut State) -> Vec<Effect>>;
@@ -35,26 +42,38 @@ pub enum Popup {
     Prompt(Prompt),
     Confirm(Confirm),
     Choose(Choose),
+    Pager(Pager),
+    Runs(Runs),
+    Tour(Tour),
 }
 
 /// What a key did to a popup.
 pub enum Reply {
     Stay,
     Close,
+    /// Close, and let the key mean what it means without the popup.
+    Pass,
     /// Close, then do this.
     Act(Action),
 }
 
 /// Gives a key to the front popup.
 pub fn key(state: &mut State, event: KeyEvent) -> Vec<Effect> {
-    let Some(name) = keys::name(event) else { return Vec::new() };
+    keys::name(event).map_or_else(Vec::new, |name| press(state, &name))
+}
+
+/// Gives a key, by its name, to the front popup.
+pub fn press(state: &mut State, name: &str) -> Vec<Effect> {
     let Some(mut popup) = state.popups.pop() else { return Vec::new() };
     let reply = match &mut popup {
-        Popup::Help(help) => help.key(&name),
-        Popup::Palette(palette) => palette.key(&name),
-        Popup::Prompt(prompt) => prompt.key(&name, state),
-        Popup::Confirm(confirm) => confirm.key(&name),
-        Popup::Choose(choose) => choose.key(&name),
+        Popup::Help(help) => help.key(name, state),
+        Popup::Palette(palette) => palette.key(name),
+        Popup::Prompt(prompt) => prompt.key(name, state),
+        Popup::Confirm(confirm) => confirm.key(name),
+        Popup::Choose(choose) => choose.key(name),
+        Popup::Pager(pager) => pager.key(name),
+        Popup::Runs(runs) => runs.key(name, state),
+        Popup::Tour(_) => Tour::key(name),
     };
     match reply {
         Reply::Stay => {
@@ -62,6 +81,7 @@ pub fn key(state: &mut State, event: KeyEvent) -> Vec<Effect> {
             Vec::new()
         }
         Reply::Close => Vec::new(),
+        Reply::Pass => keys::event(name).map_or_else(Vec::new, |event| update(state, Msg::Key(event))),
         Reply::Act(action) => action(state),
     }
 }
@@ -82,6 +102,9 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
             Popup::Prompt(prompt) => prompt.draw(frame, area, state),
             Popup::Confirm(confirm) => confirm.draw(frame, area, state),
             Popup::Choose(choose) => choose.draw(frame, area, state),
+            Popup::Pager(pager) => pager.draw(frame, area, state),
+            Popup::Runs(runs) => runs.draw(frame, area, state),
+            Popup::Tour(_) => Tour::draw(frame, area, state),
         }
     }
 }

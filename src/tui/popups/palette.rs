@@ -6,7 +6,7 @@ use ratatui::text::{Line, Span};
 
 use super::input::Input;
 use super::{Reply, show, window};
-use crate::tui::commands::{self, Command};
+use crate::tui::commands::{self, Match};
 use crate::tui::state::State;
 use crate::tui::text::cut;
 use crate::tui::theme::Role;
@@ -19,7 +19,7 @@ pub struct Palette {
 }
 
 impl Palette {
-    fn matches(&self) -> Vec<&'static Command> {
+    fn matches(&self) -> Vec<Match> {
         commands::search(&self.query.text())
     }
 
@@ -30,7 +30,7 @@ impl Palette {
             "down" | "tab" | "ctrl-n" => self.selected = (self.selected + 1) % count,
             "up" | "shift-tab" | "ctrl-p" => self.selected = (self.selected + count - 1) % count,
             "enter" => {
-                let chosen = self.matches().get(self.selected).copied();
+                let chosen = self.matches().get(self.selected).map(|found| found.command);
                 return chosen.map_or(Reply::Close, |command| Reply::Act(Box::new(move |state| command.invoke(state))));
             }
             key => {
@@ -50,22 +50,27 @@ impl Palette {
         prompt.extend(self.query.spans(width as usize - 6));
         let mut lines = vec![Line::from(prompt)];
         for index in window(self.selected, matches.len(), height.saturating_sub(1)) {
-            let command = matches[index];
-            let role = match (index == self.selected, (command.enabled)(state)) {
+            let Match { command, letters } = &matches[index];
+            let role = match (index == self.selected, command.possible(state)) {
                 (true, _) => Role::Cursor,
                 (false, Ok(())) => Role::Text,
                 (false, Err(_)) => Role::Dim,
             };
-            let keys = command.keys.first().copied().unwrap_or("");
+            let keys = state.keymap.keys(command).first().map_or("", String::as_str);
             let help_width = (width as usize).saturating_sub(36);
-            let help = match (command.enabled)(state) {
+            let help = match command.possible(state) {
                 Ok(()) => command.help,
                 Err(reason) => reason,
             };
-            lines.push(Line::from(vec![
-                Span::styled(format!(" {keys:>6} "), state.theme.style(Role::Key)),
-                Span::styled(format!(" {:<21} {} ", command.id, cut(help, help_width)), state.theme.style(role)),
-            ]));
+            let mut spans =
+                vec![Span::styled(format!(" {keys:>6} "), state.theme.style(Role::Key)), Span::styled(" ", state.theme.style(role))];
+            for (place, letter) in format!("{:<21}", command.id).chars().enumerate() {
+                let style = state.theme.style(role);
+                let hit = letters.contains(&(place as u32));
+                spans.push(Span::styled(letter.to_string(), if hit { style.patch(state.theme.style(Role::Key)) } else { style }));
+            }
+            spans.push(Span::styled(format!(" {} ", cut(help, help_width)), state.theme.style(role)));
+            lines.push(Line::from(spans));
         }
         if matches.is_empty() {
             lines.push(Line::styled("  no command has these letters", state.theme.style(Role::Dim)));

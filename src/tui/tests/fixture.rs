@@ -9,18 +9,23 @@ use ratatui::backend::TestBackend;
 use ratatui::buffer::Buffer;
 
 use crate::checkpoint::{BlockRecord, Config, Provenance, SampleRecord, StorageLayout, VARIANT_SCHEMA, VariantManifest};
-use crate::engine::{Event, JobId};
+use crate::engine::inspect::{LinearLook, RoundingError};
+use crate::engine::{BlockInputs, Event, JobId, Spoken};
 use crate::eval::ModelResult;
 use crate::eval::result::{Evidence, Memory};
-use crate::eval::score::TaskScore;
+use crate::eval::run::Evaluated;
+use crate::eval::score::{Sample, TaskScore};
 use crate::eval::speed::Speed;
 use crate::eval::statistics::DivergenceSummary;
+use crate::format::Format;
 use crate::monitor::Report;
+use crate::quant::Method;
 use crate::session::Session;
 use crate::tui::document::Document;
+use crate::tui::effects;
 use crate::tui::keys;
 use crate::tui::message::{Effect, Msg};
-use crate::tui::state::State;
+use crate::tui::state::{BlockLook, State};
 use crate::tui::theme::Theme;
 use crate::tui::update::update;
 use crate::tui::view;
@@ -48,12 +53,12 @@ pub fn synthetic(pattern: &str, size: (u16, u16)) -> State {
 pub fn busy(size: (u16, u16)) -> State {
     let mut state = fresh(size);
     state.resident_bytes = 43_500_000;
-    state.measurements.base = Some(result("base", 10_600_000, 16.0, 0.0));
+    state.measurements.base_evaluated(evaluated("base", 10_600_000, 16.0, 0.0));
     for (index, bytes, bits, loss) in [(0, 5_380_000, 8.09, 0.002), (1, 2_750_000, 4.13, 0.024)] {
         let draft = state.document.drafts[index].clone();
         let manifest = manifest(&state, index, 0.002 + loss);
         state.measurements.quantized(&draft.recipe.steps(), draft.plan.clone(), PathBuf::from("variant"), &manifest);
-        state.measurements.evaluated(&draft.recipe.steps(), &draft.plan, result(&draft.name, bytes, bits, loss));
+        state.measurements.evaluated(&draft.recipe.steps(), &draft.plan, evaluated(&draft.name, bytes, bits, loss));
     }
     press(&mut state, &["2", "n", "3", "1", "g", "j", "j", "space", "space", "6", "R", "1"]);
     let id = JobId(1);
@@ -81,7 +86,7 @@ pub fn tick(state: &mut State, seconds: u64) {
 
 /// Types keys; returns every effect they had.
 pub fn press(state: &mut State, script: &[&str]) -> Vec<Effect> {
-    script.iter().flat_map(|key| update(state, Msg::Key(keys::event(key)))).collect()
+    script.iter().flat_map(|key| update(state, Msg::Key(keys::event(key).unwrap()))).collect()
 }
 
 /// Types a text, letter by letter.
@@ -126,6 +131,7 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
             transforms: Vec::new(),
             sample: String::new(),
             seed: 0,
+            donors: None,
         },
         plan: draft.plan.clone(),
         activations: crate::format::Activations::default(),
@@ -142,6 +148,24 @@ pub fn manifest(state: &State, variant: usize, error: f64) -> VariantManifest {
         files: BTreeMap::new(),
         blocks: draft.plan.blocks.iter().enumerate().map(block).collect(),
     }
+}
+
+/// A result with its rows, every eleventh of which is wrong where something is lost, and every thirteenth right.
+pub fn evaluated(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64) -> Evaluated {
+    let sample = |(task, index): (&str, usize)| {
+        let right = if loss > 0.0 && index % 11 == 3 { false } else { index % 3 != 0 || (loss > 0.0 && index % 13 == 0) };
+        Sample {
+            task: task.into(),
+            index,
+            loglikelihoods: if right { vec![-1.0, -2.5] } else { vec![-2.0, -1.75] },
+            lengths: vec![10, 10],
+            gold: 0,
+            acc: f64::from(u8::from(right)),
+            acc_norm: Some(f64::from(u8::from(right))),
+        }
+    };
+    let tasks = ["arc_easy", "piqa", "winogrande"].into_iter().flat_map(|task| (0..40).map(move |index| (task, index)));
+    Evaluated { result: result(variant, weight_bytes, bits_per_weight, loss), samples: tasks.map(sample).collect() }
 }
 
 /// A result that loses `loss` of every accuracy.
@@ -181,5 +205,60 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
         memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000 },
         provenance: Evidence { tool: "strata".into(), backend: "cpu".into(), threads: 2, ..Evidence::default() },
         ..ModelResult::default()
+    }
+}
+
+/// With block 2's weights looked at and its inputs observed.
+pub fn looked(mut state: State) -> State {
+    let block = state.layers.cursor;
+    let spec = state.document.layout.blocks[block].clone();
+    let histogram =
+        |index: usize| (0..41_i32).map(|bin| 10_000 / (1 + u64::from((bin - 20 - index as i32).unsigned_abs()).pow(2))).collect();
+    let linears = spec.linears.iter().enumerate();
+    let linears =
+        linears.map(|(index, linear)| LinearLook { name: linear.name.clone(), max: 0.41, rms: 0.07, histogram: histogram(index) });
+    let rounding = |(method, format, error)| RoundingError { method, format, error };
+    let roundings = [
+        (Method::Rtn, Format::W8A16, 0.0067),
+        (Method::Clip, Format::W8A16, 0.0066),
+        (Method::Rtn, Format::W4A16, 0.112),
+        (Method::Clip, Format::W4A16, 0.101),
+    ];
+    let look = BlockLook { linears: linears.collect(), roundings: roundings.map(rounding).to_vec(), done: true, failure: None };
+    state.looks.blocks.insert(block, look);
+    let channel = |channel: usize| if channel % 97 == 5 { 24.0 } else { 1.0 + (channel % 7) as f32 / 10.0 };
+    let maxima = spec.linears.iter().map(|linear| (linear.name.clone(), (0..linear.cols).map(channel).collect())).collect();
+    state.looks.inputs.insert(block, BlockInputs { block, maxima });
+    state
+}
+
+/// With two texts that part at the fifth word.
+pub fn spoken(mut state: State) -> State {
+    state.playground.prompt = "Where does the river go".into();
+    state.playground.names = ["base".into(), "phase2".into()];
+    let texts = [
+        ["The", " river", " runs", " down", " to", " the", " sea", "."],
+        ["The", " river", " runs", " down", " into", " the", " lake", "."],
+    ];
+    for side in 0..2 {
+        for (index, piece) in texts[side].iter().enumerate() {
+            let other = texts[1 - side][index];
+            let candidates = [(*piece, 0.61), (other, 0.21), (" a", 0.05), (" by", 0.02), (" and", 0.01)];
+            let candidates = candidates.map(|(name, probability)| (name.to_owned(), probability)).to_vec();
+            let token = if piece == &other { index } else { 100 * (side + 1) + index } as u32;
+            state.playground.spoken[side].push(Spoken { token, piece: (*piece).to_owned(), candidates });
+        }
+    }
+    state.playground.divergence = vec![1e-6, 2e-5, 1e-4, 3e-3, 0.2, 0.04, 0.6, 1e-3];
+    state
+}
+
+/// Compares what the effects ask to compare, as the loop does.
+pub fn answer(state: &mut State, effects: &[Effect]) {
+    for effect in effects {
+        if let Effect::Compare(request) = effect {
+            let compared = effects::compare((**request).clone()).unwrap();
+            update(state, Msg::Compared(Ok(Box::new(compared))));
+        }
     }
 }

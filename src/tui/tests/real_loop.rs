@@ -1,6 +1,6 @@
 //! Keys typed through the real loop with the real engine on the demo.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
@@ -13,8 +13,10 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use super::fixture::{render, text};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
+use crate::session::paths::Places;
 use crate::session::{EvaluateSpec, Session};
 use crate::tui::document::Document;
+use crate::tui::effects::Outside;
 use crate::tui::event_loop::{EventLoop, Signal};
 use crate::tui::keys;
 use crate::tui::state::State;
@@ -24,12 +26,13 @@ use crate::tui::theme::Theme;
 /// A screen in memory that the script can read.
 struct MemoryScreen {
     text: Rc<RefCell<String>>,
-    frames: usize,
+    clipboard: Rc<RefCell<String>>,
+    frames: Rc<Cell<usize>>,
 }
 
 impl Screen for MemoryScreen {
     fn draw(&mut self, state: &State) -> Result<()> {
-        self.frames += 1;
+        self.frames.set(self.frames.get() + 1);
         *self.text.borrow_mut() = text(&render(state, self.size()?));
         Ok(())
     }
@@ -42,7 +45,24 @@ impl Screen for MemoryScreen {
         Ok(())
     }
 
+    fn set_mouse(&mut self, _: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn copy(&mut self, text: &str) -> Result<&'static str> {
+        *self.clipboard.borrow_mut() = text.to_owned();
+        Ok("the clipboard")
+    }
+
     fn resume(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn lose(&mut self, _: Option<&Path>) -> Result<()> {
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
         Ok(())
     }
 
@@ -52,16 +72,18 @@ impl Screen for MemoryScreen {
 }
 
 /// Types keys and reads the screen.
-struct Typist {
+pub struct Typist {
     keys: UnboundedSender<io::Result<Input>>,
     signals: UnboundedSender<Signal>,
     screen: Rc<RefCell<String>>,
+    clipboard: Rc<RefCell<String>>,
+    frames: Rc<Cell<usize>>,
 }
 
 impl Typist {
-    fn press(&self, script: &[&str]) {
+    pub fn press(&self, script: &[&str]) {
         for key in script {
-            self.keys.send(Ok(Input::Key(keys::event(key)))).unwrap();
+            self.keys.send(Ok(Input::Key(keys::event(key).unwrap()))).unwrap();
         }
     }
 
@@ -71,8 +93,12 @@ impl Typist {
         }
     }
 
-    async fn sees(&self, what: &str) {
-        for _ in 0..3000 {
+    pub fn text(&self) -> String {
+        self.screen.borrow().clone()
+    }
+
+    pub async fn sees(&self, what: &str) {
+        for _ in 0..12000 {
             if self.screen.borrow().contains(what) {
                 return;
             }
@@ -80,27 +106,42 @@ impl Typist {
         }
         panic!("never seen: {what}\n{}", self.screen.borrow());
     }
+
+    async fn sees_not(&self, what: &str) {
+        for _ in 0..3000 {
+            if !self.screen.borrow().contains(what) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("still seen: {what}\n{}", self.screen.borrow());
+    }
 }
 
-/// Runs the loop on `session` while `script` types; returns the state at the end and the frames that were drawn.
-fn with_loop(session: Session, store: &Path, script: impl AsyncFnOnce(Typist)) -> (State, usize) {
+/// Runs the loop on `session` while `script` types, with `folder` as the user's; returns the state at the end.
+pub fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) -> State {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2) }).unwrap();
+    let (engine, events) = Engine::start(&EngineOptions { threads: Some(2), ..EngineOptions::default() }).unwrap();
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
-    state.queue.store = store.to_owned();
+    let places = Places { data: folder.join("data"), state: folder.join("state") };
+    state.queue.store = places.variants();
+    state.queue.journal = Some(places.evaluations());
     let (keys, mut typed) = unbounded_channel();
     let (signal_sender, signals) = unbounded_channel();
     let screen = Rc::new(RefCell::new(String::new()));
-    let typist = Typist { keys, signals: signal_sender.clone(), screen: screen.clone() };
+    let (clipboard, frames) = (Rc::new(RefCell::new(String::new())), Rc::new(Cell::new(0)));
+    let (copied, drawn) = (clipboard.clone(), frames.clone());
+    let typist = Typist { keys, signals: signal_sender.clone(), screen: screen.clone(), clipboard, frames };
     let input = poll_fn(move |context| typed.poll_recv(context));
-    let workbench = EventLoop { state, screen: MemoryScreen { text: screen, frames: 0 }, engine: &engine, events, signals };
+    let screen = MemoryScreen { text: screen, clipboard: copied, frames: drawn };
+    let outside = Outside::new(places, Vec::new(), false);
+    let workbench = EventLoop { state, screen, engine: &engine, events, signals, outside };
     let outcome = runtime.block_on(async { tokio::join!(workbench.run(input), script(typist)).0 });
-    let (state, screen) = outcome.unwrap();
-    (state, screen.frames)
+    outcome.unwrap().0
 }
 
 /// The demo's session, cut down to a second's work.
-fn small_session() -> Session {
+pub fn small_session() -> Session {
     let mut session = Session::demo().unwrap();
     session.calibration.sequences = 1;
     session.calibration.length = 16;
@@ -113,7 +154,7 @@ fn small_session() -> Session {
 fn browse_plan_undo_run_compare_save_reload() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fit.toml");
-    let (state, _) = with_loop(small_session(), folder.path(), async |typist: Typist| {
+    let state = with_loop(small_session(), folder.path(), async |typist: Typist| {
         typist.sees("1 Layers").await;
         typist.sees("largest weight / rms").await;
         typist.press(&["j", "j", "s", "4", "esc", "g", "6", "u"]);
@@ -140,7 +181,7 @@ fn browse_plan_undo_run_compare_save_reload() {
     assert_eq!(state.measurements.base.as_ref().unwrap().variant, "base");
 
     // Opened again and run again: found on disk, not made again.
-    let (state, _) = with_loop(reloaded, folder.path(), async |typist: Typist| {
+    let state = with_loop(reloaded, folder.path(), async |typist: Typist| {
         typist.press(&["R"]);
         typist.sees("found on disk, verified").await;
         typist.sees("✓ evaluate base, phase1").await;
@@ -171,7 +212,7 @@ fn opening_another_session_and_a_bad_one() {
     let path = folder.path().join("other.toml");
     std::fs::write(&path, "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[[variant]]\nname = \"mine\"\nrecipe = \"phase2\"\n")
         .unwrap();
-    let (state, _) = with_loop(small_session(), folder.path(), async |typist: Typist| {
+    let state = with_loop(small_session(), folder.path(), async |typist: Typist| {
         typist.press(&["ctrl-o"]);
         typist.type_text("/nowhere/at-all.toml");
         typist.press(&["enter"]);
@@ -188,10 +229,57 @@ fn opening_another_session_and_a_bad_one() {
 #[test]
 fn nothing_is_drawn_while_nothing_happens_and_a_signal_ends_it() {
     let folder = tempfile::tempdir().unwrap();
-    let (_, frames) = with_loop(small_session(), folder.path(), async |typist: Typist| {
-        typist.sees("largest weight / rms").await;
+    with_loop(small_session(), folder.path(), async |typist: Typist| {
+        // The weights of the block under the cursor were read: rtn and clip at four widths.
+        typist.sees("clip loses").await;
+        typist.sees_not("rounding …").await;
+        let before = typist.frames.get();
         tokio::time::sleep(Duration::from_millis(1500)).await;
+        assert_eq!(typist.frames.get(), before, "frames without a cause");
         typist.signals.send(Signal::Terminate).unwrap();
     });
-    assert!(frames <= 3, "{frames} frames without a cause");
+}
+
+#[test]
+fn select_plan_compare_flips_export_copy_and_playground() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("flips.csv");
+    let mut session = small_session();
+    session.evaluate.limit = Some(40);
+    let state = with_loop(session, folder.path(), async |typist: Typist| {
+        // A slice of the first block, a kind and a preset; all of it undone again.
+        typist.press(&["l", "j", "j", "8", "h", "+"]);
+        typist.type_text("att");
+        typist.press(&["enter", "y", "esc", "2", "P", "2"]);
+        typist.sees("formats of phase2").await;
+        typist.press(&["H", "g", "esc", "u", "]", "R"]);
+        typist.sees("✓ evaluate base, phase2").await;
+        typist.press(&["5", "c"]);
+        typist.sees("95% interval").await;
+        typist.sees_not("comparing row by row").await;
+        typist.press(&["f"]);
+        typist.sees("right to wrong").await;
+        typist.press(&["e", "ctrl-u"]);
+        typist.type_text(path.to_str().unwrap());
+        typist.press(&["enter"]);
+        typist.sees("wrote ").await;
+        typist.press(&["p"]);
+        typist.sees("over bytes of the linears").await;
+        typist.press(&["esc", "Y"]);
+        typist.sees("copied to the clipboard").await;
+        assert!(typist.clipboard.borrow().starts_with("| variant | linears |"), "{}", typist.clipboard.borrow());
+        typist.press(&["f6", "enter"]);
+        typist.type_text("The");
+        typist.press(&["enter"]);
+        typist.sees("nats").await;
+        typist.press(&["1", "f4", "i"]);
+        typist.sees("outlier").await;
+        typist.press(&["q", "y"]);
+    });
+    let exported = std::fs::read_to_string(&path).unwrap();
+    assert!(exported.starts_with("task,index,right,A,B\n"), "{exported}");
+    assert_eq!(exported.lines().count() - 1, state.compared().unwrap().comparison.flips.len());
+    assert_eq!(state.playground.names, ["base", "phase2"]);
+    assert!(!state.playground.divergence.is_empty() && state.playground.divergence.iter().any(|kld| *kld > 0.0));
+    assert!(!state.looks.inputs.is_empty());
 }

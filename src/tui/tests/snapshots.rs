@@ -1,60 +1,102 @@
-//! Whole screens with their styles.
+//! Whole screens with their styles in every theme, and without Unicode.
 
 use ratatui::buffer::Buffer;
 use ratatui::style::Style;
 
-use super::fixture::{busy, fresh, press, render, text, type_text};
+use super::fixture::{answer, busy, fresh, looked, press, render, spoken, text, type_text};
 use crate::tui::state::{Pane, State};
-use crate::tui::theme::Theme;
+use crate::tui::theme::{BUILT_IN, Theme};
 
-/// The text, then the same cells with a letter for each style, then what the letters mean.
-fn styled(buffer: &Buffer) -> String {
-    let mut styles: Vec<Style> = Vec::new();
-    let mut letters = String::new();
-    for cells in buffer.content.chunks(buffer.area.width as usize) {
-        for cell in cells {
-            let style = cell.style();
-            let known = styles.iter().position(|other| *other == style);
-            let index = known.unwrap_or_else(|| {
-                styles.push(style);
-                styles.len() - 1
-            });
-            letters.push(if index == 0 { '.' } else { char::from(b'a' + index as u8 - 1) });
-        }
-        letters.push('\n');
-    }
-    let legend = styles.iter().enumerate().map(|(index, style)| {
-        let letter = if index == 0 { '.' } else { char::from(b'a' + index as u8 - 1) };
-        format!("{letter} {:?} on {:?} {:?}\n", style.fg.unwrap_or_default(), style.bg.unwrap_or_default(), style.add_modifier)
-    });
-    format!("{}\n{letters}\n{}", text(buffer), legend.collect::<String>())
+/// The themes in the order of the legend.
+fn themes() -> Vec<Theme> {
+    BUILT_IN.iter().map(|(name, _)| Theme::find(Some(name), false).unwrap()).collect()
 }
 
-fn plain(mut state: State) -> State {
-    state.theme = Theme::find(None, true).unwrap();
+/// The text; then the same cells with a letter for each combination of styles that the themes give them; then what the
+/// letters mean, a theme a column; then the text without Unicode.
+fn styled(state: &mut State, size: (u16, u16)) -> String {
+    let screens: Vec<Buffer> = themes()
+        .into_iter()
+        .map(|theme| {
+            state.theme = theme;
+            render(state, size)
+        })
+        .collect();
+    for other in &screens[1..] {
+        assert_eq!(text(other), text(&screens[0]), "a theme changes colours only");
+    }
+    let mut known: Vec<Vec<Style>> = Vec::new();
+    let mut letters = String::new();
+    for place in 0..screens[0].content.len() {
+        let styles: Vec<Style> = screens.iter().map(|screen| screen.content[place].style()).collect();
+        let index = known.iter().position(|other| *other == styles).unwrap_or_else(|| {
+            known.push(styles);
+            known.len() - 1
+        });
+        letters.push(letter(index));
+        if (place + 1).is_multiple_of(size.0 as usize) {
+            letters.push('\n');
+        }
+    }
+    let names = BUILT_IN.map(|(name, _)| name).join(" | ");
+    let legend = known.iter().enumerate().map(|(index, styles)| {
+        let styles: Vec<String> = styles.iter().map(describe).collect();
+        format!("{} {}\n", letter(index), styles.join(" | "))
+    });
+    let legend: String = legend.collect();
     state.ascii = true;
-    state
+    let ascii = render(state, size);
+    state.ascii = false;
+    format!("{}\n{letters}\n  {names}\n{legend}\n{}", text(&screens[0]), text(&ascii))
+}
+
+fn letter(index: usize) -> char {
+    if index == 0 { '.' } else { ('a'..='z').chain('A'..='Z').nth(index - 1).unwrap_or('?') }
+}
+
+fn describe(style: &Style) -> String {
+    let color = |color: Option<ratatui::style::Color>| color.filter(|color| *color != ratatui::style::Color::Reset);
+    let fg = color(style.fg).map_or_else(|| "-".to_owned(), |color| color.to_string());
+    let bg = color(style.bg).map_or_else(String::new, |color| format!(" on {color}"));
+    let modifiers = if style.add_modifier.is_empty() { String::new() } else { format!(" {:?}", style.add_modifier) };
+    format!("{fg}{bg}{}", modifiers.to_lowercase())
+}
+
+/// Every view: its pane and what is typed to see it.
+fn views() -> Vec<(&'static str, State)> {
+    let view = |script: &[&str]| {
+        let mut state = looked(spoken(busy((80, 24))));
+        let effects = press(&mut state, script);
+        answer(&mut state, &effects);
+        state
+    };
+    vec![
+        ("layers", view(&["1", "esc", "l", "j", "j", "4"])),
+        ("layers_grouped", view(&["1", "o", "o", "o", "O", "K", "esc"])),
+        ("plan", view(&["2"])),
+        ("plan_beside", view(&["2", "b", "1"])),
+        ("run", view(&["f3"])),
+        ("block", view(&["f4"])),
+        ("results", view(&["f5"])),
+        ("compare", view(&["f5", "j", "j", "b", "c"])),
+        ("flips", view(&["f5", "j", "j", "b", "f", "j"])),
+        ("plot", view(&["f5", "p"])),
+        ("playground", view(&["f6", "p"])),
+    ]
 }
 
 #[test]
-fn every_pane_at_80x24() {
-    for pane in Pane::ALL {
-        let mut state = busy((80, 24));
-        state.focus = pane;
-        let name = pane.title().to_lowercase();
-        insta::assert_snapshot!(format!("{name}_80x24_ansi16"), styled(&render(&state, (80, 24))));
-        let state = plain(state);
-        insta::assert_snapshot!(format!("{name}_80x24_mono_ascii"), styled(&render(&state, (80, 24))));
+fn every_view_at_80x24_in_every_theme() {
+    for (name, mut state) in views() {
+        insta::assert_snapshot!(format!("{name}_80x24"), styled(&mut state, (80, 24)));
     }
 }
 
 #[test]
 fn all_panes_side_by_side() {
     for size in [(120, 40), (160, 48)] {
-        let name = format!("{}x{}", size.0, size.1);
-        let state = busy(size);
-        insta::assert_snapshot!(format!("all_{name}_ansi16"), styled(&render(&state, size)));
-        insta::assert_snapshot!(format!("all_{name}_mono_ascii"), styled(&render(&plain(state), size)));
+        let mut state = looked(busy(size));
+        insta::assert_snapshot!(format!("all_{}x{}", size.0, size.1), styled(&mut state, size));
     }
 }
 
@@ -64,13 +106,19 @@ fn a_deep_stack_with_experts_is_seen_at_once() {
     let mut state = super::fixture::synthetic(&pattern, (120, 40));
     press(&mut state, &["/"]);
     type_text(&mut state, "moe");
-    press(&mut state, &["enter", "ctrl-a", "4", "esc", "esc", "pgdn"]);
+    press(&mut state, &["enter", "ctrl-a", "4", "esc", "l", "esc"]);
     insta::assert_snapshot!("all_118_blocks_120x40", text(&render(&state, (120, 40))));
 }
 
 #[test]
 fn too_small_and_unmeasured() {
-    insta::assert_snapshot!("too_small", text(&render(&busy((40, 10)), (40, 10))));
+    for pane in Pane::ALL {
+        let mut state = looked(spoken(busy((40, 10))));
+        state.focus = pane;
+        assert_eq!(text(&render(&state, (40, 10))).trim_end(), "strata needs 60x15; this is 40x10");
+        // The smallest screen that is drawn on holds every pane.
+        render(&state, (60, 15));
+    }
     let mut state = fresh((80, 24));
     insta::assert_snapshot!("layers_fresh_80x24", text(&render(&state, (80, 24))));
     press(&mut state, &["5"]);
@@ -85,25 +133,30 @@ fn popups() {
         ("confirm_quit", &["q"], ""),
         ("confirm_cancel", &["x"], ""),
         ("choose_recipe", &["2", "n"], ""),
+        ("history", &["H"], ""),
         ("prompt_filter", &["/"], "ssm"),
     ] {
         let mut state = busy((80, 24));
         press(&mut state, script);
         type_text(&mut state, typed);
-        insta::assert_snapshot!(format!("popup_{name}"), styled(&render(&state, (80, 24))));
+        insta::assert_snapshot!(format!("popup_{name}"), text(&render(&state, (80, 24))));
     }
+    let mut state = fresh((80, 24));
+    press(&mut state, &[":"]);
+    type_text(&mut state, "tour");
+    press(&mut state, &["enter"]);
+    insta::assert_snapshot!("popup_tour", styled(&mut state, (80, 24)));
 }
 
 #[test]
 fn ascii_screens_hold_ascii_only_and_nothing_unknown() {
     for size in [(80, 24), (160, 48)] {
-        for pane in Pane::ALL {
-            let mut state = plain(busy(size));
-            state.focus = pane;
+        for (name, mut state) in views() {
+            state.ascii = true;
             let text = text(&render(&state, size));
             assert!(text.is_ascii());
             // The hint of the help key is the only question mark.
-            assert_eq!(text.matches('?').count(), 1, "{text}");
+            assert_eq!(text.matches('?').count(), 1, "{name}\n{text}");
         }
     }
 }

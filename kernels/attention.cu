@@ -1,0 +1,273 @@
+// Causal grouped-query attention without positions, softmax in f32. Whole sequences run on the tensor cores with halves
+// (`halves.cuh`). Caches are rows of `kv_heads·head_dim` in f32 or bf16.
+#include "device.cuh"
+#include "halves.cuh"
+
+namespace {
+
+constexpr int QUERIES = 64;
+constexpr int KEYS = 32;
+constexpr int MAX_DIM = 128;
+constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
+
+template <class C> DEVICE void append(const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values) {
+    const int index = blockIdx.y, i = blockIdx.x;
+    const int begin = sequences ? sequences[4 * index] : index, end = sequences ? sequences[4 * index + 1] : index + 1, slot = sequences ? sequences[4 * index + 2] : index;
+    if (begin + i >= end || lengths[slot] + i >= capacity) return;
+    const i64 from = static_cast<i64>(begin + i) * width, to = (static_cast<i64>(slot) * capacity + lengths[slot] + i) * width;
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        keys[to + c] = narrow<C>(k[from + c]);
+        values[to + c] = narrow<C>(v[from + c]);
+    }
+}
+
+// 64 queries of one head against all keys that they see, 32 at a time, with a running maximum and sum; warp w has the queries from
+// 16 w on, a lane the rows lane / 4 and lane / 4 + 8 of them.
+template <class C> DEVICE void attend(const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int d, float* out) {
+    DYNAMIC_SHARED(u8, shared);
+    auto& query = *reinterpret_cast<Halves<QUERIES, MAX_DIM>*>(shared);
+    auto& key = *reinterpret_cast<Halves<KEYS, MAX_DIM>*>(shared + sizeof(Halves<QUERIES, MAX_DIM>));
+    auto& value = *reinterpret_cast<Halves<MAX_DIM, KEYS>*>(shared + sizeof(Halves<QUERIES, MAX_DIM>) + sizeof(Halves<KEYS, MAX_DIM>));  // [feature][key]
+    const int* own = queries + 4 * blockIdx.z;
+    const int first = own[0] + blockIdx.x * QUERIES, count = minimum(QUERIES, own[1] - first);
+    if (count <= 0) return;
+    const int head = blockIdx.y, width = kv_heads * d, offset = head / (heads / kv_heads) * d, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int padded = (d + 15) & ~15;
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
+    for (int i = threadIdx.x; i < QUERIES * MAX_DIM / 2; i += blockDim.x) {
+        const int row = i / (MAX_DIM / 2), c = i % (MAX_DIM / 2) * 2;
+        const float* at = q + (static_cast<i64>(first + row) * heads + head) * d + c;
+        put(query, row, c, row < count && c < d ? at[0] * scale : 0.0f, row < count && c + 1 < d ? at[1] * scale : 0.0f);
+    }
+    int total = 0;
+    for (int s = own[2]; s < own[3]; ++s) total += segments[2 * s + 1] - segments[2 * s];
+    // Query i of a sequence sees all keys but those of the queries behind it.
+    const int row = warp * 16 + lane / 4, visible = total - (own[1] - 1 - (first + row));
+    const int farthest = total - (own[1] - (first + count));
+    float largest[2] = {NONE, NONE}, sum[2] = {0.0f, 0.0f}, result[MAX_DIM / 8][4] = {};
+    int before = 0;  // keys of the segments already done
+    for (int s = own[2]; s < own[3]; ++s) {
+        const int begin = segments[2 * s], length = segments[2 * s + 1] - begin;
+        for (int start = 0; start < length && before + start < farthest; start += KEYS) {
+            const int tile = minimum(KEYS, length - start);
+            __syncthreads();
+            transfer<KEYS * MAX_DIM / 2>(
+                [&](int i) -> Pair {
+                    const int k = i / (MAX_DIM / 2), c = i % (MAX_DIM / 2) * 2;
+                    const C* at = keys + static_cast<i64>(begin + start + k) * width + offset + c;
+                    return {k < tile && c < d ? widen(at[0]) : 0.0f, k < tile && c + 1 < d ? widen(at[1]) : 0.0f};
+                },
+                [&](int i, Pair x) { put(key, i / (MAX_DIM / 2), i % (MAX_DIM / 2) * 2, x.first, x.second); });
+            transfer<KEYS * MAX_DIM / 2>(
+                [&](int i) -> Pair {
+                    const int c = i % MAX_DIM, k = i / MAX_DIM * 2;
+                    const C* at = values + static_cast<i64>(begin + start + k) * width + offset + c;
+                    return {k < tile && c < d ? widen(at[0]) : 0.0f, k + 1 < tile && c < d ? widen(at[width]) : 0.0f};
+                },
+                [&](int i, Pair x) { put(value, i % MAX_DIM, i / MAX_DIM * 2, x.first, x.second); });
+            __syncthreads();
+            float scores[KEYS / 8][4] = {};
+            for (int c = 0; c < padded; c += 16) {
+                u32 high[4], low[4];
+                load_left<MAX_DIM>(high, query.high, warp * 16, c);
+                load_left<MAX_DIM>(low, query.low, warp * 16, c);
+#pragma unroll
+                for (int n = 0; n < KEYS / 16; ++n) accumulate(scores + 2 * n, high, low, key, n * 16, c);
+            }
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                float tile_largest = NONE;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int k = n * 8 + lane % 4 * 2 + i;
+                        float& score = scores[n][side * 2 + i];
+                        if (k >= tile || before + start + k >= visible + side * 8) score = NONE;
+                        tile_largest = fmaxf(tile_largest, score);
+                    }
+                tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 1));
+                tile_largest = fmaxf(tile_largest, shuffle_xor(tile_largest, 2));
+                const float new_largest = fmaxf(largest[side], tile_largest), correction = expf(largest[side] - new_largest);
+                largest[side] = new_largest;
+                float tile_sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float& score = scores[n][side * 2 + i];
+                        score = score == NONE ? 0.0f : expf(score - new_largest);
+                        tile_sum += score;
+                    }
+                tile_sum += shuffle_xor(tile_sum, 1);
+                tile_sum += shuffle_xor(tile_sum, 2);
+                sum[side] = sum[side] * correction + tile_sum;
+#pragma unroll
+                for (int n = 0; n < MAX_DIM / 8; ++n) result[n][side * 2] *= correction, result[n][side * 2 + 1] *= correction;
+            }
+#pragma unroll
+            for (int k = 0; k < KEYS / 16; ++k) {
+                // Results of a product are the left side of the next as they lie.
+                u32 high[4], low[4];
+#pragma unroll
+                for (int word = 0; word < 4; ++word) {
+                    const float* from = scores[2 * k + word / 2] + word % 2 * 2;
+                    halve(from[0], from[1], high[word], low[word]);
+                }
+#pragma unroll
+                for (int n = 0; n < MAX_DIM / 16; ++n)
+                    if (n * 16 < d) accumulate(result + 2 * n, high, low, value, n * 16, k * 16);
+            }
+        }
+        before += length;
+    }
+#pragma unroll
+    for (int n = 0; n < MAX_DIM / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int c = n * 8 + lane % 4 * 2 + i % 2, at = row + i / 2 * 8;
+            if (at < count && c < d) out[(static_cast<i64>(first + at) * heads + head) * d + c] = __fdiv_rn(result[n][i], sum[i / 2]);
+        }
+}
+
+DEVICE float4 read_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+
+DEVICE float4 read_four(const bf16* at) {
+    const uint2 x = *reinterpret_cast<const uint2*>(at);
+    return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u));
+}
+
+// One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A
+// warp takes 32 keys at a time: for the scores a lane has a key, for the values four features.
+template <class C, int RATIO>
+DEVICE void attend_step(const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[KEYS], float* merged) {
+    constexpr int WARPS = 4;
+    const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int ratio = heads / kv_heads, width = kv_heads * d, length = minimum(lengths[slot], capacity);
+    // Whole tiles of 32 keys, divided among the splits.
+    const int tiles = divide_up(length, KEYS), first_tile = static_cast<int>(static_cast<i64>(tiles) * split / splits), end_tile = static_cast<int>(static_cast<i64>(tiles) * (split + 1) / splits);
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
+    for (int i = threadIdx.x; i < ratio * d; i += blockDim.x) query[i / d][i % d] = q[(static_cast<i64>(slot) * heads + kv_head * ratio) * d + i] * scale;
+    __syncthreads();
+    float largest[RATIO], sum[RATIO], result[RATIO][4];
+#pragma unroll
+    for (int r = 0; r < RATIO; ++r) {
+        largest[r] = NONE, sum[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[r][i] = 0.0f;
+    }
+    const i64 base = static_cast<i64>(slot) * capacity * width + kv_head * d;
+    for (int tile = first_tile + warp; tile < end_tile; tile += WARPS) {
+        const int key = tile * KEYS + lane, count = minimum(KEYS, length - tile * KEYS);
+        float scores[RATIO] = {};
+        if (lane < count) {
+            const C* row = keys + base + static_cast<i64>(key) * width;
+            for (int c = 0; c < d; c += 4) {
+                const float4 k = read_four(row + c);
+#pragma unroll
+                for (int r = 0; r < RATIO; ++r)
+                    if (r < ratio) {
+                        const float4 x = *reinterpret_cast<const float4*>(&query[r][c]);
+                        scores[r] = fmaf(x.x, k.x, fmaf(x.y, k.y, fmaf(x.z, k.z, fmaf(x.w, k.w, scores[r]))));
+                    }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < RATIO; ++r) {
+            if (r >= ratio) break;
+            const float score = lane < count ? scores[r] : NONE, new_largest = fmaxf(largest[r], warp_max(score)), correction = expf(largest[r] - new_largest);
+            const float p = lane < count ? expf(score - new_largest) : 0.0f;
+            weights[warp * RATIO + r][lane] = p;
+            sum[r] = sum[r] * correction + warp_sum(p);
+            largest[r] = new_largest;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) result[r][i] *= correction;
+        }
+        __syncwarp();
+        if (lane * 4 < d)
+            for (int i = 0; i < count; ++i) {
+                const float4 v = read_four(values + base + static_cast<i64>(tile * KEYS + i) * width + lane * 4);
+#pragma unroll
+                for (int r = 0; r < RATIO; ++r)
+                    if (r < ratio) {
+                        const float p = weights[warp * RATIO + r][i];
+                        result[r][0] = fmaf(p, v.x, result[r][0]), result[r][1] = fmaf(p, v.y, result[r][1]);
+                        result[r][2] = fmaf(p, v.z, result[r][2]), result[r][3] = fmaf(p, v.w, result[r][3]);
+                    }
+            }
+        __syncwarp();
+    }
+    // The warps' shares, one query head after another.
+    const int pitch = MAX_DIM + 4;
+#pragma unroll
+    for (int r = 0; r < RATIO; ++r) {
+        if (r >= ratio) break;
+        __syncthreads();
+        float* own = merged + warp * pitch;
+        if (lane == 0) own[0] = largest[r], own[1] = sum[r];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) if (lane * 4 + i < d) own[4 + lane * 4 + i] = result[r][i];
+        __syncthreads();
+        float overall = NONE, total = 0.0f, value = 0.0f;
+        for (int w = 0; w < WARPS; ++w) overall = fmaxf(overall, merged[w * pitch]);
+        for (int w = 0; w < WARPS; ++w) {
+            const float share = expf(merged[w * pitch] - overall);
+            total += share * merged[w * pitch + 1];
+            if (threadIdx.x < d) value += share * merged[w * pitch + 4 + threadIdx.x];
+        }
+        float* to = partial + ((static_cast<i64>(slot) * heads + kv_head * ratio + r) * splits + split) * (d + 2);
+        if (threadIdx.x == 0) to[0] = overall, to[1] = total;
+        if (threadIdx.x < d) to[2 + threadIdx.x] = value;
+    }
+}
+
+template <class C>
+DEVICE void attend_step_any(const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial) {
+    SHARED_ROWS(float, query, 16, MAX_DIM);
+    SHARED_ROWS(float, weights, 4 * 16, KEYS);
+    SHARED(float, merged, 4 * (MAX_DIM + 4));
+    const int ratio = heads / kv_heads;
+    if (ratio <= 4) attend_step<C, 4>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+    else if (ratio <= 8) attend_step<C, 8>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+    else attend_step<C, 16>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+}
+
+}  // namespace
+
+#define ATTENTION(suffix, C)                                                                                                                     \
+    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values)) { depend(); \
+        append<C>(k, v, width, sequences, lengths, capacity, keys, values);                                                                     \
+    }                                                                                                                                           \
+    KERNEL(128, attention_##suffix, (const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
+        attend<C>(q, keys, values, queries, segments, heads, kv_heads, head_dim, out);                                                          \
+    }                                                                                                                                           \
+    KERNEL(128, attention_decode_##suffix, (const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { depend(); \
+        attend_step_any<C>(q, keys, values, lengths, capacity, heads, kv_heads, head_dim, splits, partial);                                     \
+    }
+
+ATTENTION(f32, float)
+ATTENTION(bf16, bf16)
+
+KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
+    depend();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        if (sequences) lengths[sequences[4 * i + 2]] += sequences[4 * i + 1] - sequences[4 * i];
+        else lengths[i] += 1;
+    }
+}
+
+KERNEL(128, attention_merge, (const float* partial, int heads, int head_dim, int splits, float* out)) {
+    depend();
+    const int head = blockIdx.x, c = threadIdx.x;
+    if (c >= head_dim) return;
+    const i64 index = static_cast<i64>(blockIdx.y) * heads + head;
+    const float* own = partial + index * splits * (head_dim + 2);
+    float largest = NONE, total = 0.0f, value = 0.0f;
+    for (int s = 0; s < splits; ++s) largest = fmaxf(largest, own[s * (head_dim + 2)]);
+    for (int s = 0; s < splits; ++s) {
+        const float share = expf(own[s * (head_dim + 2)] - largest);
+        total = fmaf(share, own[s * (head_dim + 2) + 1], total);
+        value = fmaf(share, own[s * (head_dim + 2) + 2 + c], value);
+    }
+    out[index * head_dim + c] = __fdiv_rn(value, total);
+}

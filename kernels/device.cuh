@@ -1,0 +1,127 @@
+// What the kernels use of the machine, in two bodies: the GPU's (NVRTC, no headers) and the CPU's (host.h, for tests).
+// Kernels hold no other code that differs between the two. Contraction is off on both (`--fmad=false`,
+// `-ffp-contract=off`): where a fused multiply-add is wanted the code says `fmaf`, everything else rounds as written.
+#pragma once
+
+#ifdef STRATA_HOST
+#include "host.h"
+#else
+
+#define KERNEL(threads, name, parameters) extern "C" __global__ void __launch_bounds__(threads) name parameters
+#define DEVICE static __device__ __forceinline__
+#define SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define SHARED_ROWS(type, name, rows, cols) __shared__ __align__(16) type name[rows][cols]
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) unsigned char strata_shared[]; type* const name = reinterpret_cast<type*>(strata_shared)
+
+#define INFINITY __int_as_float(0x7f800000)
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned int u32;
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+
+// First in every kernel, in front of it at most `prefetch`: the launch behind may get ready now, and everything before this one
+// is done and seen. What waits for less than its predecessor must not exist: each kernel waits for all.
+DEVICE void depend() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings the line at this address into the second-level cache. What no launch writes, weights, may be asked for before `depend`.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
+
+DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+DEVICE float widen(float x) { return x; }
+DEVICE float widen(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
+DEVICE float widen(f16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+template <class T> DEVICE T narrow(float x);
+template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { bf16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); return y; }
+template <> __device__ __forceinline__ f16 narrow<f16>(float x) { f16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); return y; }
+// Two bf16 in a word, `low` in the lower half.
+DEVICE u32 pack_bf16(float low, float high) { u32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+
+DEVICE int dot4(int a, int b, int sum) { return __dp4a(a, b, sum); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// d += a b on 16 x 32 by 32 x 8 int8. With row = lane / 4 and quad = lane % 4: a[0] has row, inputs 4 quad + 0..3; a[1] row + 8;
+// a[2], a[3] the same with inputs 16 + 4 quad + 0..3; b[0], b[1] column `row` with those inputs; d[0], d[1] row, columns
+// 2 quad + 0..1; d[2], d[3] row + 8.
+DEVICE void mma_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same on 16 x 16 by 16 x 8 bf16, sums in f32: a[0] has row, inputs 2 quad + 0..1; a[2] inputs 8 + 2 quad + 0..1.
+DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 2-byte elements (rows of 16 bytes) from shared memory: lane i points at row i % 8 of matrix i / 8;
+// word m of a lane is the pair (lane / 4, lane % 4) of matrix m.
+DEVICE void load_matrices(u32 (&words)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(static_cast<u32>(__cvta_generic_to_shared(row))) : "memory");
+}
+
+// 16 bytes from global to shared memory behind the thread's back; zeros where not `valid`.
+DEVICE void copy_async(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(Pending) : "memory"); }
+
+// 16 bytes that are read once: not kept in the first-level cache.
+DEVICE uint4 load_once(const void* from) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+
+#endif
+
+typedef long long i64;
+typedef unsigned long long u64;
+
+// Codes, bf16 weights and what they multiply are padded to this many inputs.
+DEVICE int ld(int cols) { return (cols + 63) & ~63; }
+
+// Rounds to the nearest integer, halves to even, |x| < 2^22.
+DEVICE int round_even(float x) { return static_cast<int>(float_bits(__fadd_rn(x, 12582912.0f))) - 0x4b400000; }
+
+DEVICE float warp_sum(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+DEVICE double warp_sum(double x) {
+    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+DEVICE float warp_max(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
+
+DEVICE int warp_max(int x) {
+    for (int mask = 16; mask > 0; mask /= 2) { int other = shuffle_xor(x, mask); x = x > other ? x : other; }
+    return x;
+}
+
+DEVICE int minimum(int a, int b) { return a < b ? a : b; }
+DEVICE int maximum(int a, int b) { return a > b ? a : b; }
+DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }

@@ -1,0 +1,164 @@
+// Runs the kernel sources on the CPU, for tests: C++20. Threads of a block are fibers of one OS thread that take turns in an order
+// that the caller picks, so that a missing barrier shows; blocks run one after another. Start with `launch` in host.cpp.
+#pragma once
+
+#define STRATA_HOST
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned int u32;
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+struct uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace strata {
+
+struct Index { unsigned x, y, z; };
+
+// What one lane hands to the others of its warp.
+struct Message { u32 words[12]; const void* address; };
+
+struct Warp {
+    int live = 0, arrived = 0, generation = 0;
+    Message messages[2][32];
+};
+
+struct Thread {
+    Index thread, block, block_size, grid;
+    Warp* warp;
+    unsigned char* shared;  // the block's shared memory, dynamic part first
+    unsigned parity;        // which of the warp's message buffers is next
+};
+
+extern __thread Thread* current __attribute__((tls_model("initial-exec")));
+
+void block_barrier();
+void warp_barrier();
+// Memory of one declaration; the same for all threads and all calls, as on a GPU.
+void* declare_shared(int site, unsigned bytes);
+int new_site();
+
+// Hands `message` to the warp and returns everyone's. Buffers alternate: a lane can be one exchange ahead, never two.
+inline const Message* exchange(const Message& message) {
+    const unsigned parity = current->parity;
+    current->parity ^= 1;
+    Message* all = current->warp->messages[parity];
+    all[current->thread.x % 32] = message;
+    warp_barrier();
+    return all;
+}
+
+template <class T> T exchange_value(T value, unsigned lane) {
+    Message message;
+    std::memcpy(message.words, &value, sizeof value);
+    const Message* all = exchange(message);
+    std::memcpy(&value, all[lane % 32].words, sizeof value);
+    return value;
+}
+
+using Entry = void (*)(const void* kernel, void** arguments);
+
+template <class... A, std::size_t... I> void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<A*>(arguments[I])...);
+}
+
+struct Registration {
+    template <class... A> Registration(const char* name, unsigned threads, void (*kernel)(A...)) {
+        add(name, threads, reinterpret_cast<const void*>(kernel), [](const void* kernel, void** arguments) {
+            call(reinterpret_cast<void (*)(A...)>(const_cast<void*>(kernel)), arguments, std::index_sequence_for<A...>());
+        });
+    }
+    static void add(const char* name, unsigned threads, const void* kernel, Entry entry);
+};
+
+}  // namespace strata
+
+// Launches run one after another here.
+inline void depend() {}
+inline void prefetch(const void*) {}
+
+#define KERNEL(threads, name, parameters)                                            \
+    static void name parameters;                                                     \
+    static const strata::Registration name##_registration(#name, threads, &name);   \
+    static void name parameters
+#define DEVICE static inline
+#define SHARED(type, name, count)                          \
+    static const int name##_site = strata::new_site();     \
+    type* const name = static_cast<type*>(strata::declare_shared(name##_site, (count) * sizeof(type)))
+#define SHARED_ROWS(type, name, rows, cols)                \
+    static const int name##_site = strata::new_site();     \
+    type(*const name)[cols] = static_cast<type(*)[cols]>(strata::declare_shared(name##_site, (rows) * (cols) * sizeof(type)))
+#define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(strata::current->shared)
+
+#define threadIdx (strata::current->thread)
+#define blockIdx (strata::current->block)
+#define blockDim (strata::current->block_size)
+#define gridDim (strata::current->grid)
+
+inline void __syncthreads() { strata::block_barrier(); }
+inline void __syncwarp() { strata::warp_barrier(); }
+template <class T> T __ldg(const T* from) { return *from; }
+
+inline u32 float_bits(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
+inline float bits_float(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return bits_float(static_cast<u32>(x.bits) << 16); }
+float widen(f16 x);
+template <class T> T narrow(float x);
+template <> inline float narrow<float>(float x) { return x; }
+template <> inline bf16 narrow<bf16>(float x) {
+    const u32 bits = float_bits(x);
+    if (x != x) return {0x7fff};
+    return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <> f16 narrow<f16>(float x);
+inline u32 pack_bf16(float low, float high) { return narrow<bf16>(low).bits | static_cast<u32>(narrow<bf16>(high).bits) << 16; }
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+
+inline int dot4(int a, int b, int sum) {
+    for (int i = 0; i < 4; ++i) sum += static_cast<i8>(a >> 8 * i) * static_cast<i8>(b >> 8 * i);
+    return sum;
+}
+
+inline float shuffle(float x, int lane) { return strata::exchange_value(x, lane); }
+inline int shuffle(int x, int lane) { return strata::exchange_value(x, lane); }
+inline float shuffle_xor(float x, int mask) { return strata::exchange_value(x, threadIdx.x ^ mask); }
+inline double shuffle_xor(double x, int mask) { return strata::exchange_value(x, threadIdx.x ^ mask); }
+inline int shuffle_xor(int x, int mask) { return strata::exchange_value(x, threadIdx.x ^ mask); }
+
+void mma_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
+void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
+void load_matrices(u32 (&words)[4], const void* row);
+
+inline void copy_async(void* to, const void* from, bool valid) {
+    if (valid) std::memcpy(to, from, 16); else std::memset(to, 0, 16);
+}
+inline void copy_commit() {}
+template <int Pending> void copy_wait() {}
+inline uint4 load_once(const void* from) { uint4 x; std::memcpy(&x, from, 16); return x; }
+
+inline int atomicAdd(int* to, int x) { int old = *to; *to += x; return old; }
+inline unsigned atomicAdd(unsigned* to, unsigned x) { unsigned old = *to; *to += x; return old; }

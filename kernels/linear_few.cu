@@ -1,0 +1,355 @@
+// Linears for few tokens, bound by reading the weights once. A block has 16 rows of the weights and up to 8 tokens; its 8 warps
+// divide the inputs. Weights go from memory straight into the fragments of tensor-core products, 16 bytes a lane: a product
+// does not care in which order its inputs are taken, so lane (row, quad) of a warp takes 16 consecutive bytes of its row and
+// the activations are read in the same order.
+//
+// Integer results are exactly those of the CPU backend: int8 y = acc·(s_x·s_w); int4 y = (Σ_g acc_g·s_w[g])·s_x with the
+// groups in ascending order, product and sum rounded apart.
+#include "device.cuh"
+
+#define EXPERTS_PARAMETERS const int *tiles, const int *x_rows
+#define TAIL_PARAMETERS const float *bias, const float *residual, float *out, int out_stride
+
+namespace {
+
+constexpr int ROWS = 16;
+constexpr int TOKENS = 8;
+constexpr int WARPS = 8;
+
+// What a block computes: rows from `row`, `count` tokens from `first` with the weights of `expert`.
+struct Tile {
+    int row, expert, first, count;
+};
+
+DEVICE Tile tile_of_block(int tokens, const int* tiles) {
+    const int index = blockIdx.y, row = blockIdx.x * ROWS;
+    if (tiles) return {row, tiles[3 * index], tiles[3 * index + 1], tiles[3 * index + 2]};
+    return {row, 0, index * TOKENS, minimum(TOKENS, tokens - index * TOKENS)};
+}
+
+DEVICE int x_row(const Tile& tile, int token, const int* x_rows) {
+    const int pair = tile.first + token;
+    return x_rows ? x_rows[pair] : pair;
+}
+
+// product (+ bias) (+ residual) of token `token` and row `row`.
+DEVICE void finish(float product, int token, int row, TAIL_PARAMETERS) {
+    const i64 at = static_cast<i64>(token) * out_stride + row;
+    if (bias) product = product + bias[row];
+    if (residual) product = residual[at] + product;
+    out[at] = product;
+}
+
+// Asks for what the block reads first of its weights, rows of `bytes`, while the launch in front still runs. Experts are not known
+// before it is done.
+DEVICE void prefetch_rows(const void* w, i64 bytes, int rows, const int* tiles) {
+    if (tiles) return;
+    constexpr int LINE = 128, LINES = 32;  // of each row
+    const u8* base = static_cast<const u8*>(w);
+    for (int i = threadIdx.x; i < ROWS * LINES; i += blockDim.x) {
+        const int row = blockIdx.x * ROWS + i / LINES, at = i % LINES * LINE;
+        if (row < rows && at < bytes) prefetch(base + row * bytes + at);
+    }
+}
+
+DEVICE uint4 zero() { return make_uint4(0, 0, 0, 0); }
+
+DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
+
+}  // namespace
+
+KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    prefetch_rows(w, ld(cols), rows, tiles);
+    if (!tiles && threadIdx.x == 0) prefetch(w_scales + blockIdx.x * ROWS);
+    depend();
+    constexpr int UNROLL = 4;
+    SHARED(int, partial, WARPS * ROWS * TOKENS);
+    const Tile tile = tile_of_block(tokens, tiles);
+    if (tile.count == 0) return;
+    const int width = ld(cols), warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
+    w += static_cast<i64>(tile.expert) * rows * width;
+    w_scales += static_cast<i64>(tile.expert) * rows;
+    const i8* upper = w + static_cast<i64>(minimum(tile.row + line, rows - 1)) * width + quad * 16;
+    const i8* lower = w + static_cast<i64>(minimum(tile.row + line + 8, rows - 1)) * width + quad * 16;
+    const bool present = line < tile.count;
+    const i8* input = x + static_cast<i64>(present ? x_row(tile, line, x_rows) : 0) * width + quad * 16;
+    int sum[4] = {0, 0, 0, 0};
+    for (int start = warp * 64; start < width; start += WARPS * 64 * UNROLL) {
+        uint4 a[UNROLL], b[UNROLL], c[UNROLL];
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            const int at = start + i * WARPS * 64;
+            const bool inside = at < width;
+            a[i] = inside ? load_once(upper + at) : zero();
+            b[i] = inside ? load_once(lower + at) : zero();
+            c[i] = inside && present ? load(input + at) : zero();
+        }
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            mma_s8(sum, a[i].x, b[i].x, a[i].y, b[i].y, c[i].x, c[i].y);
+            mma_s8(sum, a[i].z, b[i].z, a[i].w, b[i].w, c[i].z, c[i].w);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) partial[warp * ROWS * TOKENS + (quad * 2 + i % 2) * ROWS + line + i / 2 * 8] = sum[i];
+    __syncthreads();
+    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
+    if (token >= tile.count || row >= rows) return;
+    int total = 0;
+    for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
+    const float scale = __fmul_rn(x_scales[x_row(tile, token, x_rows)], w_scales[row]);
+    finish(__fmul_rn(static_cast<float>(total), scale), tile.first + token, row, bias, residual, out, out_stride);
+}
+
+namespace {
+
+// int4 weights with PARTS groups in a segment of 128 inputs. `products` holds acc_g·s_w[g] of a window of 32 groups, twice, so
+// that the next window is computed while this one is added up.
+template <int PARTS>
+DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
+    constexpr int UNROLL = 4 / PARTS, WINDOW = 32, GROUP = 128 / PARTS;
+    const int width = ld(cols), groups = cols / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
+    const int upper_row = minimum(tile.row + line, rows - 1), lower_row = minimum(tile.row + line + 8, rows - 1);
+    const u8* upper = w + static_cast<i64>(upper_row) * (width / 2) + quad * 16;
+    const u8* lower = w + static_cast<i64>(lower_row) * (width / 2) + quad * 16;
+    const bf16* upper_scales = w_scales + static_cast<i64>(upper_row) * groups;
+    const bf16* lower_scales = w_scales + static_cast<i64>(lower_row) * groups;
+    const bool present = line < tile.count;
+    const i8* input = x + static_cast<i64>(present ? x_row(tile, line, x_rows) : 0) * width + quad * 32;
+    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
+    float total = 0.0f;
+    uint4 a[UNROLL], b[UNROLL], c[UNROLL], d[UNROLL];
+    const auto fetch = [&](int window) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            const int segment = window * (WINDOW / PARTS) + i * WARPS + warp;
+            const bool inside = segment * 128 + quad * 32 < width;
+            a[i] = inside ? load_once(upper + segment * 64) : zero();
+            b[i] = inside ? load_once(lower + segment * 64) : zero();
+            c[i] = inside && present ? load(input + segment * 128) : zero();
+            d[i] = inside && present ? load(input + segment * 128 + 16) : zero();
+        }
+    };
+    fetch(0);
+    for (int window = 0; window * WINDOW < groups; ++window) {
+        float* own = products + window % 2 * WINDOW * ROWS * TOKENS;
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            const u32 above[4] = {a[i].x, a[i].y, a[i].z, a[i].w}, below[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
+            const u32 low[4] = {c[i].x, c[i].y, c[i].z, c[i].w}, high[4] = {d[i].x, d[i].y, d[i].z, d[i].w};
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                const bool mine = quad * PARTS / 4 == part;
+                int sum[4] = {0, 0, 0, 0};
+                // Codes in the high half of a byte are 16 times themselves, which is divided out below.
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    mma_s8(sum, above[k] << 4 & 0xf0f0f0f0u, below[k] << 4 & 0xf0f0f0f0u, above[k] & 0xf0f0f0f0u, below[k] & 0xf0f0f0f0u,
+                           mine ? low[k] : 0, mine ? high[k] : 0);
+                const int slot = (i * WARPS + warp) * PARTS + part, group = window * WINDOW + slot;
+                const float above_scale = group < groups ? widen(upper_scales[group]) : 0.0f;
+                const float below_scale = group < groups ? widen(lower_scales[group]) : 0.0f;
+                float* to = own + slot * ROWS * TOKENS + quad * 2 * ROWS + line;
+                to[0] = __fmul_rn(static_cast<float>(sum[0] >> 4), above_scale);
+                to[ROWS] = __fmul_rn(static_cast<float>(sum[1] >> 4), above_scale);
+                to[8] = __fmul_rn(static_cast<float>(sum[2] >> 4), below_scale);
+                to[ROWS + 8] = __fmul_rn(static_cast<float>(sum[3] >> 4), below_scale);
+            }
+        }
+        if ((window + 1) * WINDOW < groups) fetch(window + 1);
+        __syncthreads();
+        if (token < tile.count) {
+            const int count = minimum(WINDOW, groups - window * WINDOW);
+            for (int i = 0; i < count; ++i) total = __fadd_rn(total, own[i * ROWS * TOKENS + threadIdx.x]);
+        }
+    }
+    if (token < tile.count && row < rows)
+        finish(__fmul_rn(total, x_scales[x_row(tile, token, x_rows)]), tile.first + token, row, bias, residual, out, out_stride);
+}
+
+}  // namespace
+
+KERNEL(256, few_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    prefetch_rows(w, ld(cols) / 2, rows, tiles);
+    prefetch_rows(w_scales, cols / group * 2, rows, tiles);
+    depend();
+    SHARED(float, products, 2 * 32 * ROWS * TOKENS);
+    const Tile tile = tile_of_block(tokens, tiles);
+    if (tile.count == 0) return;
+    w += static_cast<i64>(tile.expert) * rows * (ld(cols) / 2);
+    w_scales += static_cast<i64>(tile.expert) * rows * (cols / group);
+    if (group == 128) few_int4<1>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+    if (group == 64) few_int4<2>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+    if (group == 32) few_int4<4>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+}
+
+namespace {
+
+// The column's share of two activations: x = high + middle + low exactly, each a bf16; column % 4 says which, the fourth is 0.
+DEVICE u32 split(float first, float second, int part) {
+    const u32 high = pack_bf16(first, second);
+    first -= bits_float(high << 16);
+    second -= bits_float(high & 0xffff0000u);
+    const u32 middle = pack_bf16(first, second);
+    const u32 low = pack_bf16(first - bits_float(middle << 16), second - bits_float(middle & 0xffff0000u));
+    return part == 0 ? high : part == 1 ? middle : part == 2 ? low : 0;
+}
+
+// Two int8 codes, biased by 128, of bytes `at` and `at + 1` of a word, as bf16.
+DEVICE u32 widen_codes(u32 biased, int at) {
+    const float first = bits_float(0x4b000000u | (biased >> 8 * at & 0xff)) - 8388736.0f;
+    const float second = bits_float(0x4b000000u | (biased >> (8 * at + 8) & 0xff)) - 8388736.0f;
+    return pack_bf16(first, second);
+}
+
+enum Weights { BF16, INT8, INT4 };
+
+// Float activations. A product has 8 columns: the three parts of 2 tokens; 4 products serve 8 tokens. KIND: how 16 bytes of
+// weights are read: as 8 bf16, 16 int8 or 32 int4.
+template <Weights KIND>
+DEVICE void few_float(const void* weights, const void* w_scales, int group, const float* x, int x_stride, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
+    constexpr int INPUTS = KIND == BF16 ? 8 : KIND == INT8 ? 16 : 32, PAIRS = INPUTS / 2, SETS = TOKENS / 2;
+    SHARED(float, partial, WARPS * ROWS * TOKENS);
+    const int width = ld(cols), bytes = width / INPUTS * 16, warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
+    const u8* base = static_cast<const u8*>(weights) + static_cast<i64>(tile.expert) * rows * bytes;
+    const int upper_row = minimum(tile.row + line, rows - 1), lower_row = minimum(tile.row + line + 8, rows - 1);
+    const u8* upper = base + static_cast<i64>(upper_row) * bytes;
+    const u8* lower = base + static_cast<i64>(lower_row) * bytes;
+    const int groups = KIND == INT4 ? cols / group : 1;
+    const bf16* group_scales = static_cast<const bf16*>(w_scales) + static_cast<i64>(tile.expert) * rows * groups;
+    const int part = line % 4;
+    const float* inputs[SETS];
+    bool present[SETS];
+#pragma unroll
+    for (int set = 0; set < SETS; ++set) {
+        present[set] = set * 2 + line / 4 < tile.count;
+        inputs[set] = x + static_cast<i64>(present[set] ? x_row(tile, set * 2 + line / 4, x_rows) : 0) * x_stride;
+    }
+    const bool wide = x_stride % 4 == 0 && cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
+    float sums[SETS][4] = {};
+    constexpr int AHEAD = 2;
+    for (int start = warp; start * 4 * INPUTS < width; start += WARPS * AHEAD) {
+        uint4 above_held[AHEAD], below_held[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;
+            above_held[i] = at < width ? load_once(upper + at / INPUTS * 16) : zero();
+            below_held[i] = at < width ? load_once(lower + at / INPUTS * 16) : zero();
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;  // this lane's first input
+            const bool inside = at < width;
+            const u32 above[4] = {above_held[i].x, above_held[i].y, above_held[i].z, above_held[i].w};
+            const u32 below[4] = {below_held[i].x, below_held[i].y, below_held[i].z, below_held[i].w};
+            float above_scale = 1.0f, below_scale = 1.0f;
+            if (KIND == INT4) {
+                // A lane's 32 inputs lie in one group. The scale goes into the weight: code·scale is exact in f32.
+                above_scale = inside && at < cols ? widen(group_scales[static_cast<i64>(upper_row) * groups + at / group]) : 0.0f;
+                below_scale = inside && at < cols ? widen(group_scales[static_cast<i64>(lower_row) * groups + at / group]) : 0.0f;
+            }
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; pair += 2) {
+                // Inputs offset, offset + 1 and offset + 2, offset + 3 from `at`.
+                int offset = pair * 2;
+                u32 a[4];
+                u32 scaled_high[4], scaled_low[4];
+                if (KIND == BF16) {
+                    a[0] = above[pair], a[1] = below[pair], a[2] = above[pair + 1], a[3] = below[pair + 1];
+                } else if (KIND == INT8) {
+                    const u32 first = above[pair / 2] ^ 0x80808080u, second = below[pair / 2] ^ 0x80808080u;
+                    a[0] = widen_codes(first, 0), a[1] = widen_codes(second, 0), a[2] = widen_codes(first, 2), a[3] = widen_codes(second, 2);
+                } else {
+                    const int word = pair / 2 % 4;
+                    const bool high = pair / 2 >= 4;
+                    const u32 first = (above[word] >> (high ? 4 : 0) & 0x0f0f0f0fu) ^ 0x08080808u, second = (below[word] >> (high ? 4 : 0) & 0x0f0f0f0fu) ^ 0x08080808u;
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const u32 from = i % 2 ? second : first;
+                        const float scale = i % 2 ? below_scale : above_scale;
+                        const int byte = i / 2 * 2;
+                        const float one = (bits_float(0x4b000000u | (from >> 8 * byte & 0xff)) - 8388616.0f) * scale;
+                        const float two = (bits_float(0x4b000000u | (from >> (8 * byte + 8) & 0xff)) - 8388616.0f) * scale;
+                        scaled_high[i] = pack_bf16(one, two);
+                        scaled_low[i] = pack_bf16(one - bits_float(scaled_high[i] << 16), two - bits_float(scaled_high[i] & 0xffff0000u));
+                    }
+                    a[0] = scaled_high[0], a[1] = scaled_high[1], a[2] = scaled_high[2], a[3] = scaled_high[3];
+                }
+#pragma unroll
+                for (int set = 0; set < SETS; ++set) {
+                    if (set * 2 >= tile.count) continue;
+                    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    const int first = at + offset;
+                    if (present[set] && wide && first < cols) {
+                        const float4 four = *reinterpret_cast<const float4*>(inputs[set] + first);
+                        values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+                    } else if (present[set]) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) if (first + i < cols) values[i] = inputs[set][first + i];
+                    }
+                    const u32 b0 = split(values[0], values[1], part), b1 = split(values[2], values[3], part);
+                    mma_bf16(sums[set], a[0], a[1], a[2], a[3], b0, b1);
+                    if (KIND == INT4) mma_bf16(sums[set], scaled_low[0], scaled_low[1], scaled_low[2], scaled_low[3], b0, b1);
+                }
+            }
+        }
+    }
+    // Columns 4 t … 4 t + 2 of a set are the parts of its token t; quads 2 t and 2 t + 1 hold them.
+#pragma unroll
+    for (int set = 0; set < SETS; ++set) {
+        const float upper_half = sums[set][0] + sums[set][1], lower_half = sums[set][2] + sums[set][3];
+        const float upper_sum = upper_half + shuffle_xor(upper_half, 1), lower_sum = lower_half + shuffle_xor(lower_half, 1);
+        if (quad % 2 == 0) {
+            float* to = partial + warp * ROWS * TOKENS + (set * 2 + quad / 2) * ROWS + line;
+            to[0] = upper_sum;
+            to[8] = lower_sum;
+        }
+    }
+    __syncthreads();
+    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
+    if (token >= tile.count || row >= rows) return;
+    float total = 0.0f;
+    for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
+    if (KIND == INT8) total *= static_cast<const float*>(w_scales)[static_cast<i64>(tile.expert) * rows + row];
+    finish(total, tile.first + token, row, bias, residual, out, out_stride);
+}
+
+}  // namespace
+
+KERNEL(256, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    prefetch_rows(w, ld(cols) * 2, rows, tiles);
+    depend();
+    const Tile tile = tile_of_block(tokens, tiles);
+    if (tile.count > 0) few_float<BF16>(w, nullptr, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+}
+
+KERNEL(256, few_w8a16, (const i8* w, const float* w_scales, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    prefetch_rows(w, ld(cols), rows, tiles);
+    depend();
+    const Tile tile = tile_of_block(tokens, tiles);
+    if (tile.count > 0) few_float<INT8>(w, w_scales, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+}
+
+KERNEL(256, few_w4a16, (const u8* w, const bf16* w_scales, int group, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    prefetch_rows(w, ld(cols) / 2, rows, tiles);
+    depend();
+    const Tile tile = tile_of_block(tokens, tiles);
+    if (tile.count > 0) few_float<INT4>(w, w_scales, group, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+}
+
+// f32 weights, two rows a warp.
+KERNEL(256, few_f32, (const float* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
+    const Tile tile = tile_of_block(tokens, tiles);
+    const int lane = threadIdx.x % 32;
+    for (int row = tile.row + threadIdx.x / 32; row < minimum(tile.row + ROWS, rows); row += WARPS) {
+        const float* weights = w + (static_cast<i64>(tile.expert) * rows + row) * cols;
+        for (int token = 0; token < tile.count; ++token) {
+            const float* input = x + static_cast<i64>(x_row(tile, token, x_rows)) * x_stride;
+            float sum = 0.0f;
+            for (int c = lane; c < cols; c += 32) sum = fmaf(weights[c], input[c], sum);
+            sum = warp_sum(sum);
+            if (lane == 0) finish(sum, tile.first + token, row, bias, residual, out, out_stride);
+        }
+    }
+}

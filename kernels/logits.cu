@@ -1,0 +1,91 @@
+// What is asked of logits, without bringing them to the host. One block a row; results in f64.
+#include "device.cuh"
+
+namespace {
+
+constexpr int WARPS = 8;
+constexpr int RUN = 8;  // exponentials that are added in f32 before they go into the f64 sum
+
+struct Top {
+    float value;
+    int index;
+};
+
+DEVICE Top better(Top a, Top b) { return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a; }
+
+// The first largest value of the row, for all threads.
+DEVICE Top largest(const float* row, int cols) {
+    SHARED(float, values, WARPS);
+    SHARED(int, indices, WARPS);
+    Top top = {-INFINITY, cols};
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+        if (row[c] > top.value) top = {row[c], c};
+    for (int mask = 16; mask > 0; mask /= 2) top = better(top, {shuffle_xor(top.value, mask), shuffle_xor(top.index, mask)});
+    __syncthreads();  // an earlier call's values have been read
+    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top.value, indices[threadIdx.x / 32] = top.index;
+    __syncthreads();
+    top = {values[0], indices[0]};
+    for (int warp = 1; warp < WARPS; ++warp) top = better(top, {values[warp], indices[warp]});
+    return top;
+}
+
+DEVICE double block_sum(double x) {
+    SHARED(double, partial, WARPS);
+    x = warp_sum(x);
+    __syncthreads();  // an earlier call's values have been read
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    double total = 0.0;
+    for (int warp = 0; warp < WARPS; ++warp) total += partial[warp];
+    return total;
+}
+
+// log Σ exp(row − max).
+DEVICE double log_sum(const float* row, int cols, float max) {
+    double total = 0.0;
+    for (int start = threadIdx.x; start < cols; start += blockDim.x * RUN) {
+        float sum = 0.0f;
+        for (int i = 0; i < RUN; ++i) {
+            const int c = start + i * blockDim.x;
+            if (c < cols) sum += expf(row[c] - max);
+        }
+        total += static_cast<double>(sum);
+    }
+    return log(block_sum(total));
+}
+
+}  // namespace
+
+KERNEL(256, log_probability, (const float* logits, int cols, const int* rows, const int* tokens, double* log_probability, int* is_top)) {
+    depend();
+    const float* row = logits + static_cast<i64>(rows[blockIdx.x]) * cols;
+    const int token = tokens[blockIdx.x];
+    const Top top = largest(row, cols);
+    const double sum = log_sum(row, cols, top.value);
+    if (threadIdx.x > 0) return;
+    log_probability[blockIdx.x] = static_cast<double>(row[token] - top.value) - sum;
+    is_top[blockIdx.x] = top.index == token;
+}
+
+KERNEL(256, divergence, (const float* reference, const float* logits, int cols, double* kl, int* same_top)) {
+    depend();
+    const float* p = reference + static_cast<i64>(blockIdx.x) * cols;
+    const float* q = logits + static_cast<i64>(blockIdx.x) * cols;
+    const Top p_top = largest(p, cols), q_top = largest(q, cols);
+    const double p_sum = log_sum(p, cols, p_top.value), q_sum = log_sum(q, cols, q_top.value);
+    double total = 0.0;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+        const double log_p = static_cast<double>(p[c] - p_top.value) - p_sum, log_q = static_cast<double>(q[c] - q_top.value) - q_sum;
+        total += exp(log_p) * (log_p - log_q);
+    }
+    total = block_sum(total);
+    if (threadIdx.x > 0) return;
+    kl[blockIdx.x] = total > 0.0 ? total : 0.0;
+    same_top[blockIdx.x] = p_top.index == q_top.index;
+}
+
+KERNEL(256, argmax, (const float* logits, int cols, int* out)) {
+    depend();
+    const Top top = largest(logits + static_cast<i64>(blockIdx.x) * cols, cols);
+    if (threadIdx.x == 0) out[blockIdx.x] = top.index;
+}

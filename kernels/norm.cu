@@ -1,0 +1,233 @@
+// Norms and relu², and the forms in which they hand a row on: floats, int8 codes with a scale, either after a block-Hadamard
+// transform. One block a token; the row stays in shared memory, so that it is read and written once. With one token a single
+// block works, so what counts is how much it has under way: rows are read four vectors a thread at a time.
+#include "device.cuh"
+
+#define EMIT_PARAMETERS float *out, i8 *codes, float *scales, const float *static_scale, int hadamard
+#define EMIT_ARGUMENTS out, codes, scales, static_scale, hadamard
+
+namespace {
+
+constexpr int THREADS = 1024;
+constexpr int MAX_GROUPS = 256;
+constexpr int AHEAD = 4;  // vectors of four that a thread reads before it uses the first
+
+// Where value c of the row lies in shared memory: one place is left out after 32, so that strides of 16 and 32 meet different banks.
+DEVICE int place(int c) { return c + (c >> 5); }
+
+// Sum (or maximum) over the block's threads; every thread gets it.
+DEVICE float block_sum(float x, float* partial) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0.0f;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) total += partial[warp];
+    return total;
+}
+
+DEVICE int block_max(int x, int* partial) {
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    int largest = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) largest = maximum(largest, partial[warp]);
+    return largest;
+}
+
+// Asks for a norm's weight while the launch in front still runs.
+DEVICE void prefetch_weight(const float* weight, int cols) {
+    for (int c = threadIdx.x * 32; c < cols; c += blockDim.x * 32) prefetch(weight + c);
+}
+
+DEVICE bool aligned(const void* a) { return reinterpret_cast<u64>(a) % 16 == 0; }
+
+// Calls `use(c, value)` for every c below `cols` that is this thread's, with the value at from[c]. A warp's values of one vector
+// lie together: `from` is read in order.
+template <class F> DEVICE void read_row(const float* from, int cols, F use) {
+    if (cols % 4 != 0 || !aligned(from)) {
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) use(c, from[c]);
+        return;
+    }
+    const float4* vectors = reinterpret_cast<const float4*>(from);
+    for (int start = threadIdx.x; start < cols / 4; start += blockDim.x * AHEAD) {
+        float4 held[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = start + i * blockDim.x;
+            if (at < cols / 4) held[i] = vectors[at];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = start + i * blockDim.x;
+            if (at >= cols / 4) break;
+            use(4 * at, held[i].x), use(4 * at + 1, held[i].y), use(4 * at + 2, held[i].z), use(4 * at + 3, held[i].w);
+        }
+    }
+}
+
+// BITS stages of the transform at once, on values 2^shift apart.
+template <int BITS> DEVICE void stages(float* row, int cols, int shift, float scale, bool last) {
+    constexpr int COUNT = 1 << BITS;
+    for (int index = threadIdx.x; index < cols >> BITS; index += blockDim.x) {
+        const int first = (index >> shift << (shift + BITS)) | (index & ((1 << shift) - 1));
+        float held[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) held[i] = row[place(first + (i << shift))];
+#pragma unroll
+        for (int half = 1; half < COUNT; half *= 2)
+#pragma unroll
+            for (int pair = 0; pair < COUNT / 2; ++pair) {
+                const int at = pair / half * 2 * half + pair % half;
+                const float a = held[at], b = held[at + half];
+                held[at] = a + b;
+                held[at + half] = a - b;
+            }
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) row[place(first + (i << shift))] = last ? __fmul_rn(held[i], scale) : held[i];
+    }
+    __syncthreads();
+}
+
+// Orthonormal Hadamard transform of each `size` values of the row, Sylvester's order.
+DEVICE void transform(float* row, int cols, int size) {
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(size)));
+    int bits = 0;
+    while (1 << (bits + 1) <= size) ++bits;
+    for (int shift = 0; shift < bits;) {
+        const int left = bits - shift;
+        if (left >= 4) stages<4>(row, cols, shift, scale, left == 4), shift += 4;
+        else if (left == 3) stages<3>(row, cols, shift, scale, true), shift += 3;
+        else if (left == 2) stages<2>(row, cols, shift, scale, true), shift += 2;
+        else stages<1>(row, cols, shift, scale, true), shift += 1;
+    }
+}
+
+// Bits of |x|, which compare like the magnitudes themselves, NaN above all.
+DEVICE int magnitude(float x) { return static_cast<int>(float_bits(x) & 0x7fffffff); }
+
+// round-half-even(x / scale) within ±127. The product with the reciprocal is within 2^-15 of the quotient: only where it lies near
+// the middle between two codes, or is no number, is the division made.
+DEVICE u32 code_of(float x, float scale, float reciprocal) {
+    float ratio = __fmul_rn(x, reciprocal);
+    if (!(fabsf(__fsub_rn(ratio, __fsub_rn(__fadd_rn(ratio, 12582912.0f), 12582912.0f))) < 0.4999f)) ratio = __fdiv_rn(x, scale);
+    return static_cast<u32>(round_even(fminf(fmaxf(ratio, -127.0f), 127.0f))) & 0xff;
+}
+
+// Hands on the block's row, which all threads have written, `largest` being the largest magnitude among what the thread wrote:
+// scale = absmax / 127, code = round-half-even(x / scale). A row of zeros has scale 0 and codes 0; a row with a NaN has a NaN for
+// its scale.
+DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
+    SHARED(int, partial, THREADS / 32);
+    const i64 token = blockIdx.x;
+    __syncthreads();
+    if (hadamard > 1) {
+        transform(row, cols, hadamard);
+        largest = 0;
+#pragma unroll 8
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) largest = maximum(largest, magnitude(row[place(c)]));
+    }
+    if (out) for (int c = threadIdx.x; c < cols; c += blockDim.x) out[token * cols + c] = row[place(c)];
+    if (!codes) return;
+    const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(block_max(largest, partial))), 127.0f);
+    const float reciprocal = __fdiv_rn(1.0f, scale);
+    if (threadIdx.x == 0) scales[token] = scale;
+    const int width = ld(cols);
+    u32* words = reinterpret_cast<u32*>(codes + token * width);
+#pragma unroll 2
+    for (int word = threadIdx.x; word < width / 4; word += blockDim.x) {
+        u32 packed = 0;
+        const float* four = row + place(4 * word);
+        if (scale > 0.0f) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (4 * word + i < cols) packed |= code_of(four[i], scale, reciprocal) << 8 * i;
+        }
+        words[word] = packed;
+    }
+}
+
+}  // namespace
+
+KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, EMIT_PARAMETERS)) {
+    prefetch_weight(weight, cols);
+    depend();
+    DYNAMIC_SHARED(float, row);
+    SHARED(float, partial, THREADS / 32);
+    float sum = 0.0f;
+    read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
+        row[place(c)] = value;
+        sum = fmaf(value, value, sum);
+    });
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(block_sum(sum, partial) / static_cast<float>(cols) + eps));
+    // Each thread meets the values again that it wrote.
+    int largest = 0;
+    read_row(weight, cols, [&](int c, float value) {
+        const float result = row[place(c)] * scale * value;
+        row[place(c)] = result;
+        largest = maximum(largest, magnitude(result));
+    });
+    emit_row(row, cols, largest, EMIT_ARGUMENTS);
+}
+
+KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_stride, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
+    prefetch_weight(weight, cols);
+    depend();
+    DYNAMIC_SHARED(float, row);
+    SHARED(float, sums, MAX_GROUPS);
+    SHARED(float, factors, MAX_GROUPS);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    y += static_cast<i64>(blockIdx.x) * cols;
+    projected += static_cast<i64>(blockIdx.x) * projected_stride;
+#pragma unroll 4
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) row[place(c)] = __ldg(y + c) * silu(__ldg(projected + c));
+    __syncthreads();
+    // Each group is a few warps', each of which adds up a part.
+    const int groups = cols / group, sharing = maximum(1, warps / groups);
+    for (int index = warp; index < groups * sharing; index += warps) {
+        const int first = index / sharing * group;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int c = index % sharing * 32 + lane; c < group; c += 32 * sharing) sum = fmaf(row[place(first + c)], row[place(first + c)], sum);
+        sum = warp_sum(sum);
+        if (lane == 0) sums[index] = sum;
+    }
+    __syncthreads();
+    for (int index = threadIdx.x; index < groups; index += blockDim.x) {
+        float sum = 0.0f;
+        for (int part = 0; part < sharing; ++part) sum += sums[index * sharing + part];
+        factors[index] = __fdiv_rn(1.0f, __fsqrt_rn(sum / static_cast<float>(group) + eps));
+    }
+    __syncthreads();
+    int largest = 0, shift = -1;
+    if ((group & (group - 1)) == 0)
+        for (shift = 0; 1 << shift < group;) ++shift;
+    read_row(weight, cols, [&](int c, float value) {
+        const float result = row[place(c)] * factors[shift < 0 ? c / group : c >> shift] * value;
+        row[place(c)] = result;
+        largest = maximum(largest, magnitude(result));
+    });
+    emit_row(row, cols, largest, EMIT_ARGUMENTS);
+}
+
+KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
+    depend();
+    DYNAMIC_SHARED(float, row);
+    int largest = 0;
+    read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
+        const float positive = fmaxf(value, 0.0f);
+        row[place(c)] = positive * positive;
+        largest = maximum(largest, magnitude(positive * positive));
+    });
+    emit_row(row, cols, largest, EMIT_ARGUMENTS);
+}
+
+KERNEL(1024, emit, (const float* x, int cols, EMIT_PARAMETERS)) {
+    depend();
+    DYNAMIC_SHARED(float, row);
+    int largest = 0;
+    read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
+        row[place(c)] = value;
+        largest = maximum(largest, magnitude(value));
+    });
+    emit_row(row, cols, largest, EMIT_ARGUMENTS);
+}

@@ -1,0 +1,578 @@
+//! Bit allocation: the plan with the least predicted divergence within a budget, from measured sensitivities.
+//!
+//! Losses of units add up (a second-order expansion without its cross terms), so the best plan is a multiple-choice
+//! knapsack: [`Solution::new`] solves it for every budget at once, [`Solution::find`] looks a budget up. How far losses
+//! really add up is known from plans that were put together and measured; [`Correction`] is learned from them.
+
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::knapsack::{Choice, Front};
+use super::sensitivity::{Loss, Sensitivities, UnitLosses};
+use crate::checkpoint::Layout;
+use crate::error::{Error, Result};
+use crate::format::{Format, Plan, Selector};
+use crate::quant::Override;
+
+/// What a plan may take, or lose.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// Stored bits a weight of the blocks' linears, scales included.
+    Bits(f64),
+    /// Bytes of the blocks' linears.
+    LinearBytes(u64),
+    /// Bytes of the whole model.
+    ModelBytes(u64),
+    /// The cheapest plan whose corrected prediction is at most so many nats a token.
+    Kld(f64),
+    /// A share (0…1) of the way from the cheapest plan to the dearest.
+    Share(f64),
+}
+
+/// Which activation bits plans may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activations {
+    Int8,
+    Float,
+    Any,
+}
+
+impl Activations {
+    fn allow(self, format: Format) -> bool {
+        match self {
+            Self::Int8 => format.quantizes_activations(),
+            Self::Float => !format.quantizes_activations(),
+            Self::Any => true,
+        }
+    }
+}
+
+impl FromStr for Activations {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "8" => Ok(Self::Int8),
+            "16" => Ok(Self::Float),
+            "any" => Ok(Self::Any),
+            _ => Err(Error::input(format!("activations of `{text}` bits are not known")).hint("write 8, 16 or any")),
+        }
+    }
+}
+
+/// What counts as loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Objective {
+    /// Measured end to end.
+    Kld,
+    /// Relative squared error of the block's output: what is known without running the model behind it.
+    OutputError,
+}
+
+/// A question.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AllocateRequest {
+    /// Gives the formats of embedding and head.
+    pub base: Plan,
+    pub budget: Budget,
+    /// Formats that plans may use; `None`: all that were measured.
+    pub formats: Option<Vec<Format>>,
+    pub activations: Activations,
+    /// Parts that keep a format.
+    pub pins: Vec<Override>,
+    /// All linears of a block take one format.
+    pub whole_blocks: bool,
+    pub objective: Objective,
+}
+
+impl AllocateRequest {
+    /// `budget` with int8 activations and no pins; embedding and head as in `base`.
+    pub fn new(base: Plan, budget: Budget) -> Self {
+        Self {
+            base,
+            budget,
+            formats: None,
+            activations: Activations::Int8,
+            pins: Vec::new(),
+            whole_blocks: false,
+            objective: Objective::Kld,
+        }
+    }
+}
+
+/// Maps the sum of losses to the divergence that such plans were measured to have: `measured = scale · predictedᵖ`, fitted
+/// to the checks by least squares of logarithms. It is monotone, so it moves no plan, only what plans are said to lose.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Correction {
+    pub scale: f64,
+    pub power: f64,
+}
+
+/// A mean deviation (of logarithms) of measured from predicted below this needs no correction.
+const TOLERATED: f64 = 0.05;
+
+impl Correction {
+    /// From what was measured; `None` where predictions hold or there are fewer than three checks.
+    pub fn learn(losses: &Sensitivities) -> Option<Self> {
+        let points: Vec<(f64, f64)> = losses
+            .checks
+            .iter()
+            .filter(|check| check.predicted > 0.0 && check.measured > 0.0)
+            .map(|check| (check.predicted.ln(), check.measured.ln()))
+            .collect();
+        let n = points.len() as f64;
+        let off = points.iter().map(|(x, y)| (y - x).abs()).sum::<f64>() / n.max(1.0);
+        if points.len() < 3 || off < TOLERATED {
+            return None;
+        }
+        let (mean_x, mean_y) = (points.iter().map(|p| p.0).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n);
+        let variance: f64 = points.iter().map(|(x, _)| (x - mean_x).powi(2)).sum();
+        let covariance: f64 = points.iter().map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
+        let power = if variance > 0.0 && covariance > 0.0 { covariance / variance } else { 1.0 };
+        Some(Self { scale: (mean_y - power * mean_x).exp(), power })
+    }
+
+    /// What a plan with this sum of losses is expected to lose.
+    pub fn apply(self, predicted: f64) -> f64 {
+        self.scale * predicted.powf(self.power)
+    }
+}
+
+/// What one unit takes in a plan, and what its neighbours in format would change.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct UnitChoice {
+    pub unit: String,
+    pub block: usize,
+    pub format: Format,
+    pub bytes: u64,
+    pub kld: f64,
+    /// The next cheaper and the next dearer format that the request allows.
+    pub cheaper: Option<Exchange>,
+    pub dearer: Option<Exchange>,
+    /// The request leaves no choice.
+    pub pinned: bool,
+}
+
+/// Another format of a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Exchange {
+    pub format: Format,
+    /// Bytes and nats that it takes and loses more (or less).
+    pub bytes: i64,
+    pub kld: f64,
+}
+
+impl Exchange {
+    /// Nats that a megabyte is worth in this exchange.
+    pub fn price(&self) -> f64 {
+        if self.bytes == 0 { 0.0 } else { -self.kld / (self.bytes as f64 / 1e6) }
+    }
+}
+
+/// A plan on the front.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Allocation {
+    pub plan: Plan,
+    pub linear_bytes: u64,
+    pub total_bytes: u64,
+    pub bits_per_weight: f64,
+    /// Sum of losses, embedding and head included.
+    pub predicted_kld: f64,
+    /// With what was learned from measured plans.
+    pub corrected_kld: f64,
+    /// How much less the best plan of the same bytes may lose at most, as a share; 0 where the solution is exact.
+    pub gap: f64,
+    /// Nats that a further megabyte is worth.
+    pub price: f64,
+    pub units: Vec<UnitChoice>,
+}
+
+/// A point of the front.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct FrontPoint {
+    pub linear_bytes: u64,
+    pub bits_per_weight: f64,
+    pub predicted_kld: f64,
+    pub corrected_kld: f64,
+}
+
+/// Units that take a format together, with what they may take.
+struct Item<'a> {
+    units: Vec<&'a UnitLosses>,
+    /// Formats by ascending bytes.
+    formats: Vec<Format>,
+}
+
+impl Item<'_> {
+    fn sum(&self, format: Format) -> Option<Loss> {
+        let mut losses = self.units.iter().map(|unit| unit.loss(format).copied());
+        let first = losses.next()??;
+        losses.try_fold(first, |sum, loss| {
+            let loss = loss?;
+            Some(Loss { bytes: sum.bytes + loss.bytes, kld: sum.kld + loss.kld, output_error: sum.output_error + loss.output_error, ..sum })
+        })
+    }
+}
+
+/// Every plan worth having.
+pub struct Solution<'a> {
+    layout: &'a Layout,
+    base: Plan,
+    ends_kld: f64,
+    objective: Objective,
+    items: Vec<Item<'a>>,
+    front: Front,
+    correction: Option<Correction>,
+}
+
+impl<'a> Solution<'a> {
+    /// Solves for every budget; that of `request` is not looked at.
+    pub fn new(losses: &'a Sensitivities, layout: &'a Layout, request: &AllocateRequest) -> Result<Self> {
+        let items = items(losses, layout, request)?;
+        let loss = |loss: Loss| match request.objective {
+            Objective::Kld => loss.kld,
+            Objective::OutputError => loss.output_error,
+        };
+        let choices: Vec<Vec<Choice>> = items
+            .iter()
+            .map(|item| {
+                let choice = |format: &Format| item.sum(*format).map(|sum| Choice { cost: sum.bytes, loss: loss(sum) });
+                item.formats.iter().filter_map(choice).collect()
+            })
+            .collect();
+        let front = Front::solve(&choices).ok_or_else(|| Error::input("a part of the model may take no format"))?;
+        Ok(Self {
+            layout,
+            base: request.base.clone(),
+            ends_kld: losses.ends_kld,
+            objective: request.objective,
+            items,
+            front,
+            correction: Correction::learn(losses),
+        })
+    }
+
+    /// What was learned from measured plans, if predictions were off.
+    pub fn correction(&self) -> Option<Correction> {
+        self.correction
+    }
+
+    fn corrected(&self, predicted: f64) -> f64 {
+        self.correction.map_or(predicted, |correction| correction.apply(predicted))
+    }
+
+    /// The plans by ascending bytes.
+    pub fn front(&self) -> Vec<FrontPoint> {
+        let weights = self.layout.linear_weights() as f64;
+        let point = |index: usize| {
+            let cost = self.front.points()[index].cost;
+            let predicted = self.ends_kld + self.front.points()[index].loss;
+            FrontPoint {
+                linear_bytes: cost,
+                bits_per_weight: 8.0 * cost as f64 / weights,
+                predicted_kld: predicted,
+                corrected_kld: self.corrected(predicted),
+            }
+        };
+        (0..self.front.points().len()).map(point).collect()
+    }
+
+    /// Bytes that the model takes beside the blocks' linears.
+    fn other_bytes(&self) -> u64 {
+        self.layout.total_bytes(&self.base) - self.layout.linear_bytes(&self.base)
+    }
+
+    /// Index in the front of the plan for `budget`. One that cannot be met is an error that says the least that can.
+    pub fn find(&self, budget: Budget) -> Result<usize> {
+        let points = self.front.points();
+        let (least, most) = (self.front.least_cost(), points.last().map_or(0, |point| point.cost));
+        let weights = self.layout.linear_weights() as f64;
+        let allowed = match budget {
+            Budget::Bits(bits) => (bits * weights / 8.0).max(0.0) as u64,
+            Budget::LinearBytes(bytes) => bytes,
+            Budget::ModelBytes(bytes) => bytes.saturating_sub(self.other_bytes()),
+            Budget::Share(share) => least + (share.clamp(0.0, 1.0) * (most - least) as f64) as u64,
+            Budget::Kld(ceiling) => {
+                let index = points.partition_point(|point| self.corrected(self.ends_kld + point.loss) > ceiling);
+                return if index < points.len() {
+                    Ok(index)
+                } else {
+                    let best = points.last().map_or(0.0, |point| self.corrected(self.ends_kld + point.loss));
+                    Err(Error::input(format!(
+                        "no plan is predicted to lose as little as {ceiling:.2e} nats a token: the best loses {best:.2e}"
+                    ))
+                    .hint("allow wider formats, 16-bit activations, or a recipe with a wider embedding and head"))
+                };
+            }
+        };
+        self.front.within(allowed).ok_or_else(|| {
+            let asked = match budget {
+                Budget::Bits(bits) => format!("{bits} bits a weight"),
+                Budget::ModelBytes(bytes) => format!("a model of {bytes} bytes"),
+                _ => format!("linears of {allowed} bytes"),
+            };
+            let smallest = match budget {
+                Budget::ModelBytes(_) => format!("{} bytes", least + self.other_bytes()),
+                Budget::Bits(_) => {
+                    format!("{:.3} bits a weight ({least} bytes of linears)", (8000.0 * least as f64 / weights).ceil() / 1000.0)
+                }
+                _ => format!("{least} bytes"),
+            };
+            Error::input(format!("no plan takes {asked}: the smallest that is possible takes {smallest}"))
+                .hint("raise the budget, allow narrower formats, or remove pins")
+        })
+    }
+
+    /// The plan at `index` of the front.
+    pub fn at(&self, index: usize) -> Allocation {
+        let options = self.front.options(index);
+        let mut plan = self.base.clone();
+        let mut units: Vec<(Format, &UnitLosses)> = Vec::new();
+        for (item, option) in self.items.iter().zip(&options) {
+            units.extend(item.units.iter().map(|unit| (item.formats[*option], *unit)));
+        }
+        write_plan(&mut plan, self.layout, &units);
+        let predicted: f64 = self.ends_kld + units.iter().filter_map(|(format, unit)| unit.loss(*format)).map(|loss| loss.kld).sum::<f64>();
+        let cost = self.front.points()[index].cost;
+        let choices = self.items.iter().zip(&options).flat_map(|(item, option)| explain(item, *option)).collect();
+        Allocation {
+            linear_bytes: self.layout.linear_bytes(&plan),
+            total_bytes: self.layout.total_bytes(&plan),
+            bits_per_weight: self.layout.bits_per_weight(&plan),
+            plan,
+            predicted_kld: predicted,
+            corrected_kld: self.corrected(predicted),
+            gap: if self.objective == Objective::Kld { self.front.gap(index, cost) } else { 0.0 },
+            price: 1e6 * self.front.price(cost),
+            units: choices,
+        }
+    }
+}
+
+/// The plan for one budget.
+pub fn allocate(losses: &Sensitivities, layout: &Layout, request: &AllocateRequest) -> Result<Allocation> {
+    let solution = Solution::new(losses, layout, request)?;
+    Ok(solution.at(solution.find(request.budget)?))
+}
+
+/// Gives each block the format of most of its weights, and a format of its own to every linear that has another one.
+pub fn write_plan(plan: &mut Plan, layout: &Layout, units: &[(Format, &UnitLosses)]) {
+    plan.blocks.resize(layout.blocks.len(), Format::W16A16);
+    for block in &layout.blocks {
+        let own = || units.iter().filter(|(_, unit)| unit.block == block.index);
+        let weights = |format: Format| own().filter(|(other, _)| *other == format).map(|(_, unit)| unit.weights).sum::<u64>();
+        let Some(most) = own().map(|(format, _)| *format).max_by_key(|format| (weights(*format), *format)) else { continue };
+        plan.blocks[block.index] = most;
+        for linear in &block.linears {
+            plan.linears.remove(&linear.stem);
+        }
+        for (format, unit) in own().filter(|(format, _)| *format != most) {
+            for linear in unit.linears.iter().filter_map(|name| block.linear(name)) {
+                plan.linears.insert(linear.stem.clone(), *format);
+            }
+        }
+    }
+}
+
+fn items<'a>(losses: &'a Sensitivities, layout: &Layout, request: &AllocateRequest) -> Result<Vec<Item<'a>>> {
+    let measured = losses.formats();
+    let wanted = request.formats.clone().unwrap_or_else(|| measured.clone());
+    if let Some(unknown) = wanted.iter().find(|format| !measured.contains(format)) {
+        let names = measured.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        return Err(Error::input(format!("{unknown} was not measured; {names} were"))
+            .hint("run `strata sensitivity` with this format among its --formats: what is measured already stays"));
+    }
+    let allowed: Vec<Format> = wanted.into_iter().filter(|format| request.activations.allow(*format)).collect();
+    if allowed.is_empty() {
+        return Err(Error::input("no allowed format has the activation bits asked for").hint("change --activations or --formats"));
+    }
+    let mut items: Vec<Item<'a>> = Vec::new();
+    for unit in &losses.units {
+        match items.last_mut() {
+            Some(item) if request.whole_blocks && item.units[0].block == unit.block => item.units.push(unit),
+            _ => items.push(Item { units: vec![unit], formats: allowed.clone() }),
+        }
+    }
+    for pin in &request.pins {
+        let mut met = false;
+        for item in &mut items {
+            if item.units.iter().any(|unit| selects(&pin.selector, unit, layout)) {
+                if item.units.iter().any(|unit| unit.loss(pin.format).is_none()) {
+                    return Err(Error::input(format!("{} was not measured in {}", item.units[0].name, pin.format))
+                        .hint("run `strata sensitivity` with this format among its --formats"));
+                }
+                item.formats = vec![pin.format];
+                met = true;
+            }
+        }
+        if !met {
+            return Err(Error::input(format!("`{}` pins nothing", pin.selector))
+                .hint("pin blocks, kinds or linears; the recipe gives the formats of embedding and head"));
+        }
+    }
+    for item in &mut items {
+        let bytes = |format: &Format| item.units.iter().filter_map(|unit| unit.loss(*format)).map(|loss| loss.bytes).sum::<u64>();
+        let mut formats = std::mem::take(&mut item.formats);
+        formats.sort_by_key(|format| (bytes(format), *format));
+        item.formats = formats;
+    }
+    Ok(items)
+}
+
+fn selects(selector: &Selector, unit: &UnitLosses, layout: &Layout) -> bool {
+    match selector {
+        Selector::Kind(kind) => unit.kind == *kind,
+        Selector::Blocks(first, last) => (*first..=*last).contains(&unit.block),
+        Selector::Name(pattern) => {
+            let stems = unit.linears.iter().filter_map(|name| layout.blocks[unit.block].linear(name)).map(|linear| &linear.stem);
+            stems.into_iter().any(|stem| pattern.matches(stem))
+        }
+        Selector::Embedding | Selector::Head => false,
+    }
+}
+
+/// What the units of an item take, and the exchanges with the formats beside theirs.
+fn explain(item: &Item<'_>, option: usize) -> Vec<UnitChoice> {
+    let exchange = |unit: &UnitLosses, to: Option<&Format>| {
+        let (own, other) = (unit.loss(item.formats[option])?, unit.loss(*to?)?);
+        Some(Exchange { format: other.format, bytes: other.bytes as i64 - own.bytes as i64, kld: other.kld - own.kld })
+    };
+    let choice = |unit: &&UnitLosses| {
+        let own = unit.loss(item.formats[option])?;
+        Some(UnitChoice {
+            unit: unit.name.clone(),
+            block: unit.block,
+            format: own.format,
+            bytes: own.bytes,
+            kld: own.kld,
+            cheaper: exchange(unit, option.checked_sub(1).and_then(|below| item.formats.get(below))),
+            dearer: exchange(unit, item.formats.get(option + 1)),
+            pinned: item.formats.len() == 1,
+        })
+    };
+    item.units.iter().filter_map(choice).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::analysis::sensitivity::{CANDIDATES, Check, Granularity, Identity, SENSITIVITY_SCHEMA, units};
+
+    /// Losses that fall fourfold with each bit and rise with the block's number; int8 activations add a little.
+    fn losses(layout: &Layout) -> Sensitivities {
+        let identity = Identity {
+            schema: SENSITIVITY_SCHEMA.into(),
+            tool: String::new(),
+            source: String::new(),
+            method: "gptq".into(),
+            transforms: Vec::new(),
+            embedding: Format::W8A16,
+            head: Format::W8A8,
+            by: Granularity::Linear,
+            calibration: String::new(),
+            measured: String::new(),
+            positions: 1,
+        };
+        let unit = |unit: crate::analysis::sensitivity::Unit| {
+            let loss = |format: &Format| {
+                let kld = 1e-3 * (1.0 + unit.block as f64) * 0.25_f64.powi(format.weight_bits().into())
+                    + if format.quantizes_activations() { 1e-8 } else { 0.0 };
+                Loss { format: *format, bytes: unit.bytes(layout, *format), output_error: 1.0, kld, stderr: 0.0, measured: true }
+            };
+            UnitLosses {
+                block: unit.block,
+                kind: layout.blocks[unit.block].kind,
+                linears: unit.linears.clone(),
+                weights: unit.weights(layout),
+                losses: CANDIDATES.iter().map(loss).collect(),
+                name: unit.name,
+            }
+        };
+        Sensitivities {
+            schema: SENSITIVITY_SCHEMA.into(),
+            model: "demo".into(),
+            identity,
+            tokens: 1,
+            units: units(layout, Granularity::Linear).into_iter().map(unit).collect(),
+            ends_kld: 1e-6,
+            checks: Vec::new(),
+            donors: "donors".into(),
+        }
+    }
+
+    fn layout() -> Layout {
+        crate::checkpoint::open("demo").unwrap().layout
+    }
+
+    fn request(layout: &Layout, budget: Budget) -> AllocateRequest {
+        let base = Plan { embedding: Format::W8A16, head: Format::W8A8, ..Plan::unquantized(layout.blocks.len()) };
+        AllocateRequest::new(base, budget)
+    }
+
+    #[test]
+    fn a_plan_keeps_its_budget_and_predicts_the_sum_of_its_units() {
+        let layout = layout();
+        let losses = losses(&layout);
+        for bits in [2.5, 4.0, 6.0] {
+            let found = allocate(&losses, &layout, &request(&layout, Budget::Bits(bits))).unwrap();
+            assert!(found.bits_per_weight <= bits && found.bits_per_weight > bits - 0.1, "{bits} {}", found.bits_per_weight);
+            assert_eq!(found.linear_bytes, found.units.iter().map(|unit| unit.bytes).sum::<u64>());
+            let predicted = losses.predict(&found.plan, &layout).unwrap();
+            assert!((found.predicted_kld - predicted).abs() < 1e-15, "{} {predicted}", found.predicted_kld);
+            assert!(found.plan.blocks.iter().all(|format| format.quantizes_activations()));
+        }
+        let size = layout.total_bytes(&allocate(&losses, &layout, &request(&layout, Budget::Bits(4.0))).unwrap().plan);
+        assert_eq!(allocate(&losses, &layout, &request(&layout, Budget::ModelBytes(size))).unwrap().total_bytes, size);
+    }
+
+    #[test]
+    fn pins_hold_ties_stay_together_and_activations_are_those_asked_for() {
+        let layout = layout();
+        let losses = losses(&layout);
+        let pin = |selector: &str, format| Override { selector: selector.parse().unwrap(), format };
+        let pins = vec![pin("kind:attention", Format::W2A8), pin("name:layers.0.mixer.out_proj", Format::W8A8)];
+        let pinned = AllocateRequest { pins, whole_blocks: false, ..request(&layout, Budget::Bits(4.0)) };
+        let plan = allocate(&losses, &layout, &pinned).unwrap().plan;
+        assert_eq!((plan.blocks[5], plan.blocks[10]), (Format::W2A8, Format::W2A8));
+        assert_eq!(plan.linear(0, "layers.0.mixer.out_proj"), Format::W8A8);
+        let whole = AllocateRequest { whole_blocks: true, activations: Activations::Any, ..request(&layout, Budget::Bits(4.0)) };
+        let plan = allocate(&losses, &layout, &whole).unwrap().plan;
+        assert!(plan.linears.is_empty());
+        assert!(plan.blocks.iter().all(|format| !format.quantizes_activations()), "at equal bytes 16-bit activations lose less");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_least_that_can() {
+        let layout = layout();
+        let losses = losses(&layout);
+        let refused = |request: &AllocateRequest| allocate(&losses, &layout, request).unwrap_err();
+        let error = refused(&request(&layout, Budget::Bits(1.5)));
+        assert!(error.message.contains("smallest that is possible takes 2.137 bits"), "{error}");
+        let least = allocate(&losses, &layout, &request(&layout, Budget::Bits(2.137))).unwrap();
+        let error = refused(&request(&layout, Budget::ModelBytes(least.total_bytes - 1)));
+        assert!(error.message.contains(&format!("takes {} bytes", least.total_bytes)), "{error}");
+        assert!(refused(&request(&layout, Budget::Kld(1e-7))).message.contains("the best loses"));
+        let unmeasured = AllocateRequest { formats: Some(vec![Format::W16A16]), ..request(&layout, Budget::Bits(4.0)) };
+        assert!(refused(&unmeasured).message.contains("was not measured"));
+        let pins = vec![Override { selector: "kind:moe".parse().unwrap(), format: Format::W8A8 }];
+        assert!(refused(&AllocateRequest { pins, ..request(&layout, Budget::Bits(4.0)) }).message.contains("pins nothing"));
+    }
+
+    #[test]
+    fn a_correction_is_learned_only_where_predictions_are_off() {
+        let layout = layout();
+        let mut losses = losses(&layout);
+        let check = |predicted: f64, measured| Check { plan: Plan::unquantized(12), predicted, measured, stderr: 0.0 };
+        losses.checks = [1e-5, 1e-4, 1e-3].map(|predicted| check(predicted, predicted * 1.02)).to_vec();
+        assert_eq!(Correction::learn(&losses), None);
+        losses.checks = [1e-5_f64, 1e-4, 1e-3].map(|predicted| check(predicted, 3.0 * predicted.powf(1.1))).to_vec();
+        let learned = Correction::learn(&losses).unwrap();
+        assert!((learned.scale - 3.0).abs() < 1e-9 && (learned.power - 1.1).abs() < 1e-12, "{learned:?}");
+        // The ceiling is on the corrected prediction.
+        let found = allocate(&losses, &layout, &request(&layout, Budget::Kld(2e-4))).unwrap();
+        assert!(found.corrected_kld <= 2e-4 && found.corrected_kld > 1e-4, "{}", found.corrected_kld);
+        losses.checks.truncate(2);
+        assert_eq!(Correction::learn(&losses), None);
+    }
+}

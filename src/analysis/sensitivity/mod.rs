@@ -1,0 +1,333 @@
+//! How much a model loses when one part of it is quantized: measured once, kept on disk, and the ground on which
+//! [`crate::analysis::allocate`] finds plans. Start with [`measure`].
+//!
+//! *Unit*: linears that take a format together (a block, or one linear; q, k and v; the experts of a layer).
+//! *Loss*: the mean divergence (KL, nats a token) of the model with only that unit quantized from the unquantized one.
+
+mod measure;
+mod store;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+pub use measure::{load, measure};
+pub use store::donors_directory;
+
+use crate::checkpoint::{BlockSpec, Checkpoint, Layout, TOOL, sha256_hex};
+use crate::error::{Error, Result};
+use crate::format::{BlockKind, Format, Plan, Transform};
+use crate::quant::{Recipe, Sample, SampleSpec, Steps};
+
+/// Schema of the table.
+pub const SENSITIVITY_SCHEMA: &str = "strata.sensitivity/1";
+
+/// What a unit is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Granularity {
+    /// All linears of a block.
+    Block,
+    /// One linear; q, k and v, and the experts of a layer, together.
+    Linear,
+}
+
+impl FromStr for Granularity {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "block" => Ok(Self::Block),
+            "linear" => Ok(Self::Linear),
+            _ => Err(Error::input(format!("units are measured by `block` or by `linear`, not by `{text}`"))),
+        }
+    }
+}
+
+/// What to measure, before the model is open.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SensitivitySpec {
+    /// The recipe whose transforms, rounding and formats of embedding and head are used.
+    pub recipe: Recipe,
+    pub by: Granularity,
+    /// Candidate formats of a unit.
+    pub formats: Vec<Format>,
+    /// Text that rotations and GPTQ learn from; other windows of it are measured on.
+    pub sample: SampleSpec,
+    /// Windows to measure on, and scored tokens of each.
+    pub windows: usize,
+    pub positions: usize,
+    /// Share of the (unit, format) pairs that is measured end to end; the others are estimated from their output error.
+    pub exact: f64,
+}
+
+/// Formats that are measured unless others are asked for.
+pub const CANDIDATES: [Format; 8] =
+    [Format::W8A16, Format::W4A16, Format::W3A16, Format::W2A16, Format::W8A8, Format::W4A8, Format::W3A8, Format::W2A8];
+
+impl SensitivitySpec {
+    /// What is measured for `recipe` unless something else is asked for.
+    pub fn new(recipe: Recipe, sample: SampleSpec) -> Self {
+        Self { recipe, by: Granularity::Linear, formats: CANDIDATES.to_vec(), sample, windows: 32, positions: usize::MAX, exact: 0.75 }
+    }
+}
+
+/// Everything that decides what is measured. Measurements of another identity are never taken for these.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    pub schema: String,
+    pub tool: String,
+    /// SHA-256 of the checkpoint.
+    pub source: String,
+    pub method: String,
+    pub transforms: Vec<Transform>,
+    pub embedding: Format,
+    pub head: Format,
+    pub by: Granularity,
+    /// SHA-256 of the token ids that rotations and GPTQ learned from, and of those measured on.
+    pub calibration: String,
+    pub measured: String,
+    /// Scored tokens of each window.
+    pub positions: usize,
+}
+
+impl Identity {
+    /// Its hash.
+    pub fn key(&self) -> Result<String> {
+        let text = serde_json::to_string(self).map_err(|error| Error::run(format!("an identity cannot be written: {error}")))?;
+        Ok(sha256_hex(text.as_bytes()))
+    }
+}
+
+/// A measurement about to be made or looked up: the request with the model at hand.
+pub struct Request<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub steps: Steps,
+    pub embedding: Format,
+    pub head: Format,
+    pub by: Granularity,
+    pub formats: Vec<Format>,
+    /// Of the sample: what rotations and GPTQ learn from.
+    pub calibration: Sample,
+    /// Windows of the same text that calibration does not see.
+    pub measured: Sample,
+    pub positions: usize,
+    pub exact: f64,
+    /// Folder that donors and measurements are kept in.
+    pub store: PathBuf,
+}
+
+impl<'a> Request<'a> {
+    /// Loads the sample of `spec`.
+    pub fn new(checkpoint: &'a Checkpoint, spec: &SensitivitySpec, store: PathBuf) -> Result<Self> {
+        if checkpoint.variant.is_some() {
+            return Err(Error::input(format!("{} is quantized already", checkpoint.name)).hint("give the original checkpoint"));
+        }
+        if spec.formats.is_empty() || !(0.0..=1.0).contains(&spec.exact) || spec.windows == 0 || spec.positions == 0 {
+            return Err(Error::input("a measurement needs formats, windows, scored tokens and a share of exact pairs between 0 and 1"));
+        }
+        let all = Sample::load(checkpoint, &SampleSpec { sequences: spec.sample.sequences + spec.windows, ..spec.sample.clone() })?;
+        let (calibration, measured) = all.split(spec.sample.sequences);
+        let mut formats = spec.formats.clone();
+        formats.sort_unstable_by(|a, b| b.cmp(a));
+        formats.dedup();
+        Ok(Self {
+            checkpoint,
+            steps: spec.recipe.steps(),
+            embedding: spec.recipe.plan(&checkpoint.layout, &[])?.embedding,
+            head: spec.recipe.formats.head,
+            by: spec.by,
+            formats,
+            positions: spec.positions.min(spec.sample.length),
+            calibration,
+            measured,
+            exact: spec.exact,
+            store,
+        })
+    }
+
+    /// What the measurements depend on.
+    pub fn identity(&self) -> Result<Identity> {
+        Ok(Identity {
+            schema: SENSITIVITY_SCHEMA.into(),
+            tool: TOOL.into(),
+            source: self.checkpoint.sha256()?,
+            method: self.steps.method.name().into(),
+            transforms: self.steps.transforms.clone(),
+            embedding: self.embedding,
+            head: self.head,
+            by: self.by,
+            calibration: self.calibration.sha256(),
+            measured: self.measured.sha256(),
+            positions: self.positions,
+        })
+    }
+
+    /// The model with nothing but embedding and head quantized.
+    pub fn ends_plan(&self) -> Plan {
+        Plan { embedding: self.embedding, head: self.head, ..Plan::unquantized(self.checkpoint.layout.blocks.len()) }
+    }
+}
+
+/// Linears that take a format together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// `3.in_proj`, `4.qkv_proj`, `1.experts.up_proj`, or `3` for a whole block.
+    pub name: String,
+    pub block: usize,
+    /// Names inside the block's mixer.
+    pub linears: Vec<String>,
+}
+
+impl Unit {
+    /// Bytes that its linears store under `format`.
+    pub fn bytes(&self, layout: &Layout, format: Format) -> u64 {
+        self.specs(layout).map(|linear| linear.stored_bytes(format, layout.float_bytes)).sum()
+    }
+
+    /// Weights of its linears.
+    pub fn weights(&self, layout: &Layout) -> u64 {
+        self.specs(layout).map(crate::checkpoint::LinearSpec::weights).sum()
+    }
+
+    /// Its linears in the layout.
+    pub fn specs<'a>(&'a self, layout: &'a Layout) -> impl Iterator<Item = &'a crate::checkpoint::LinearSpec> {
+        layout.blocks[self.block].linears.iter().filter(|linear| self.linears.contains(&linear.name))
+    }
+}
+
+/// The units of a model, in order.
+pub fn units(layout: &Layout, by: Granularity) -> Vec<Unit> {
+    layout.blocks.iter().flat_map(|block| block_units(block, by)).collect()
+}
+
+fn block_units(block: &BlockSpec, by: Granularity) -> Vec<Unit> {
+    let names = || block.linears.iter().map(|linear| linear.name.clone());
+    if by == Granularity::Block {
+        return vec![Unit { name: block.index.to_string(), block: block.index, linears: names().collect() }];
+    }
+    let mut units: Vec<Unit> = Vec::new();
+    for name in names() {
+        let label = match (block.kind, name.split('.').collect::<Vec<_>>().as_slice()) {
+            (BlockKind::Attention, ["q_proj" | "k_proj" | "v_proj"]) => "qkv_proj".to_owned(),
+            (BlockKind::Moe, ["experts", _, rest]) => format!("experts.{rest}"),
+            _ => name.clone(),
+        };
+        let label = format!("{}.{label}", block.index);
+        match units.iter_mut().find(|unit| unit.name == label) {
+            Some(unit) => unit.linears.push(name),
+            None => units.push(Unit { name: label, block: block.index, linears: vec![name] }),
+        }
+    }
+    units
+}
+
+/// What a unit loses in a format.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    pub format: Format,
+    /// Stored bytes of the unit's linears.
+    pub bytes: u64,
+    /// ‖quantized − float‖² / ‖float‖² of the block's output with only this unit quantized.
+    pub output_error: f64,
+    /// Mean divergence of the model in nats a token, and its standard error over windows.
+    pub kld: f64,
+    pub stderr: f64,
+    /// Measured end to end; otherwise estimated from the output error and the nearest measured format.
+    pub measured: bool,
+}
+
+/// A unit with what it loses in each format, widest first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UnitLosses {
+    pub name: String,
+    pub block: usize,
+    pub kind: BlockKind,
+    pub linears: Vec<String>,
+    pub weights: u64,
+    pub losses: Vec<Loss>,
+}
+
+impl UnitLosses {
+    /// The loss in `format`.
+    pub fn loss(&self, format: Format) -> Option<&Loss> {
+        self.losses.iter().find(|loss| loss.format == format)
+    }
+
+    /// What int8 activations alone lose: W8A8 less W8A16, whose weights are the same. `None` where either is missing.
+    pub fn activation_kld(&self) -> Option<f64> {
+        Some((self.loss(Format::W8A8)?.kld - self.loss(Format::W8A16)?.kld).max(0.0))
+    }
+}
+
+/// A plan put together from the donors and measured: how far predictions can be trusted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    pub plan: Plan,
+    /// Sum of its units' losses and of the ends'.
+    pub predicted: f64,
+    /// On the tokens that the losses were measured on.
+    pub measured: f64,
+    pub stderr: f64,
+}
+
+impl Check {
+    /// Measured over predicted: 1 where losses add up.
+    pub fn ratio(&self) -> f64 {
+        self.measured / self.predicted
+    }
+}
+
+/// The sensitivities of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sensitivities {
+    pub schema: String,
+    pub model: String,
+    pub identity: Identity,
+    /// Tokens that losses were measured on.
+    pub tokens: usize,
+    pub units: Vec<UnitLosses>,
+    /// What embedding and head lose together in the recipe's formats.
+    pub ends_kld: f64,
+    pub checks: Vec<Check>,
+    /// Folder of the donors.
+    pub donors: PathBuf,
+}
+
+impl Sensitivities {
+    /// Formats of which every unit knows the loss, widest first.
+    pub fn formats(&self) -> Vec<Format> {
+        let Some((first, rest)) = self.units.split_first() else { return Vec::new() };
+        let known = |format: &Format| rest.iter().all(|unit| unit.loss(*format).is_some());
+        first.losses.iter().map(|loss| loss.format).filter(known).collect()
+    }
+
+    /// Divergence that `plan` is predicted to have: the sum of what its units and the ends lose. `None` where a unit's
+    /// linears differ in format, or have one that was not measured.
+    pub fn predict(&self, plan: &Plan, layout: &Layout) -> Option<f64> {
+        let mut sum = self.ends_kld;
+        for unit in &self.units {
+            sum += unit.loss(unit_format(plan, layout, unit)?)?.kld;
+        }
+        Some(sum)
+    }
+
+    /// Losses by name of the unit.
+    pub fn by_name(&self) -> BTreeMap<&str, &UnitLosses> {
+        self.units.iter().map(|unit| (unit.name.as_str(), unit)).collect()
+    }
+}
+
+/// The one format that `plan` gives to all linears (and slices) of a unit.
+pub fn unit_format(plan: &Plan, layout: &Layout, unit: &UnitLosses) -> Option<Format> {
+    let block = &layout.blocks[unit.block];
+    let mut formats = unit.linears.iter().filter_map(|name| block.linear(name)).flat_map(|linear| {
+        let slices = linear.slices.iter().map(|slice| plan.slice(unit.block, &linear.stem, slice.name));
+        std::iter::once(plan.linear(unit.block, &linear.stem)).chain(slices)
+    });
+    let first = formats.next()?;
+    formats.all(|format| format == first).then_some(first)
+}

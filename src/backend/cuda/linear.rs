@@ -1,0 +1,329 @@
+//! Linears and embedding tables: weights laid out for the kernels, and which kernel multiplies them.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::device::{Arguments, Buffer, Element, Gemm};
+use super::{Cuda, CudaActivation, CudaTensor, padded};
+use crate::backend::Emit;
+use crate::error::{Error, Result};
+use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart};
+
+/// Tokens that matrix-vector kernels take; more go through matrix products.
+const FEW: usize = 16;
+/// The same for bf16 weights: their matrix-vector kernel multiplies f32 activations, at three times the arithmetic.
+const FEW_BF16: usize = 4;
+
+/// Linears of fewer outputs always take the matrix-vector kernels, which read f32 activations exactly: routers choose
+/// experts by small differences, and so little work gains nothing from a matrix product.
+const NARROW: usize = 512;
+
+/// Tokens and outputs that a block of the matrix products computes.
+const GEMM_TILE: usize = 128;
+const GEMM_F32_TILE: usize = 64;
+/// Shared memory of the matrix products: two stages of both tiles, and for int4 with int8 activations the scales.
+const GEMM_SHARED: usize = 65536;
+const GEMM_W4A8_SHARED: usize = 73728;
+
+/// Inputs in a 16-byte chunk of int4 codes.
+const CHUNK: usize = 32;
+
+/// Weights of a linear on the device, in parts along the output.
+pub struct CudaLinear {
+    rows: usize,
+    cols: usize,
+    parts: Vec<Part>,
+    bias: Option<Buffer>,
+    int8_activations: bool,
+    input_scale: Option<f32>,
+    hadamard: Option<usize>,
+}
+
+struct Part {
+    rows: usize,
+    weights: Weights,
+}
+
+enum Weights {
+    F32(Buffer),
+    Bf16(Buffer),
+    Int8 { codes: Buffer, scales: Buffer },
+    Int4 { codes: Buffer, scales: Buffer, group: usize },
+}
+
+impl Weights {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(values) | Self::Bf16(values) => values.bytes(),
+            Self::Int8 { codes, scales } | Self::Int4 { codes, scales, .. } => codes.bytes() + scales.bytes(),
+        }
+    }
+
+    fn is_quantized(&self) -> bool {
+        matches!(self, Self::Int8 { .. } | Self::Int4 { .. })
+    }
+}
+
+impl CudaLinear {
+    pub(super) fn bytes(&self) -> u64 {
+        let weights: usize = self.parts.iter().map(|part| part.weights.bytes()).sum();
+        (weights + self.bias.as_ref().map_or(0, Buffer::bytes)) as u64
+    }
+
+    pub(super) fn reads(&self) -> Emit {
+        let emit = self.parts.iter().fold(Emit::NONE, |emit, part| {
+            emit.and(if part.weights.is_quantized() && self.int8_activations { Emit::INT8 } else { Emit::FLOAT })
+        });
+        Emit { scale: self.input_scale.filter(|_| emit.int8), hadamard: self.hadamard, ..emit }
+    }
+}
+
+/// A table `[vocabulary, hidden]` on the device.
+pub struct CudaEmbedding {
+    rows: usize,
+    cols: usize,
+    table: Weights,
+}
+
+impl CudaEmbedding {
+    pub(super) fn bytes(&self) -> u64 {
+        self.table.bytes() as u64
+    }
+}
+
+/// Rows of `cols` elements padded with `filler` to whole lines.
+fn pad_rows<T: Copy + Send + Sync>(values: &[T], cols: usize, filler: T) -> Vec<T> {
+    let width = padded(cols);
+    let mut out = vec![filler; values.len() / cols * width];
+    out.par_chunks_mut(width).zip(values.par_chunks(cols)).for_each(|(out, row)| out[..cols].copy_from_slice(row));
+    out
+}
+
+/// int4 codes in chunks of 32 inputs: byte b has input b in its low and input 16 + b in its high half, two's complement.
+fn pack_int4(codes: &[i8], cols: usize) -> Vec<u8> {
+    let width = padded(cols) / 2;
+    let mut out = vec![0; codes.len() / cols * width];
+    out.par_chunks_mut(width).zip(codes.par_chunks(cols)).for_each(|(out, row)| {
+        for (chunk, codes) in out.chunks_exact_mut(CHUNK / 2).zip(row.chunks(CHUNK)) {
+            for (i, code) in codes.iter().enumerate() {
+                let half = (code.cast_unsigned() & 0x0f) << (i / 16 * 4);
+                chunk[i % 16] |= half;
+            }
+        }
+    });
+    out
+}
+
+impl Cuda {
+    pub(super) fn prepare_linear(&self, weights: LinearWeights) -> Result<CudaLinear> {
+        let (rows, cols) = (weights.rows(), weights.cols);
+        let LinearWeights { parts, bias, int8_activations, input_scale, hadamard, .. } = weights;
+        let part = |part: WeightPart| Ok(Part { rows: part.rows(cols), weights: self.weights(part, cols)? });
+        let parts = parts.into_iter().map(part).collect::<Result<_>>()?;
+        let bias = bias.map(|bias| self.upload_values(&bias)).transpose()?;
+        Ok(CudaLinear { rows, cols, parts, bias, int8_activations, input_scale, hadamard })
+    }
+
+    fn weights(&self, part: WeightPart, cols: usize) -> Result<Weights> {
+        match part {
+            // Checkpoints in bf16 arrive as f32: what bf16 holds exactly takes half the memory.
+            WeightPart::Float(values) if values.par_iter().all(|value| bf16::from_f32(*value).to_f32().to_bits() == value.to_bits()) => {
+                let bits: Vec<u16> = values.par_iter().map(|value| bf16::from_f32(*value).to_bits()).collect();
+                Ok(Weights::Bf16(self.upload_values(&pad_rows(&bits, cols, 0))?))
+            }
+            WeightPart::Float(values) => Ok(Weights::F32(self.upload_values(&values)?)),
+            WeightPart::Quantized(QuantizedMatrix { scheme, codes, scales, .. }) => match scheme {
+                Scheme::Int8 => {
+                    Ok(Weights::Int8 { codes: self.upload_values(&pad_rows(&codes, cols, 0))?, scales: self.upload_values(&scales)? })
+                }
+                Scheme::Grouped { group, .. } => {
+                    let scales: Vec<u16> = scales.iter().map(|scale| bf16::from_f32(*scale).to_bits()).collect();
+                    let (codes, scales) = (self.upload_values(&pack_int4(&codes, cols))?, self.upload_values(&scales)?);
+                    Ok(Weights::Int4 { codes, scales, group })
+                }
+                Scheme::Float => Err(Error::run("a quantized matrix says that it is float")),
+            },
+        }
+    }
+
+    pub(super) fn prepare_table(&self, mut weights: LinearWeights) -> Result<CudaEmbedding> {
+        let (rows, cols) = (weights.rows(), weights.cols);
+        match (weights.parts.pop(), weights.parts.is_empty()) {
+            (Some(part), true) => Ok(CudaEmbedding { rows, cols, table: self.weights(part, cols)? }),
+            _ => Err(Error::run("an embedding table must be stored in one part")),
+        }
+    }
+
+    pub(super) fn look_up(&self, embedding: &CudaEmbedding, ids: &[u32]) -> Result<CudaTensor> {
+        if let Some(id) = ids.iter().find(|id| **id as usize >= embedding.rows) {
+            return Err(Error::input(format!("token id {id} is outside the vocabulary of {}", embedding.rows)));
+        }
+        let out = self.tensor(ids.len(), embedding.cols)?;
+        let ids = self.upload_ids(ids)?;
+        let (kernel, arguments) = match &embedding.table {
+            Weights::F32(table) => ("embed_f32", Arguments::default().with(table)),
+            Weights::Bf16(table) => ("embed_bf16", Arguments::default().with(table)),
+            Weights::Int8 { codes, scales } => ("embed_int8", Arguments::default().with(codes).with(scales)),
+            Weights::Int4 { codes, scales, group } => ("embed_int4", Arguments::default().with(codes).with(scales).with(*group)),
+        };
+        self.launch(kernel, [out.rows, 1, 1], 256, 0, arguments.with(&ids).with(embedding.cols).with(out.buffer()))?;
+        Ok(out)
+    }
+
+    /// Token ids on the device; a recording reads those of each step.
+    fn upload_ids(&self, ids: &[u32]) -> Result<Buffer> {
+        let mut recording = super::lock(&self.recording);
+        let Some(notes) = &mut *recording else {
+            drop(recording);
+            return self.upload_values(ids);
+        };
+        let buffer = self.buffer::<u32>(ids.len())?;
+        notes.ids = Some(self.copy_pinned(&buffer, ids)?);
+        Ok(buffer)
+    }
+
+    /// `x Wᵀ + bias`, added to `residual` where that is given.
+    pub(super) fn product(&self, linear: &CudaLinear, x: &CudaActivation, residual: Option<&CudaTensor>) -> Result<CudaTensor> {
+        if x.cols != linear.cols {
+            return Err(Error::run(format!("a linear of {} inputs was given {}", linear.cols, x.cols)));
+        }
+        let out = self.tensor(x.tokens, linear.rows)?;
+        let mut offset = 0;
+        for part in &linear.parts {
+            let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
+            let few = if matches!(part.weights, Weights::Bf16(_)) { FEW_BF16 } else { FEW };
+            if x.tokens <= few || part.rows < NARROW {
+                self.few(part, linear, x, &place)?;
+            } else {
+                self.many(part, linear, x, &place)?;
+            }
+            offset += part.rows;
+        }
+        Ok(out)
+    }
+
+    /// A matrix-vector kernel, a few tokens at a time.
+    fn few(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<()> {
+        let sizes = |arguments: Arguments| arguments.with(x.tokens).with(part.rows).with(linear.cols);
+        let experts = |arguments: Arguments| arguments.with(None::<&Buffer>).with(None::<&Buffer>);
+        let float = |arguments: Arguments| Ok::<_, Error>(arguments.with(x.float()?.buffer()).with(linear.cols));
+        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
+        let begin = Arguments::default();
+        let (kernel, arguments) = match &part.weights {
+            Weights::F32(weights) => ("few_f32", float(begin.with(weights))?),
+            Weights::Bf16(weights) => ("few_bf16", float(begin.with(weights))?),
+            Weights::Int8 { codes: w, scales } if linear.int8_activations => ("few_w8a8", codes(begin.with(w).with(scales))?),
+            Weights::Int8 { codes: w, scales } => ("few_w8a16", float(begin.with(w).with(scales))?),
+            Weights::Int4 { codes: w, scales, group } if linear.int8_activations => {
+                ("few_w4a8", codes(begin.with(w).with(scales).with(*group))?)
+            }
+            Weights::Int4 { codes: w, scales, group } => ("few_w4a16", float(begin.with(w).with(scales).with(*group))?),
+        };
+        let blocks = [part.rows.div_ceil(16), x.tokens.div_ceil(8), 1];
+        self.launch(kernel, blocks, 256, 0, place.tail(experts(sizes(arguments))))
+    }
+
+    /// A matrix product: cuBLAS for float weights where it is there, otherwise a kernel.
+    fn many(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<()> {
+        let begin = Arguments::default();
+        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
+        let (kernel, arguments) = match &part.weights {
+            Weights::F32(weights) => {
+                let float = x.float()?.buffer();
+                if self.library_product(Element::F32, weights, linear.cols, float, linear.cols, part, linear, x, place)? {
+                    return Ok(());
+                }
+                ("gemm_f32", begin.with(weights).with(float).with(linear.cols))
+            }
+            Weights::Bf16(weights) => {
+                let (bf16, width) = (self.bf16(x)?, padded(linear.cols));
+                if self.library_product(Element::Bf16, weights, width, &bf16, width, part, linear, x, place)? {
+                    return Ok(());
+                }
+                ("gemm_bf16", begin.with(weights).with(&*bf16))
+            }
+            Weights::Int8 { codes: w, scales } if linear.int8_activations => ("gemm_w8a8", codes(begin.with(w).with(scales))?),
+            Weights::Int8 { codes: w, scales } => ("gemm_w8a16", begin.with(w).with(scales).with(&*self.bf16(x)?)),
+            Weights::Int4 { codes: w, scales, group } if linear.int8_activations => {
+                ("gemm_w4a8", codes(begin.with(w).with(scales).with(*group))?)
+            }
+            Weights::Int4 { codes: w, scales, group } => ("gemm_w4a16", begin.with(w).with(scales).with(*group).with(&*self.bf16(x)?)),
+        };
+        let arguments = place.tail(arguments.with(x.tokens).with(part.rows).with(linear.cols));
+        let (tile, shared) = match kernel {
+            "gemm_f32" => (GEMM_F32_TILE, 0),
+            "gemm_w4a8" => (GEMM_TILE, GEMM_W4A8_SHARED),
+            _ => (GEMM_TILE, GEMM_SHARED),
+        };
+        self.launch(kernel, [x.tokens.div_ceil(tile), part.rows.div_ceil(tile), 1], 256, shared, arguments)
+    }
+
+    /// The product by cuBLAS where there is one, and only then what is added to it: the sum is that of [`Cuda::sum`] to the
+    /// bit.
+    fn library_product(
+        &self,
+        element: Element,
+        weights: &Buffer,
+        weights_width: usize,
+        activations: &Buffer,
+        activations_width: usize,
+        part: &Part,
+        linear: &CudaLinear,
+        x: &CudaActivation,
+        place: &Place<'_>,
+    ) -> Result<bool> {
+        // A bias is added row by row by the kernels only.
+        if place.bias.is_some() {
+            return Ok(false);
+        }
+        let product = if place.residual.is_some() { Some(self.tensor(x.tokens, part.rows)?) } else { None };
+        let c = match &product {
+            Some(product) => (product.buffer().address(), part.rows),
+            None => (place.out.buffer().address() + 4 * place.offset as u64, place.out.cols),
+        };
+        let gemm = Gemm {
+            element,
+            m: x.tokens,
+            n: part.rows,
+            k: linear.cols,
+            a: (activations.address(), activations_width),
+            b: (weights.address(), weights_width),
+            c,
+            alpha: 1.0,
+            beta: 0.0,
+            a_transposed: false,
+            b_transposed: false,
+        };
+        // SAFETY: the buffers have the sizes that these shapes give.
+        if !unsafe { self.device().gemm(&gemm)? } {
+            return Ok(false);
+        }
+        if let (Some(product), Some(residual)) = (product, place.residual) {
+            // Only linears of one part are added to the residual stream.
+            if part.rows != place.out.cols {
+                return Err(Error::run("a linear of several parts cannot be added to a residual"));
+            }
+            let count = x.tokens * part.rows;
+            let arguments = Arguments::default().with(residual.buffer()).with(product.buffer()).with(count).with(place.out.buffer());
+            self.launch("add", [count.div_ceil(1024), 1, 1], 256, 0, arguments)?;
+        }
+        Ok(true)
+    }
+}
+
+/// Where a part of a linear puts its outputs.
+struct Place<'a> {
+    out: &'a CudaTensor,
+    residual: Option<&'a CudaTensor>,
+    bias: Option<&'a Buffer>,
+    /// First output of the part.
+    offset: usize,
+}
+
+impl Place<'_> {
+    /// The kernels' last parameters: bias, residual, output, its stride.
+    fn tail(&self, arguments: Arguments) -> Arguments {
+        let at = |buffer: Option<&Buffer>| buffer.map_or(0, |buffer| buffer.address() + 4 * self.offset as u64);
+        arguments.with(at(self.bias)).with(at(self.residual.map(CudaTensor::buffer))).with(at(Some(self.out.buffer()))).with(self.out.cols)
+    }
+}

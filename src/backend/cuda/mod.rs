@@ -1,0 +1,361 @@
+//! One NVIDIA GPU, or the same kernels emulated on the processor: [`Cuda`], written once over [`device::Device`].
+//!
+//! *Kernel*: a function of `kernels/*.cu`; `kernels/README.md` gives each one's parameters and grid, which the launches here
+//! follow. *Recording*: a decoding step as a graph of launches whose addresses do not change; what differs from step to
+//! step (token ids, lengths of caches) is read from device memory. *Few* tokens go through matrix-vector kernels, more
+//! through matrix products.
+
+mod attention;
+pub mod device;
+pub mod driver;
+pub mod emulated;
+pub mod libraries;
+mod linear;
+mod logits;
+mod mamba;
+pub mod nvrtc;
+mod recording;
+pub mod sources;
+mod tensor;
+pub mod verify;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use self::device::{Arguments, Buffer, Device, Grid, Memory, Pinned, Plain};
+pub use self::linear::{CudaEmbedding, CudaLinear};
+pub use self::recording::CudaRecording;
+pub use self::tensor::{CudaActivation, CudaTensor};
+use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences};
+use crate::error::{Error, Result};
+use crate::format::{CacheFormats, LinearWeights};
+
+/// A GPU that models run on. Clones share it.
+#[derive(Clone)]
+pub struct Cuda {
+    memory: Arc<Memory>,
+    /// Tables of the last batch of sequences: every layer asks for the same.
+    tables: Arc<Mutex<Option<Arc<mamba::Tables>>>>,
+    /// What a recording under way needs to keep.
+    recording: Arc<Mutex<Option<recording::Notes>>>,
+    /// Static scales on the device, by their bits.
+    scales: Arc<Mutex<HashMap<u32, Arc<Buffer>>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cuda {
+    /// GPU `index`.
+    pub fn new(index: usize) -> Result<Self> {
+        Ok(Self::on(Arc::new(driver::Gpu::new(index)?)))
+    }
+
+    /// The kernels on the processor.
+    pub fn emulated() -> Result<Self> {
+        Ok(Self::on(Arc::new(emulated::Emulated::new()?)))
+    }
+
+    pub fn on(device: Arc<dyn Device>) -> Self {
+        Self { memory: Memory::new(device), tables: Arc::default(), recording: Arc::default(), scales: Arc::default() }
+    }
+
+    pub fn device(&self) -> &dyn Device {
+        &*self.memory.device
+    }
+
+    /// Bytes in buffers now, and the most there were.
+    pub fn memory_usage(&self) -> (u64, u64) {
+        self.memory.usage()
+    }
+
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    fn buffer<T>(&self, count: usize) -> Result<Buffer> {
+        self.memory.allocate(count * size_of::<T>())
+    }
+
+    /// `values` on the device. While recording they are kept, and copied each time the recording is launched.
+    fn upload_values<T: Plain>(&self, values: &[T]) -> Result<Buffer> {
+        let buffer = self.buffer::<T>(values.len())?;
+        if let Some(notes) = &mut *lock(&self.recording) {
+            notes.pins.push(self.copy_pinned(&buffer, values)?);
+        } else {
+            buffer.upload(values)?;
+        }
+        Ok(buffer)
+    }
+
+    /// A static scale on the device, uploaded once.
+    fn static_scale(&self, scale: f32) -> Result<Arc<Buffer>> {
+        let mut scales = lock(&self.scales);
+        if let Some(buffer) = scales.get(&scale.to_bits()) {
+            return Ok(Arc::clone(buffer));
+        }
+        let buffer = Arc::new(self.upload_values(&[scale])?);
+        scales.insert(scale.to_bits(), Arc::clone(&buffer));
+        Ok(buffer)
+    }
+
+    /// Copies through page-locked memory that a recording may read again.
+    fn copy_pinned<T: Plain>(&self, buffer: &Buffer, values: &[T]) -> Result<Arc<dyn Pinned>> {
+        let bytes = device::as_bytes(values);
+        let pinned = self.device().pinned(bytes.len())?;
+        pinned.write(bytes);
+        // SAFETY: the buffer was allocated for as many values.
+        unsafe { self.device().copy_from_host(buffer.address(), &pinned, bytes.len())? };
+        Ok(pinned)
+    }
+
+    /// Launches a kernel. The modules of this folder give it what `kernels/README.md` says, in buffers whose sizes follow
+    /// from the same shapes.
+    fn launch(&self, kernel: &str, blocks: [usize; 3], threads: usize, shared: usize, arguments: Arguments) -> Result<()> {
+        let grid = Grid { blocks: blocks.map(|count| count as u32), threads: [threads as u32, 1, 1], shared: shared as u32 };
+        // SAFETY: as said above; buffers in use are held by the caller until the launch is queued, and go back to free
+        // lists whose next user is queued behind it.
+        unsafe { arguments.launch(self.device(), kernel, grid) }
+    }
+}
+
+/// Columns of codes and bf16 rows in memory: kernels read whole lines.
+fn padded(cols: usize) -> usize {
+    cols.next_multiple_of(64)
+}
+
+impl Backend for Cuda {
+    type Tensor = CudaTensor;
+    type Linear = CudaLinear;
+    type Embedding = CudaEmbedding;
+    type Vector = Buffer;
+    type Recording = CudaRecording;
+    type Activation = CudaActivation;
+    type Mamba = mamba::Parameters;
+    type Projection = CudaTensor;
+    type SsmCache = mamba::SsmCache;
+    type KvCache = attention::KvCache;
+
+    fn name(&self) -> String {
+        self.device().name()
+    }
+
+    fn upload(&self, values: Vec<f32>, cols: usize) -> Result<CudaTensor> {
+        Ok(CudaTensor::new(self.upload_values(&values)?, values.len() / cols, cols))
+    }
+
+    fn download(&self, tensor: &CudaTensor) -> Result<Vec<f32>> {
+        tensor.buffer().download(tensor.rows * tensor.cols)
+    }
+
+    fn floats(&self, activation: &CudaActivation) -> Result<Vec<f32>> {
+        self.download(activation.float()?)
+    }
+
+    fn rows(&self, tensor: &CudaTensor) -> usize {
+        tensor.rows
+    }
+
+    fn features(&self, tensor: &CudaTensor) -> usize {
+        tensor.cols
+    }
+
+    fn prepare_vector(&self, values: Vec<f32>) -> Result<Buffer> {
+        self.upload_values(&values)
+    }
+
+    fn prepare(&self, weights: LinearWeights) -> Result<CudaLinear> {
+        self.prepare_linear(weights)
+    }
+
+    fn resident_bytes(&self, linear: &CudaLinear) -> u64 {
+        linear.bytes()
+    }
+
+    fn reads(&self, linear: &CudaLinear) -> Emit {
+        linear.reads()
+    }
+
+    fn prepare_embedding(&self, table: LinearWeights) -> Result<CudaEmbedding> {
+        self.prepare_table(table)
+    }
+
+    fn embedding_bytes(&self, table: &CudaEmbedding) -> u64 {
+        table.bytes()
+    }
+
+    fn embed(&self, table: &CudaEmbedding, ids: &[u32]) -> Result<CudaTensor> {
+        self.look_up(table, ids)
+    }
+
+    fn linear(&self, linear: &CudaLinear, x: &CudaActivation) -> Result<CudaTensor> {
+        self.product(linear, x, None)
+    }
+
+    fn linear_add(&self, into: CudaTensor, linear: &CudaLinear, x: &CudaActivation) -> Result<CudaTensor> {
+        self.product(linear, x, Some(&into))
+    }
+
+    fn emit(&self, x: CudaTensor, emit: Emit) -> Result<CudaActivation> {
+        if emit == Emit::FLOAT {
+            return Ok(CudaActivation::of(x));
+        }
+        self.emitted("emit", x.rows, x.cols, emit, Arguments::default().with(x.buffer()).with(x.cols))
+    }
+
+    fn rms_norm(&self, x: &CudaTensor, weight: &Buffer, eps: f32, emit: Emit) -> Result<CudaActivation> {
+        let arguments = Arguments::default().with(x.buffer()).with(weight).with(eps).with(x.cols);
+        self.emitted("rms_norm", x.rows, x.cols, emit, arguments)
+    }
+
+    fn relu2(&self, x: &CudaTensor, emit: Emit) -> Result<CudaActivation> {
+        self.emitted("relu2", x.rows, x.cols, emit, Arguments::default().with(x.buffer()).with(x.cols))
+    }
+
+    fn add(&self, a: CudaTensor, b: &CudaTensor) -> Result<CudaTensor> {
+        self.sum(&a, b)
+    }
+
+    fn prepare_mamba(&self, parameters: MambaParameters) -> Result<mamba::Parameters> {
+        self.mamba_parameters(&parameters)
+    }
+
+    fn ssm_cache(&self, _: &mamba::Parameters, shape: &MambaShape, sequences: usize, formats: CacheFormats) -> mamba::SsmCache {
+        mamba::SsmCache::new(shape, sequences, formats)
+    }
+
+    fn ssm_cache_bytes(&self, cache: &mamba::SsmCache) -> u64 {
+        cache.bytes()
+    }
+
+    fn project(&self, in_proj: &CudaLinear, x: &CudaActivation, _: &mamba::Parameters, _: &MambaShape) -> Result<CudaTensor> {
+        self.product(in_proj, x, None)
+    }
+
+    fn mamba_scan(
+        &self,
+        projected: &CudaTensor,
+        parameters: &mamba::Parameters,
+        shape: &MambaShape,
+        sequences: &Sequences,
+        cache: Option<&mut mamba::SsmCache>,
+    ) -> Result<CudaTensor> {
+        self.scan(projected, parameters, shape, sequences, cache)
+    }
+
+    fn gated_norm(
+        &self,
+        y: &CudaTensor,
+        projected: &CudaTensor,
+        _: &mamba::Parameters,
+        weight: &Buffer,
+        shape: &MambaShape,
+        eps: f32,
+        emit: Emit,
+    ) -> Result<CudaActivation> {
+        let arguments = Arguments::default()
+            .with(y.buffer())
+            .with(projected.buffer())
+            .with(projected.cols)
+            .with(weight)
+            .with(eps)
+            .with(y.cols)
+            .with(shape.inner() / shape.groups);
+        self.emitted("gated_norm", y.rows, y.cols, emit, arguments)
+    }
+
+    fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> attention::KvCache {
+        attention::KvCache::new(shape, sequences, formats)
+    }
+
+    fn kv_cache_bytes(&self, cache: &attention::KvCache) -> u64 {
+        cache.bytes()
+    }
+
+    fn attention(
+        &self,
+        q: &CudaTensor,
+        k: &CudaTensor,
+        v: &CudaTensor,
+        shape: &AttentionShape,
+        sequences: &Sequences,
+        cache: Option<&mut attention::KvCache>,
+    ) -> Result<CudaTensor> {
+        match cache {
+            Some(cache) => self.attend_cached(q, k, v, shape, sequences, cache),
+            None => self.attend(q, k, v, shape, sequences),
+        }
+    }
+
+    fn route(&self, raw: &CudaTensor, correction: &Buffer, shape: &RouterShape) -> Result<Vec<Assignment>> {
+        self.assignments(raw, correction, shape)
+    }
+
+    fn gather(&self, x: &CudaActivation, tokens: &[usize]) -> Result<CudaActivation> {
+        self.gather_activation(x, tokens)
+    }
+
+    fn gather_rows(&self, x: &CudaTensor, tokens: &[usize]) -> Result<CudaTensor> {
+        self.gather_tensor(x, tokens)
+    }
+
+    fn scatter_add(&self, into: CudaTensor, x: &CudaTensor, tokens: &[usize], weights: &[f32]) -> Result<CudaTensor> {
+        self.scatter(&into, x, tokens, weights)
+    }
+
+    fn record(&self, step: &mut dyn FnMut() -> Result<CudaTensor>) -> Result<Option<(CudaRecording, CudaTensor)>> {
+        self.record_step(step)
+    }
+
+    fn replay(&self, recording: &mut CudaRecording, ids: &[u32]) -> Result<Option<CudaTensor>> {
+        self.replay_step(recording, ids)
+    }
+
+    fn time(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        run()?;
+        self.time_recorded(repeats, run)
+    }
+
+    fn copy_seconds(&self, bytes: usize) -> Result<f64> {
+        let (from, to) = (self.buffer::<u8>(bytes)?, self.buffer::<u8>(bytes)?);
+        from.zero()?;
+        self.time(5, &mut || to.copy_from(0, &from, 0, bytes))
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.memory.usage().1)
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        self.memory.release()?;
+        self.memory.reset_peak();
+        Ok(())
+    }
+
+    fn gram(&self, x: &CudaActivation) -> Result<Vec<f64>> {
+        let x = x.float()?;
+        let sum = self.buffer::<f64>(x.cols * x.cols)?;
+        sum.zero()?;
+        let tiles = x.cols.div_ceil(64);
+        let arguments = Arguments::default().with(x.buffer()).with(x.rows).with(x.cols).with(&sum);
+        self.launch("gram", [tiles, tiles, 1], 256, 0, arguments)?;
+        sum.download(x.cols * x.cols)
+    }
+
+    fn log_probabilities(&self, logits: &CudaTensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
+        self.probabilities(logits, targets)
+    }
+
+    fn argmax(&self, logits: &CudaTensor) -> Result<Vec<u32>> {
+        self.first_largest(logits)
+    }
+
+    fn divergence(&self, reference: &CudaTensor, logits: &CudaTensor) -> Result<Vec<Divergence>> {
+        self.divergences(reference, logits)
+    }
+}
+
+fn missing(form: &str) -> Error {
+    Error::run(format!("a linear reads {form} activations that its input does not carry"))
+}

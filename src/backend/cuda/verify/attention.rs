@@ -1,0 +1,232 @@
+//! Attention over whole sequences, trees and caches, and routing of experts.
+
+use half::bf16;
+
+use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, difference, mismatches, worse};
+use crate::backend::AttentionShape;
+use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::error::Result;
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
+    AttentionShape { heads, kv_heads, head_dim }
+}
+
+pub fn checks(extent: Extent) -> Vec<Check> {
+    // The demo's, golden's; then heads per key/value head of the published models with one or two of these.
+    let mut shapes = vec![shape(4, 2, 64), shape(4, 2, 24), shape(4, 1, 128), shape(10, 2, 128), shape(16, 1, 128)];
+    if extent == Extent::Published {
+        shapes.extend([shape(32, 8, 128), shape(40, 8, 128), shape(32, 2, 128)]);
+    }
+    let mut all = Vec::new();
+    for shape in shapes {
+        let text = format!("{}/{} heads x {}", shape.heads, shape.kv_heads, shape.head_dim);
+        for kernel in ["attention_f32", "attention_bf16"] {
+            all.push(Check::new(kernel, format!("{text}, sequences"), HALVES, move |lab| {
+                prefill(lab, kernel, &shape, &[33, 1, 70], &[&[0], &[1], &[2]])
+            }));
+            all.push(Check::new(kernel, format!("{text}, tree"), HALVES, move |lab| {
+                prefill(lab, kernel, &shape, &[40, 3, 35], &[&[0], &[0, 1], &[0, 1, 2]])
+            }));
+        }
+        for kernel in ["attention_decode_f32", "attention_decode_bf16"] {
+            for lengths in [[1, 2], [33, 300], [32, 129]] {
+                let name = format!("{text}, keys {lengths:?}");
+                all.push(Check::new(kernel, name, FLOAT, move |lab| decode(lab, kernel, &shape, &lengths)));
+            }
+        }
+    }
+    all.push(Check::new("kv_append_f32", "sequences", EXACT, |lab| append(lab, false)));
+    all.push(Check::new("kv_append_bf16", "steps", EXACT, |lab| append(lab, true)));
+    for (experts, chosen, groups, top_groups) in [(4, 2, 1, 1), (6, 2, 1, 1), (128, 6, 1, 1), (64, 4, 8, 3), (33, 5, 1, 1)] {
+        let name = format!("{experts} experts, {chosen} chosen, {top_groups} of {groups} groups");
+        all.push(Check::new("route", name, FLOAT, move |lab| route(lab, experts, chosen, groups, top_groups)));
+    }
+    all.push(Check::new("combine", "5 tokens of 3 experts x 300", EXACT, combine));
+    all
+}
+
+/// Keys or values on the device in f32 or bf16, and what they then are.
+fn stored(lab: &Lab, values: Vec<f32>, narrow: bool) -> Result<(Buffer, Vec<f32>)> {
+    if !narrow {
+        return Ok((lab.put(&values)?, values));
+    }
+    let bits: Vec<u16> = values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
+    Ok((lab.put(&bits)?, bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect()))
+}
+
+/// One query over the rows `seen` of keys and values, all heads, in f64.
+fn attend(q: &[f32], keys: &[f32], values: &[f32], seen: &[usize], shape: &AttentionShape) -> Vec<f64> {
+    let (d, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+    let mut out = Vec::with_capacity(q.len());
+    for (head, q) in q.chunks_exact(d).enumerate() {
+        let offset = head / (shape.heads / shape.kv_heads) * d;
+        let dot = |row: &usize| q.iter().zip(&keys[row * width + offset..]).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>();
+        let scores: Vec<f64> = seen.iter().map(|row| dot(row) / (d as f64).sqrt()).collect();
+        let max = scores.iter().fold(f64::NEG_INFINITY, |max, x| max.max(*x));
+        let weights: Vec<f64> = scores.iter().map(|x| (x - max).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        out.extend(
+            (0..d).map(|c| seen.iter().zip(&weights).map(|(row, w)| w / total * f64::from(values[row * width + offset + c])).sum::<f64>()),
+        );
+    }
+    out
+}
+
+/// Sequences of these lengths, each seeing those of its `chain`, of which it is the last.
+fn prefill(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize], chains: &[&[usize]]) -> Result<f64> {
+    let (tokens, q_width, width) = (lengths.iter().sum::<usize>(), shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let starts: Vec<usize> = lengths.iter().scan(0, |start, length| Some(std::mem::replace(start, *start + length))).collect();
+    let q = lab.normal(60, tokens * q_width);
+    let narrow = kernel.ends_with("bf16");
+    let (keys, k) = stored(lab, lab.normal(61, tokens * width), narrow)?;
+    let (values, v) = stored(lab, lab.normal(62, tokens * width), narrow)?;
+    let (mut queries, mut segments, mut expected) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, chain) in chains.iter().enumerate() {
+        let range = |index: &usize| starts[*index]..starts[*index] + lengths[*index];
+        let first = segments.len() as i32;
+        segments.extend(chain.iter().map(|index| [range(index).start as i32, range(index).end as i32]));
+        queries.push([range(&index).start as i32, range(&index).end as i32, first, segments.len() as i32]);
+        let rows: Vec<usize> = chain.iter().flat_map(range).collect();
+        for t in range(&index) {
+            let visible = rows.len() - (range(&index).end - 1 - t);
+            expected.extend(attend(&q[t * q_width..(t + 1) * q_width], &k, &v, &rows[..visible], shape));
+        }
+    }
+    let (input, places, ranges) = (lab.put(&q)?, lab.put(queries.as_flattened())?, lab.put(segments.as_flattened())?);
+    let out = lab.poisoned::<f32>(tokens * q_width)?;
+    let arguments = Arguments::default().with(&input).with(&keys).with(&values).with(&places).with(&ranges);
+    let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(shape.head_dim).with(&out);
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    lab.launch(kernel, [longest.div_ceil(64), shape.heads, lengths.len()], 128, 65536, arguments)?;
+    Ok(difference(&out.download::<f32>(tokens * q_width)?, &expected))
+}
+
+fn decode(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize]) -> Result<f64> {
+    let (capacity, splits, d) = (320, 5, shape.head_dim);
+    let (q_width, width, count) = (shape.heads * d, shape.kv_heads * d, lengths.len());
+    let q = lab.normal(63, count * q_width);
+    let narrow = kernel.ends_with("bf16");
+    let (keys, k) = stored(lab, lab.normal(64, count * capacity * width), narrow)?;
+    let (values, v) = stored(lab, lab.normal(65, count * capacity * width), narrow)?;
+    let held: Vec<i32> = lengths.iter().map(|length| *length as i32).collect();
+    let (input, held) = (lab.put(&q)?, lab.put(&held)?);
+    let (partial, out) = (lab.poisoned::<f32>(count * shape.heads * splits * (d + 2))?, lab.poisoned::<f32>(count * q_width)?);
+    let arguments = Arguments::default().with(&input).with(&keys).with(&values).with(&held).with(capacity);
+    let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(d).with(splits).with(&partial);
+    lab.launch(kernel, [shape.kv_heads, splits, count], 128, 0, arguments)?;
+    let arguments = Arguments::default().with(&partial).with(shape.heads).with(d).with(splits).with(&out);
+    lab.launch("attention_merge", [shape.heads, count, 1], 128, 0, arguments)?;
+    let mut expected = Vec::new();
+    for (slot, length) in lengths.iter().enumerate() {
+        let seen: Vec<usize> = (slot * capacity..slot * capacity + length).collect();
+        expected.extend(attend(&q[slot * q_width..(slot + 1) * q_width], &k, &v, &seen, shape));
+    }
+    Ok(difference(&out.download::<f32>(count * q_width)?, &expected))
+}
+
+/// Appends to caches that hold something, then moves the lengths on.
+fn append(lab: &Lab, steps: bool) -> Result<f64> {
+    let (width, capacity, slots) = (48, 10, 3);
+    let before = [4, 0, 7];
+    // Slots 2 and 0 get three and two tokens; as steps every slot gets one.
+    let table = [[0, 3, 2, 0], [3, 5, 0, 0]];
+    let tokens = if steps { slots } else { 5 };
+    let (k, v) = (lab.normal(66, tokens * width), lab.normal(67, tokens * width));
+    let (new_keys, new_values, lengths) = (lab.put(&k)?, lab.put(&v)?, lab.put(&before)?);
+    let sequences = if steps { None } else { Some(lab.put(table.as_flattened())?) };
+    let size = slots * capacity * width;
+    let (old_keys, old_values) = (lab.normal(68, size), lab.normal(69, size));
+    let ((keys, mut expected_keys), (values, mut expected_values)) = (stored(lab, old_keys, steps)?, stored(lab, old_values, steps)?);
+    let arguments = Arguments::default().with(&new_keys).with(&new_values).with(width).with(sequences.as_ref()).with(&lengths);
+    let (kernel, blocks, count) = if steps { ("kv_append_bf16", [1, slots, 1], slots) } else { ("kv_append_f32", [3, 2, 1], 2) };
+    lab.launch(kernel, blocks, 128, 0, arguments.with(capacity).with(&keys).with(&values))?;
+    lab.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&lengths).with(sequences.as_ref()).with(count))?;
+    let rows: Vec<(usize, usize)> = if steps { vec![(0, 4), (1, 0), (2, 7)] } else { vec![(2, 7), (2, 8), (2, 9), (0, 4), (0, 5)] };
+    let round = |x: &f32| if steps { bf16::from_f32(*x).to_f32() } else { *x };
+    for (token, (slot, position)) in rows.iter().enumerate() {
+        let to = (slot * capacity + position) * width;
+        let from = token * width..(token + 1) * width;
+        expected_keys[to..to + width].copy_from_slice(&k[from.clone()].iter().map(round).collect::<Vec<_>>());
+        expected_values[to..to + width].copy_from_slice(&v[from].iter().map(round).collect::<Vec<_>>());
+    }
+    let read = |buffer: &Buffer| -> Result<Vec<f32>> {
+        if steps {
+            Ok(buffer.download::<u16>(size)?.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect())
+        } else {
+            buffer.download(size)
+        }
+    };
+    let after = if steps { [5, 1, 8] } else { [6, 0, 10] };
+    Ok(mismatches(&read(&keys)?, &expected_keys)
+        + mismatches(&read(&values)?, &expected_values)
+        + mismatches(&lengths.download::<i32>(slots)?, &after))
+}
+
+fn route(lab: &Lab, experts: usize, chosen: usize, groups: usize, top_groups: usize) -> Result<f64> {
+    let (tokens, scaling) = (5, 2.5_f32);
+    let (mut logits, correction) = (lab.normal(70, tokens * experts), lab.normal(71, experts).iter().map(|x| 0.1 * x).collect::<Vec<_>>());
+    // Equals: the first is chosen.
+    let equal = correction.clone();
+    logits[..experts].fill(0.25);
+    let correction: Vec<f32> = if groups == 1 { vec![0.125; experts] } else { equal };
+    let (raw, bias) = (lab.put(&logits)?, lab.put(&correction)?);
+    let pairs = tokens * chosen;
+    let (ids, weights) = (lab.poisoned::<i32>(pairs)?, lab.poisoned::<f32>(pairs)?);
+    let (tiles, rows) = (lab.poisoned::<i32>(3 * pairs)?, lab.poisoned::<i32>(pairs)?);
+    let arguments = Arguments::default().with(&raw).with(&bias).with(tokens).with(experts).with(chosen).with(groups).with(top_groups);
+    let arguments = arguments.with(1_usize).with(scaling).with(&ids).with(&weights).with(&tiles).with(&rows);
+    lab.launch("route", [tokens, 1, 1], 32, 8 * experts + 8 * groups, arguments)?;
+    let (mut expected_ids, mut expected_weights) = (Vec::new(), Vec::new());
+    for logits in logits.chunks_exact(experts) {
+        let scores: Vec<f64> = logits.iter().map(|x| 1.0 / (1.0 + (-f64::from(*x)).exp())).collect();
+        let mut choice: Vec<f64> = scores.iter().zip(&correction).map(|(score, correction)| score + f64::from(*correction)).collect();
+        let size = experts / groups;
+        let best = |values: &[f64], count: usize| {
+            let mut order: Vec<usize> = (0..values.len()).collect();
+            order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
+            order.truncate(count);
+            order
+        };
+        let sums: Vec<f64> = choice.chunks_exact(size).map(|group| best(group, 2).iter().map(|i| group[*i]).sum()).collect();
+        let kept = best(&sums, top_groups);
+        for (group, choice) in choice.chunks_exact_mut(size).enumerate() {
+            if !kept.contains(&group) {
+                choice.fill(f64::NEG_INFINITY);
+            }
+        }
+        let mut own = best(&choice, chosen);
+        own.sort_unstable();
+        let total: f64 = own.iter().map(|expert| scores[*expert]).sum();
+        expected_weights.extend(own.iter().map(|expert| scores[*expert] / total * f64::from(scaling)));
+        expected_ids.extend(own.iter().map(|expert| *expert as i32));
+    }
+    let expected_tiles: Vec<i32> = expected_ids.iter().enumerate().flat_map(|(pair, id)| [*id, pair as i32, 1]).collect();
+    let expected_rows: Vec<i32> = (0..pairs).map(|pair| (pair / chosen) as i32).collect();
+    let wrong = mismatches(&ids.download::<i32>(pairs)?, &expected_ids)
+        + mismatches(&tiles.download::<i32>(3 * pairs)?, &expected_tiles)
+        + mismatches(&rows.download::<i32>(pairs)?, &expected_rows);
+    Ok(worse(difference(&weights.download::<f32>(pairs)?, &expected_weights), wrong))
+}
+
+fn combine(lab: &Lab) -> Result<f64> {
+    let (tokens, chosen, cols) = (5, 3, 300);
+    let (x, weights) = (lab.normal(72, tokens * chosen * cols), lab.normal(73, tokens * chosen));
+    // A pair's place is another one than its number.
+    let places: Vec<i32> = (0..tokens * chosen).map(|pair| ((pair * 7) % (tokens * chosen)) as i32).collect();
+    let (input, pairs, shares, out) = (lab.put(&x)?, lab.put(&places)?, lab.put(&weights)?, lab.poisoned::<f32>(tokens * cols)?);
+    let blocks = [cols.div_ceil(256), tokens, 1];
+    let arguments = |pairs: Option<&Buffer>| Arguments::default().with(&input).with(pairs).with(&shares).with(chosen).with(cols).with(&out);
+    let expected = |place: &dyn Fn(usize) -> usize| {
+        let mut sum = vec![0.0_f32; tokens * cols];
+        for pair in 0..tokens * chosen {
+            let x = &x[place(pair) * cols..(place(pair) + 1) * cols];
+            sum[pair / chosen * cols..][..cols].iter_mut().zip(x).for_each(|(sum, x)| *sum += weights[pair] * x);
+        }
+        sum
+    };
+    lab.launch("combine", blocks, 256, 0, arguments(Some(&pairs)))?;
+    let mut wrong = mismatches(&out.download::<f32>(tokens * cols)?, &expected(&|pair| places[pair] as usize));
+    lab.launch("combine", blocks, 256, 0, arguments(None))?;
+    wrong += mismatches(&out.download::<f32>(tokens * cols)?, &expected(&|pair| pair));
+    Ok(wrong)
+}

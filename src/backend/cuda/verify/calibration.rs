@@ -1,0 +1,217 @@
+//! Statistics of activations, and GPTQ: the factor of the inverse Hessian, rounding block by block.
+
+use half::bf16;
+
+use super::{Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, wide};
+use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::error::Result;
+
+pub fn checks(extent: Extent) -> Vec<Check> {
+    let mut shapes = vec![(1, 16), (5, 70), (300, 129)];
+    if extent == Extent::Published {
+        shapes.push((1000, 4096));
+    }
+    let mut all = Vec::new();
+    for (tokens, cols) in shapes {
+        let shape = format!("{tokens}x{cols}");
+        all.push(Check::new("gram", shape.clone(), FLOAT, move |lab| gram(lab, tokens, cols)));
+        all.push(Check::new("abs_max", shape.clone(), EXACT, move |lab| abs_max(lab, tokens, cols)));
+        all.push(Check::new("histogram", shape, EXACT, move |lab| histogram(lab, tokens * cols)));
+    }
+    let sizes = if extent == Extent::Published { vec![40, 64, 150, 1000] } else { vec![40, 64, 150] };
+    for size in sizes {
+        all.push(Check::new("cholesky_diagonal", size.to_string(), FLOAT, move |lab| cholesky(lab, size)));
+    }
+    all.push(Check::new("cholesky_diagonal", "not positive definite", EXACT, not_positive));
+    for (rows, cols, group) in [(5, 256, 128), (3, 320, 64), (6, 160, 32), (66, 192, 0), (2, 100, 0)] {
+        let name = format!("{rows}x{cols}, group {group}");
+        all.push(Check::new("gptq_block", name.clone(), EXACT, move |lab| gptq(lab, rows, cols, group, true)));
+        all.push(Check::new("gptq_block", name + ", rounding only", EXACT, move |lab| gptq(lab, rows, cols, group, false)));
+    }
+    all
+}
+
+fn gram(lab: &Lab, tokens: usize, cols: usize) -> Result<f64> {
+    let (x, before) = (lab.normal(80, tokens * cols), lab.normal(81, cols * cols));
+    let mut expected = wide(&before);
+    let (input, out) = (lab.put(&x)?, lab.put(&expected)?);
+    let tiles = cols.div_ceil(64);
+    lab.launch("gram", [tiles, tiles, 1], 256, 0, Arguments::default().with(&input).with(tokens).with(cols).with(&out))?;
+    for x in x.chunks_exact(cols) {
+        for (row, a) in expected.chunks_exact_mut(cols).zip(x) {
+            row.iter_mut().zip(x).for_each(|(sum, b)| *sum += f64::from(*a) * f64::from(*b));
+        }
+    }
+    let found: Vec<f32> = out.download::<f64>(cols * cols)?.into_iter().map(|x| x as f32).collect();
+    Ok(difference(&found, &expected))
+}
+
+fn abs_max(lab: &Lab, tokens: usize, cols: usize) -> Result<f64> {
+    let (x, before) = (lab.normal(82, tokens * cols), lab.normal(83, cols).iter().map(|x| x.abs()).collect::<Vec<_>>());
+    let (input, out) = (lab.put(&x)?, lab.put(&before)?);
+    lab.launch("abs_max", [cols.div_ceil(128), 1, 1], 128, 0, Arguments::default().with(&input).with(tokens).with(cols).with(&out))?;
+    let mut expected = before;
+    for x in x.chunks_exact(cols) {
+        expected.iter_mut().zip(x).for_each(|(max, x)| *max = max.max(x.abs()));
+    }
+    Ok(mismatches(&out.download::<f32>(cols)?, &expected))
+}
+
+fn histogram(lab: &Lab, count: usize) -> Result<f64> {
+    let (x, bins, limit) = (lab.normal(84, count), 37, 1.5_f32);
+    let (input, out) = (lab.put(&x)?, lab.put(&vec![1_u32; bins])?);
+    lab.launch("histogram", [3, 1, 1], 256, 0, Arguments::default().with(&input).with(count).with(limit).with(bins).with(&out))?;
+    let mut expected = vec![1_u32; bins];
+    for x in x {
+        let bin = ((x.abs() / limit).min(1.0) * bins as f32) as usize;
+        expected[bin.min(bins - 1)] += 1;
+    }
+    Ok(mismatches(&out.download::<u32>(bins)?, &expected))
+}
+
+/// A positive definite matrix of correlated inputs.
+fn hessian(lab: &Lab, size: usize) -> Vec<f64> {
+    let mut h = vec![0.0; size * size];
+    for x in lab.normal(85, 2 * size * size).chunks_exact(size) {
+        for (row, a) in h.chunks_exact_mut(size).zip(x) {
+            row.iter_mut().zip(x).for_each(|(sum, b)| *sum += f64::from(a + 0.5 * x[0]) * f64::from(b + 0.5 * x[0]));
+        }
+    }
+    h
+}
+
+/// The order of `cholesky_load` and what follows; returns the factor and whether a pivot failed.
+fn factor(lab: &Lab, hessian: &[f64], order: &[i32], damping: f64) -> Result<(Vec<f32>, bool)> {
+    let size = order.len();
+    let n = size.next_multiple_of(64);
+    let (input, columns, added) = (lab.put(hessian)?, lab.put(order)?, lab.put(&[damping])?);
+    let (a, x) = (lab.poisoned::<f64>(n * n)?, lab.poisoned::<f64>(n * n)?);
+    let (inverses, failed, out) = (lab.poisoned::<f64>(n * 64)?, lab.put(&[0_i32])?, lab.poisoned::<f32>(size * size)?);
+    let arguments = Arguments::default().with(&input).with(&columns).with(&added).with(size).with(n).with(&a);
+    lab.launch("cholesky_load", [n.div_ceil(256), n, 1], 256, 0, arguments)?;
+    for k in 0..n / 64 {
+        let behind = n / 64 - k - 1;
+        let step = || Arguments::default().with(&a).with(n).with(k);
+        lab.launch("cholesky_diagonal", [1, 1, 1], 256, 0, step().with(&inverses).with(&failed))?;
+        lab.launch("cholesky_panel", [behind, 1, 1], 256, 0, step().with(&inverses))?;
+        lab.launch("cholesky_update", [behind, behind, 1], 256, 0, step())?;
+    }
+    for k in 0..n / 64 {
+        let arguments = Arguments::default().with(&a).with(&inverses).with(n).with(k).with(&x);
+        lab.launch("triangular_inverse", [k + 1, 1, 1], 256, 0, arguments)?;
+    }
+    let arguments = Arguments::default().with(&x).with(size).with(n).with(&out);
+    lab.launch("cholesky_factor", [size.div_ceil(256), size, 1], 256, 0, arguments)?;
+    Ok((out.download(size * size)?, failed.download::<i32>(1)?[0] != 0))
+}
+
+/// `Uᵀ U (H + damping)` is the identity.
+fn cholesky(lab: &Lab, size: usize) -> Result<f64> {
+    let (h, damping) = (hessian(lab, size), 3.0);
+    let order: Vec<i32> = (0..size).map(|i| ((i * 7 + 3) % size) as i32).collect();
+    // 7 divides no size that is checked, so that this is a permutation.
+    let (found, failed) = factor(lab, &h, &order, damping)?;
+    if failed {
+        return Ok(f64::NAN);
+    }
+    let u: Vec<f64> = (0..size * size)
+        .map(|i| f64::from(found[i]) * if i / size == i % size { 1.0 } else { f64::from(found[i / size * (size + 1)]) })
+        .collect();
+    let permuted = |i: usize, j: usize| h[order[i] as usize * size + order[j] as usize] + if i == j { damping } else { 0.0 };
+    // U H, then Uᵀ of that.
+    let mut product = vec![0.0; size * size];
+    for (u, out) in u.chunks_exact(size).zip(product.chunks_exact_mut(size)) {
+        for (k, u) in u.iter().enumerate() {
+            out.iter_mut().enumerate().for_each(|(j, out)| *out += u * permuted(k, j));
+        }
+    }
+    let mut identity = vec![0.0; size * size];
+    for (u, product) in u.chunks_exact(size).zip(product.chunks_exact(size)) {
+        for (u, out) in u.iter().zip(identity.chunks_exact_mut(size)) {
+            out.iter_mut().zip(product).for_each(|(out, product)| *out += u * product);
+        }
+    }
+    let expected: Vec<f64> = (0..size * size).map(|i| if i / size == i % size { 1.0 } else { 0.0 }).collect();
+    Ok(difference(&identity.iter().map(|x| *x as f32).collect::<Vec<_>>(), &expected))
+}
+
+fn not_positive(lab: &Lab) -> Result<f64> {
+    let size = 70;
+    let mut h = hessian(lab, size);
+    h[66 * size + 66] = -1.0;
+    let order: Vec<i32> = (0..size as i32).collect();
+    let (_, failed) = factor(lab, &h, &order, 0.0)?;
+    Ok(f64::from(u8::from(!failed)))
+}
+
+/// The scale that loses least, as `quant::gptq` searches it.
+fn search_scale(values: &[f32], importance: &[f64], low: f32, high: f32, grouped: bool) -> f32 {
+    let absmax = values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
+    let stored = |scale: f32| if grouped { bf16::from_f32(scale).to_f32() } else { scale };
+    let mut best = (stored(absmax / high), f64::INFINITY);
+    let divisors: &[f32] = if grouped { &[high, -low] } else { &[high] };
+    for divisor in divisors {
+        for step in 0..26 {
+            let scale = stored(absmax * (1.0 - 0.5 * step as f32 / 25.0) / divisor);
+            let error = |value: f32| f64::from(value - (value / scale).round_ties_even().clamp(low, high) * scale);
+            let loss: f64 =
+                values.iter().zip(importance).map(|(value, importance)| (importance + f64::MIN_POSITIVE) * error(*value).powi(2)).sum();
+            if scale > 0.0 && loss < best.1 {
+                best = (scale, loss);
+            }
+        }
+    }
+    best.0
+}
+
+/// Codes and scales, exactly, against rounding column by column; `group` 0 is int8.
+fn gptq(lab: &Lab, rows: usize, cols: usize, group: usize, compensate: bool) -> Result<f64> {
+    let (low, high) = if group > 0 { (-8.0_f32, 7.0_f32) } else { (-127.0, 127.0) };
+    let w = lab.normal(86, rows * cols);
+    let share: Vec<f32> = lab.normal(87, cols * cols).iter().map(|x| 0.05 * x).collect();
+    let importance: Vec<f64> = lab.normal(88, cols).iter().map(|x| f64::from(x * x) + 0.1).collect();
+    let order: Vec<i32> = (0..cols).map(|j| (j ^ 1) as i32).collect();
+    let (input, columns, weights) = (lab.put(&w)?, lab.put(&order)?, lab.put(&importance)?);
+    let (work, shares) = (lab.poisoned::<f32>(rows * cols)?, lab.put(&share)?);
+    let groups = cols.checked_div(group).unwrap_or(1);
+    let (scales, codes, errors) = (lab.poisoned::<f32>(rows * groups)?, lab.poisoned::<i8>(rows * cols)?, lab.poisoned::<f32>(rows * 128)?);
+    let arguments = Arguments::default().with(&input).with(&columns).with(cols).with(&work);
+    lab.launch("gptq_permute", [cols.div_ceil(256), rows, 1], 256, 0, arguments)?;
+    if group == 0 {
+        let arguments = Arguments::default().with(&work).with(&weights).with(rows).with(cols).with(low).with(high).with(&scales);
+        lab.launch("gptq_row_scales", [rows.div_ceil(4), 1, 1], 128, 0, arguments)?;
+    }
+    let factor: Option<&Buffer> = compensate.then_some(&shares);
+    for first in (0..cols).step_by(128) {
+        let width = 128.min(cols - first);
+        let arguments =
+            Arguments::default().with(&work).with(factor).with(&weights).with(&columns).with(rows).with(cols).with(first).with(width);
+        let arguments = arguments.with(group).with(low).with(high).with(&scales).with(&codes).with(&errors);
+        lab.launch("gptq_block", [rows.div_ceil(4), 1, 1], 128, 0, arguments)?;
+        let behind = cols - first - width;
+        if compensate {
+            let arguments = Arguments::default().with(&work).with(&shares).with(&errors).with(rows).with(cols).with(first).with(width);
+            lab.launch("gptq_update", [behind.div_ceil(64), rows.div_ceil(64), 1], 256, 0, arguments)?;
+        }
+    }
+    let (mut expected_codes, mut expected_scales) = (vec![0_i8; rows * cols], Vec::new());
+    for (row, w) in w.chunks_exact(cols).enumerate() {
+        let mut values: Vec<f32> = order.iter().map(|c| w[*c as usize]).collect();
+        let mut scale = 0.0;
+        let step = if group > 0 { group } else { cols };
+        for j in 0..cols {
+            if j % step == 0 {
+                scale = search_scale(&values[j..j + step], &importance[j..j + step], low, high, group > 0);
+                expected_scales.push(scale);
+            }
+            let code = if scale > 0.0 { (values[j] / scale).round_ties_even().clamp(low, high) } else { 0.0 };
+            expected_codes[row * cols + order[j] as usize] = code as i8;
+            if compensate {
+                let error = values[j] - code * scale;
+                values[j + 1..].iter_mut().zip(&share[j * cols + j + 1..(j + 1) * cols]).for_each(|(value, share)| *value -= error * share);
+            }
+        }
+    }
+    Ok(mismatches(&codes.download::<i8>(rows * cols)?, &expected_codes)
+        + mismatches(&scales.download::<f32>(rows * groups)?, &expected_scales))
+}

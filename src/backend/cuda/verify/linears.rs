@@ -1,0 +1,308 @@
+//! Linears: matrix-vector and matrix products in every pair of formats, and the experts' grouped ones.
+
+use half::bf16;
+
+use super::{BF16_WEIGHTS, Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad};
+use crate::backend::cpu::int_matmul::{self, PackedMatrix, QuantizedRows};
+use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::error::Result;
+use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
+
+/// Bytes of shared memory of the matrix products, as `kernels/README.md` says.
+const GEMM_SHARED: usize = 65536;
+const GEMM_W4A8_SHARED: usize = 73728;
+
+/// A linear's weights and what it reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Weights {
+    F32,
+    Bf16,
+    Int8,
+    Int4(usize),
+}
+
+impl Weights {
+    /// The suffix of a kernel's name for int8 or 16-bit activations.
+    fn suffix(self, int8: bool) -> &'static str {
+        match (self, int8) {
+            (Self::F32, _) => "f32",
+            (Self::Bf16, _) => "bf16",
+            (Self::Int8, true) => "w8a8",
+            (Self::Int8, false) => "w8a16",
+            (Self::Int4(_), true) => "w4a8",
+            (Self::Int4(_), false) => "w4a16",
+        }
+    }
+}
+
+fn few_kernel(suffix: &str) -> &'static str {
+    match suffix {
+        "f32" => "few_f32",
+        "bf16" => "few_bf16",
+        "w8a8" => "few_w8a8",
+        "w8a16" => "few_w8a16",
+        "w4a8" => "few_w4a8",
+        _ => "few_w4a16",
+    }
+}
+
+fn gemm_kernel(suffix: &str) -> &'static str {
+    match suffix {
+        "f32" => "gemm_f32",
+        "bf16" => "gemm_bf16",
+        "w8a8" => "gemm_w8a8",
+        "w8a16" => "gemm_w8a16",
+        "w4a8" => "gemm_w4a8",
+        _ => "gemm_w4a16",
+    }
+}
+
+pub fn checks(extent: Extent) -> Vec<Check> {
+    let mut all = Vec::new();
+    let formats = |cols: usize| {
+        let int4 = [128, 64, 32].into_iter().filter(move |group| cols.is_multiple_of(*group)).map(Weights::Int4);
+        [(Weights::F32, false), (Weights::Bf16, false), (Weights::Int8, true), (Weights::Int8, false)]
+            .into_iter()
+            .chain(int4.flat_map(|weights| [(weights, true), (weights, false)]))
+    };
+    let mut few = vec![(1, 16, 64), (1, 37, 320), (3, 50, 192), (8, 33, 1152), (11, 20, 100), (2, 17, 37), (1, 19, 4480), (5, 18, 4224)];
+    let mut many = vec![(17, 40, 64), (130, 150, 192), (128, 128, 320), (33, 129, 100), (65, 30, 1152)];
+    if extent == Extent::Published {
+        few.extend([
+            (1, 21504, 4096),
+            (8, 4096, 21504),
+            (1, 18560, 4096),
+            (2, 131_072, 4096),
+            (1, 4480, 15680),
+            (4, 3136, 12544),
+            (1, 10304, 2688),
+        ]);
+        many.extend([(1024, 4096, 4096), (300, 1856, 2688), (129, 4480, 15680)]);
+    }
+    for (tokens, rows, cols) in few {
+        for (weights, int8) in formats(cols) {
+            let (kernel, tolerance) = (few_kernel(weights.suffix(int8)), if int8 { EXACT } else { FLOAT });
+            let shape = format!("{tokens}x{rows}x{cols} {weights:?}");
+            all.push(Check::new(kernel, shape, tolerance, move |lab| linear(lab, kernel, weights, int8, tokens, rows, cols)));
+        }
+    }
+    for (tokens, rows, cols) in many {
+        for (weights, int8) in formats(cols) {
+            let kernel = gemm_kernel(weights.suffix(int8));
+            let tolerance = match (weights, int8) {
+                (_, true) => EXACT,
+                (Weights::Int4(_), false) => BF16_WEIGHTS,
+                _ => FLOAT,
+            };
+            let shape = format!("{tokens}x{rows}x{cols} {weights:?}");
+            all.push(Check::new(kernel, shape, tolerance, move |lab| linear(lab, kernel, weights, int8, tokens, rows, cols)));
+        }
+    }
+    for (weights, int8) in formats(128) {
+        let kernel = few_kernel(weights.suffix(int8));
+        let tolerance = if int8 { EXACT } else { FLOAT };
+        all.push(Check::new(kernel, format!("experts {weights:?}"), tolerance, move |lab| experts(lab, kernel, weights, int8, 35, 128)));
+    }
+    for (weights, int8) in [(Weights::Int8, true), (Weights::Int4(128), true)] {
+        for kernel in [few_kernel(weights.suffix(int8)), gemm_kernel(weights.suffix(int8))] {
+            all.push(Check::new(kernel, "extreme codes", EXACT, move |lab| extremes(lab, kernel, weights)));
+        }
+    }
+    all
+}
+
+/// Codes and scales by rounding to nearest.
+pub fn quantized(values: &[f32], rows: usize, cols: usize, scheme: Scheme) -> QuantizedMatrix {
+    round_to_nearest(values, rows, cols, scheme)
+}
+
+/// int4 codes as the kernels read them, `[rows, padded(cols) / 2]`.
+pub fn pack_int4(codes: &[i8], cols: usize) -> Vec<u8> {
+    let nibble = |code: i8| code.cast_unsigned() & 0x0f;
+    pad(codes, cols)
+        .chunks_exact(32)
+        .flat_map(|chunk| (0..16).map(|i| nibble(chunk[i]) | nibble(chunk[16 + i]) << 4).collect::<Vec<_>>())
+        .collect()
+}
+
+/// Weights on the device with the parameters that a kernel takes for them, and the values that they stand for.
+struct Prepared {
+    buffers: Vec<Buffer>,
+    group: Option<usize>,
+    values: Vec<f32>,
+    matrix: Option<QuantizedMatrix>,
+}
+
+impl Prepared {
+    fn new(lab: &Lab, weights: Weights, values: Vec<f32>, rows: usize, cols: usize) -> Result<Self> {
+        let scheme = match weights {
+            Weights::F32 => return Ok(Self { buffers: vec![lab.put(&values)?], group: None, values, matrix: None }),
+            Weights::Bf16 => {
+                let bits: Vec<u16> = values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
+                let values = bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect();
+                return Ok(Self { buffers: vec![lab.put(&pad(&bits, cols))?], group: None, values, matrix: None });
+            }
+            Weights::Int8 => Scheme::Int8,
+            Weights::Int4(group) => Scheme::Grouped { bits: 4, group },
+        };
+        Self::of(lab, quantized(&values, rows, cols, scheme))
+    }
+
+    fn of(lab: &Lab, matrix: QuantizedMatrix) -> Result<Self> {
+        let (buffers, group) = match matrix.scheme {
+            Scheme::Grouped { group, .. } => {
+                let scales: Vec<u16> = matrix.scales.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
+                (vec![lab.put(&pack_int4(&matrix.codes, matrix.cols))?, lab.put(&scales)?], Some(group))
+            }
+            _ => (vec![lab.put(&pad(&matrix.codes, matrix.cols))?, lab.put(&matrix.scales)?], None),
+        };
+        Ok(Self { buffers, group, values: matrix.dequantize(), matrix: Some(matrix) })
+    }
+
+    fn arguments(&self) -> Arguments {
+        let arguments = self.buffers.iter().fold(Arguments::default(), Arguments::with);
+        match self.group {
+            Some(group) => arguments.with(group),
+            None => arguments,
+        }
+    }
+}
+
+/// x on the device as a kernel reads it, and the values that the kernel thereby sees.
+struct Input {
+    buffers: Vec<Buffer>,
+    stride: Option<usize>,
+    values: Vec<f32>,
+    codes: Option<QuantizedRows>,
+}
+
+impl Input {
+    fn new(lab: &Lab, kernel: &str, int8: bool, x: Vec<f32>, cols: usize) -> Result<Self> {
+        let tokens = x.len() / cols;
+        if int8 {
+            let codes = QuantizedRows::per_token(&x, tokens, cols);
+            let padded: Vec<i8> = (0..tokens).flat_map(|t| pad(codes.row(t), cols)).collect();
+            let buffers = vec![lab.put(&padded)?, lab.put(&codes.scales)?];
+            return Ok(Self { buffers, stride: None, values: x, codes: Some(codes) });
+        }
+        if kernel.starts_with("gemm") && kernel != "gemm_f32" {
+            let bits: Vec<u16> = x.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
+            let values = bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect();
+            return Ok(Self { buffers: vec![lab.put(&pad(&bits, cols))?], stride: None, values, codes: None });
+        }
+        // Rows further apart than they are long.
+        let stride = cols + 4;
+        let apart: Vec<f32> = x.chunks_exact(cols).flat_map(|row| row.iter().copied().chain([f32::NAN; 4])).collect();
+        Ok(Self { buffers: vec![lab.put(&apart)?], stride: Some(stride), values: x, codes: None })
+    }
+
+    fn arguments(&self, arguments: Arguments) -> Arguments {
+        let arguments = self.buffers.iter().fold(arguments, Arguments::with);
+        match self.stride {
+            Some(stride) => arguments.with(stride),
+            None => arguments,
+        }
+    }
+}
+
+/// The exact integer product of the CPU backend, or the product in f64, `[tokens, rows]`.
+enum Product {
+    Exact(Vec<f32>),
+    Float(Vec<f64>),
+}
+
+fn product(weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usize) -> Product {
+    match (&weights.matrix, &x.codes) {
+        (Some(matrix), Some(codes)) => {
+            let mut out = vec![0.0; tokens * rows];
+            int_matmul::matmul(&PackedMatrix::new(matrix), codes, &mut out, rows, 0);
+            Product::Exact(out)
+        }
+        _ => {
+            let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
+            Product::Float(x.values.chunks_exact(cols).flat_map(|x| weights.values.chunks_exact(cols).map(move |w| dot(x, w))).collect())
+        }
+    }
+}
+
+fn linear(lab: &Lab, kernel: &str, weights: Weights, int8: bool, tokens: usize, rows: usize, cols: usize) -> Result<f64> {
+    let weights = Prepared::new(lab, weights, lab.normal(20, rows * cols), rows, cols)?;
+    let x = Input::new(lab, kernel, int8, lab.normal(21, tokens * cols), cols)?;
+    run(lab, kernel, &weights, &x, tokens, rows, cols)
+}
+
+/// The largest codes there are, all of one sign, against a sum that is as large as it gets.
+fn extremes(lab: &Lab, kernel: &str, weights: Weights) -> Result<f64> {
+    let (tokens, rows, cols) = (9, 20, 4096);
+    let (scheme, code) = match weights {
+        Weights::Int4(group) => (Scheme::Grouped { bits: 4, group }, -8),
+        _ => (Scheme::Int8, -127),
+    };
+    let scales = vec![0.007_812_5; rows * (cols / scheme.group(cols))];
+    let weights = Prepared::of(lab, QuantizedMatrix { scheme, rows, cols, codes: vec![code; rows * cols], scales })?;
+    let x = Input::new(lab, kernel, true, vec![3.0; tokens * cols], cols)?;
+    run(lab, kernel, &weights, &x, tokens, rows, cols)
+}
+
+/// Runs the kernel into the middle of wider rows, with a bias, onto a residual that is the output itself.
+fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usize) -> Result<f64> {
+    let few = kernel.starts_with("few");
+    let (offset, stride) = (3, rows + 8);
+    let (bias, residual) = (lab.normal(22, rows), lab.normal(23, tokens * stride));
+    let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
+    let arguments = x.arguments(weights.arguments()).with(tokens).with(rows).with(cols);
+    let arguments = if few { arguments.with(None::<&Buffer>).with(None::<&Buffer>) } else { arguments };
+    let place = out.address() + 4 * offset as u64;
+    let arguments = arguments.with(&bias_buffer).with(place).with(place).with(stride);
+    let (tile, shared) = match kernel {
+        "gemm_f32" => (64, 0),
+        "gemm_w4a8" => (128, GEMM_W4A8_SHARED),
+        _ => (128, GEMM_SHARED),
+    };
+    if few {
+        lab.launch(kernel, [rows.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
+    } else {
+        lab.launch(kernel, [tokens.div_ceil(tile), rows.div_ceil(tile), 1], 256, shared, arguments)?;
+    }
+    let found = out.download::<f32>(tokens * stride)?;
+    Ok(match product(weights, x, tokens, rows, cols) {
+        Product::Exact(product) => {
+            let mut expected = residual;
+            for (row, product) in expected.chunks_exact_mut(stride).zip(product.chunks_exact(rows)) {
+                row[offset..].iter_mut().zip(product).zip(&bias).for_each(|((out, product), bias)| *out += product + bias);
+            }
+            mismatches(&found, &expected)
+        }
+        Product::Float(product) => {
+            let mut expected: Vec<f64> = residual.iter().map(|x| f64::from(*x)).collect();
+            for (row, product) in expected.chunks_exact_mut(stride).zip(product.chunks_exact(rows)) {
+                row[offset..].iter_mut().zip(product).zip(&bias).for_each(|((out, product), bias)| *out += product + f64::from(*bias));
+            }
+            difference(&found, &expected)
+        }
+    })
+}
+
+/// Pairs of tokens and experts in tiles: one of several pairs, one empty, single ones.
+fn experts(lab: &Lab, kernel: &str, weights: Weights, int8: bool, rows: usize, cols: usize) -> Result<f64> {
+    let (count, tokens) = (3, 5);
+    let all = Prepared::new(lab, weights, lab.normal(24, count * rows * cols), count * rows, cols)?;
+    let x = Input::new(lab, kernel, int8, lab.normal(25, tokens * cols), cols)?;
+    let tiles = [2, 0, 3, 0, 3, 0, 0, 3, 1, 1, 4, 2];
+    let x_rows = [4, 0, 2, 3, 1, 1];
+    let expert_of = [2, 2, 2, 0, 1, 1];
+    let (tiles, places, out) = (lab.put(&tiles)?, lab.put(&x_rows)?, lab.poisoned::<f32>(x_rows.len() * rows)?);
+    let arguments = x.arguments(all.arguments()).with(x_rows.len()).with(rows).with(cols).with(&tiles).with(&places);
+    let arguments = arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(&out).with(rows);
+    lab.launch(kernel, [rows.div_ceil(16), 4, 1], 256, 0, arguments)?;
+    let found = out.download::<f32>(x_rows.len() * rows)?;
+    // Every token through every expert, of which the chosen are taken.
+    let pick = |pair: usize| {
+        let start = (x_rows[pair] as usize * count + expert_of[pair]) * rows;
+        start..start + rows
+    };
+    Ok(match product(&all, &x, tokens, count * rows, cols) {
+        Product::Exact(product) => mismatches(&found, &(0..x_rows.len()).flat_map(|pair| product[pick(pair)].to_vec()).collect::<Vec<_>>()),
+        Product::Float(product) => difference(&found, &(0..x_rows.len()).flat_map(|pair| product[pick(pair)].to_vec()).collect::<Vec<_>>()),
+    })
+}

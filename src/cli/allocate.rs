@@ -1,0 +1,301 @@
+//! `strata allocate`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Solution};
+use strata::analysis::sensitivity::{Request, Sensitivities, SensitivitySpec, donors_directory, load};
+use strata::checkpoint::{self, Checkpoint, StorageLayout};
+use strata::engine::{Event, Job, QuantizeJob, StudyJob};
+use strata::error::{Error, Result};
+use strata::format::{Format, Selector};
+use strata::quant::Override;
+use strata::session::replay::finish;
+use strata::session::{Session, VariantSpec, paths, report};
+
+use super::progress::Follow;
+use super::quantize::{self, parse_override};
+use super::sensitivity::{Measured, parse_format};
+use super::{Common, output};
+
+#[derive(Args)]
+pub struct Allocate {
+    /// A checkpoint's directory, a hub id, or `demo`, whose sensitivities were measured.
+    model: String,
+    #[command(flatten)]
+    budget: BudgetOptions,
+    #[command(flatten)]
+    measured: Measured,
+    /// Formats that the plan may use, separated by commas; all that were measured unless given.
+    #[arg(long, value_name = "F,F", value_delimiter = ',', value_parser = parse_format)]
+    formats: Option<Vec<Format>>,
+    /// Activation bits that the plan may use: 8, 16 or any.
+    #[arg(long, value_name = "BITS", default_value = "8")]
+    activations: String,
+    /// Keep a part at a format: `kind:attention=w8a8`, `block:3=w4a8`, `name:*.out_proj=w8a8`. May be given several times.
+    #[arg(long = "pin", value_name = "MATCH=FORMAT")]
+    pins: Vec<String>,
+    /// All linears of a block take one format.
+    #[arg(long)]
+    whole_blocks: bool,
+    /// Say of every unit what the formats beside its own would change.
+    #[arg(long)]
+    explain: bool,
+    /// Write the plan as a session that `quantize` and `replay` take.
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
+    /// Put the variant together from the donors, in this folder.
+    #[arg(long, short)]
+    output: Option<PathBuf>,
+    /// Replace an output that exists.
+    #[arg(long)]
+    force: bool,
+    /// Compare allocated plans with uniform, filled, error-only and random ones on held-out text; takes minutes.
+    #[arg(long, conflicts_with_all = ["output", "session", "explain"])]
+    study: bool,
+    /// Text of the study; the demo's held-out text unless given.
+    #[arg(long, value_name = "FILE", requires = "study")]
+    text: Option<PathBuf>,
+    /// Windows of that text.
+    #[arg(long, requires = "study", default_value_t = 64)]
+    text_windows: usize,
+    /// Random plans a budget in the study.
+    #[arg(long, requires = "study", default_value_t = 20)]
+    random: usize,
+}
+
+#[derive(Args)]
+#[group(multiple = false)]
+struct BudgetOptions {
+    /// Stored bits a weight of the blocks' linears, scales included.
+    #[arg(long)]
+    bits: Option<f64>,
+    /// Bytes of the whole model: 6GiB, 900MB, 4000000.
+    #[arg(long, value_name = "BYTES")]
+    size: Option<String>,
+    /// Bytes of the blocks' linears.
+    #[arg(long, value_name = "BYTES")]
+    linears: Option<String>,
+    /// The smallest plan that is predicted to lose at most so many nats a token.
+    #[arg(long, value_name = "NATS")]
+    kld: Option<f64>,
+}
+
+impl BudgetOptions {
+    fn budget(&self) -> Result<Option<Budget>> {
+        Ok(match (self.bits, &self.size, &self.linears, self.kld) {
+            (Some(bits), ..) => Some(Budget::Bits(bits)),
+            (_, Some(size), ..) => Some(Budget::ModelBytes(parse_bytes(size)?)),
+            (_, _, Some(size), _) => Some(Budget::LinearBytes(parse_bytes(size)?)),
+            (_, _, _, Some(kld)) => Some(Budget::Kld(kld)),
+            (None, None, None, None) => None,
+        })
+    }
+}
+
+/// A number of bytes with its unit: powers of 1000 (kB, MB, GB) or of 1024 (KiB, MiB, GiB).
+fn parse_bytes(text: &str) -> Result<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => f64::NAN,
+    };
+    match number.parse::<f64>() {
+        Ok(number) if (number * factor).is_finite() => Ok((number * factor) as u64),
+        _ => Err(Error::input(format!("`{text}` is not a size")).hint("write 6GiB, 900MB or a number of bytes")),
+    }
+}
+
+impl Allocate {
+    pub fn run(&self, common: &Common) -> Result<()> {
+        let spec = self.measured.spec(common)?;
+        if self.study {
+            return self.study(spec, common);
+        }
+        let activations = self.activations.parse::<Activations>()?;
+        let budget = self.budget.budget()?;
+        let checkpoint = checkpoint::open(&self.model)?;
+        let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
+        let losses = load(&measurement)?;
+        let request = AllocateRequest {
+            formats: self.formats.clone(),
+            activations,
+            pins: self.pins.iter().map(|pin| parse_override(pin)).collect::<Result<_>>()?,
+            whole_blocks: self.whole_blocks,
+            ..AllocateRequest::new(measurement.ends_plan(), Budget::Share(1.0))
+        };
+        let solution = Solution::new(&losses, &checkpoint.layout, &request)?;
+        let Some(budget) = budget else {
+            if self.output.is_some() || self.session.is_some() || self.explain {
+                return Err(Error::input("a plan needs a budget").hint("give --bits, --size, --linears or --kld"));
+            }
+            return front(&solution, &losses, common);
+        };
+        let allocation = solution.at(solution.find(budget)?);
+        if let Some(path) = &self.session {
+            self.write_session(path, &spec, &checkpoint, &allocation)?;
+        }
+        let variant = match &self.output {
+            Some(output) => Some(self.assemble(output, &spec, &measurement, &allocation, common)?),
+            None => None,
+        };
+        if common.json {
+            return output::json(&json!({
+                "schema": "strata.allocation/1",
+                "model": losses.model,
+                "allocation": allocation,
+                "front": solution.front(),
+                "correction": solution.correction(),
+                "checks": losses.checks,
+                "output": variant,
+            }));
+        }
+        self.print(&allocation, &solution)
+    }
+
+    fn print(&self, allocation: &Allocation, solution: &Solution<'_>) -> Result<()> {
+        output::table(&report::allocation(allocation, self.explain))?;
+        output::line("")?;
+        let correction = match solution.correction() {
+            Some(_) => format!(", {:.2e} as plans like it were measured", allocation.corrected_kld),
+            None => String::new(),
+        };
+        output::line(&format!(
+            "{:.3} bits a weight, linears {}, model {}; predicted KLD {:.2e}{correction}",
+            allocation.bits_per_weight,
+            report::bytes(allocation.linear_bytes),
+            report::bytes(allocation.total_bytes),
+            allocation.predicted_kld,
+        ))?;
+        output::line(&match allocation.gap {
+            0.0 => "no plan of these bytes is predicted to lose less".to_owned(),
+            gap => format!("the best plan of these bytes may be predicted to lose up to {:.2}% less", 100.0 * gap),
+        })?;
+        output::line(&format!("a further megabyte would save {:.1e} nats", allocation.price))
+    }
+
+    /// A session with one variant: the recipe, and an override a block or linear.
+    fn write_session(
+        &self,
+        path: &std::path::Path,
+        spec: &SensitivitySpec,
+        checkpoint: &Checkpoint,
+        allocation: &Allocation,
+    ) -> Result<()> {
+        let mut session = Session::new(&self.model);
+        session.model.sha256 = Some(checkpoint.sha256()?);
+        session.calibration = spec.sample.clone();
+        let plan = &allocation.plan;
+        let mut overrides: Vec<Override> = Vec::new();
+        for run in plan.blocks.chunk_by(|a, b| a == b) {
+            let first = overrides.last().map_or(0, |rule| if let Selector::Blocks(_, last) = rule.selector { last + 1 } else { 0 });
+            overrides.push(Override { selector: Selector::Blocks(first, first + run.len() - 1), format: run[0] });
+        }
+        for (stem, format) in &plan.linears {
+            let selector = format!("name:{stem}").parse().map_err(Error::run)?;
+            overrides.push(Override { selector, format: *format });
+        }
+        session.variants.push(VariantSpec { name: "allocated".into(), recipe: self.measured.recipe().into(), overrides });
+        session.save(path)
+    }
+
+    fn assemble(
+        &self,
+        output: &std::path::Path,
+        spec: &SensitivitySpec,
+        measurement: &Request<'_>,
+        allocation: &Allocation,
+        common: &Common,
+    ) -> Result<PathBuf> {
+        let job = QuantizeJob {
+            model: self.model.clone(),
+            name: "allocated".into(),
+            recipe: spec.recipe.name.clone(),
+            steps: measurement.steps.clone(),
+            plan: allocation.plan.clone(),
+            sample: spec.sample.clone(),
+            storage: StorageLayout::Native,
+            output: Some(output.to_owned()),
+            store: paths::variants_directory(),
+            force: self.force,
+            donors: Some(donors_directory(&measurement.store)),
+        };
+        let (path, _) = quantize::run_job(job, common)?;
+        Ok(path)
+    }
+
+    fn study(&self, spec: SensitivitySpec, common: &Common) -> Result<()> {
+        let bits = self.budget.bits.map_or_else(|| vec![3.0, 4.0, 5.0, 6.0], |bits| vec![bits]);
+        let formats = self.formats.clone().unwrap_or_else(|| vec![Format::W8A8, Format::W4A8, Format::W3A8, Format::W2A8]);
+        let job = StudyJob {
+            model: self.model.clone(),
+            window_tokens: spec.sample.length,
+            spec,
+            store: paths::data_directory(),
+            formats,
+            bits,
+            random: self.random,
+            text: self.text.clone(),
+            windows: self.text_windows,
+        };
+        let (engine, mut events) = common.engine()?;
+        engine.submit(Job::Study(Box::new(job)))?;
+        let mut follow = Follow::new();
+        let mut found = None;
+        finish(&mut events, &mut |event| {
+            follow.event(event);
+            if let Event::Study { rows, .. } = event {
+                found = Some(rows.clone());
+            }
+        })?;
+        let rows = found.ok_or_else(|| Error::run("the study ended without a result"))?;
+        if common.json {
+            return output::json(&json!({ "schema": "strata.study/1", "rows": rows }));
+        }
+        output::table(&report::study(&rows))?;
+        output::line("")?;
+        output::line(
+            "KLD in nats a token on the text, with bootstrap intervals over windows; excess: over the allocated plan of the same budget, paired",
+        )
+    }
+}
+
+/// The front, in a few rows.
+fn front(solution: &Solution<'_>, losses: &Sensitivities, common: &Common) -> Result<()> {
+    let front = solution.front();
+    if common.json {
+        return output::json(&json!({
+            "schema": "strata.front/1",
+            "model": losses.model,
+            "front": front,
+            "correction": solution.correction(),
+            "checks": losses.checks,
+        }));
+    }
+    output::table(&report::front(&front))?;
+    output::line("")?;
+    output::line(&format!("{} plans in all; --bits, --size, --linears or --kld picks one, --json lists them", front.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn sizes_have_units_of_1000_and_1024() {
+        for (text, bytes) in [("6GiB", 6 << 30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2kib", 2048)] {
+            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
+        }
+        for wrong in ["", "six", "6 parsecs", "1.2.3GB"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}

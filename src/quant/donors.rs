@@ -1,0 +1,462 @@
+//! Donors: every linear quantized once at each width, from which any plan is put together without quantizing again.
+//!
+//! A donor's Hessian is that of the float model's activations, so that it depends on no plan. GPTQ rounds every row of a
+//! linear for itself: slices of one linear can come from donors of different widths. Donors lie in a folder named by the
+//! hash of source, steps, sample and tool, one file a block and width, each with its own hash in the folder's index.
+//! Start with [`Donors::open`].
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::calibrate;
+use super::method::{QuantizedLinear, Rounding, quantize_linear};
+use super::publish::{self, TensorOut};
+use super::recipe::{Method, Steps};
+use super::sample::Sample;
+use super::transform::Transforms;
+use super::weights::{BlockWeights, FloatBlock, FloatLinear};
+use crate::backend::{Backend, Emit, Sequences, SsmInternals};
+use crate::checkpoint::{BlockSpec, Checkpoint, Dtype, LinearSpec, TOOL, sha256_hex};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::format::{Format, LinearWeights, QuantizedMatrix, Scheme, Transform, WeightPart, packing};
+use crate::model::{Block, BlockSource};
+use crate::monitor::Monitor;
+
+const INDEX: &str = "donors.json";
+const MOMENT: &str = "second-moment.bin";
+
+/// What the folder's index holds.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Index {
+    files: BTreeMap<String, DonorFile>,
+}
+
+/// One block at one width.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DonorFile {
+    sha256: String,
+    /// What differs from the format asked for, by linear.
+    notes: BTreeMap<String, Vec<String>>,
+}
+
+/// The donors of one checkpoint, list of steps and sample.
+pub struct Donors {
+    directory: PathBuf,
+    key: String,
+    steps: Steps,
+    float_bytes: usize,
+    index: Index,
+    transforms: Transforms,
+}
+
+/// Where a linear is: in a block, or the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Block(usize),
+    Head,
+}
+
+impl Place {
+    fn file(self, format: Format) -> String {
+        match self {
+            Self::Block(index) => format!("block-{index:05}.{format}.safetensors"),
+            Self::Head => format!("head.{format}.safetensors"),
+        }
+    }
+}
+
+/// The format of the same weights with 16-bit activations: what a donor is named by.
+pub fn weights_of(format: Format) -> Format {
+    let same = |candidate: &Format| candidate.weight_bits() == format.weight_bits() && !candidate.quantizes_activations();
+    Format::ALL.into_iter().find(same).map_or(format, |wide| wide.with_group(format.largest_group()))
+}
+
+impl Donors {
+    /// Hash of everything that decides the donors' bytes.
+    pub fn key(source: &str, steps: &Steps, sample: &Sample) -> String {
+        let identity = json!({ "tool": TOOL, "source": source, "steps": steps, "sample": sample.sha256() });
+        sha256_hex(identity.to_string().as_bytes())
+    }
+
+    /// Opens the donors in the folder for them under `store`, which is made if it is not there. A rotation of the residual
+    /// stream takes a pass of the float model over the sample the first time.
+    pub fn open<B: Backend>(
+        backend: &B,
+        checkpoint: &Checkpoint,
+        steps: &Steps,
+        sample: &Sample,
+        store: &Path,
+        monitor: &Monitor,
+    ) -> Result<Self> {
+        let key = Self::key(&checkpoint.sha256()?, steps, sample);
+        let directory = store.join(&key[..16]);
+        fs::create_dir_all(&directory).map_err(|error| Error::io("creating", &directory, &error))?;
+        let index = match fs::read(directory.join(INDEX)) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(&directory.join(INDEX), &error))?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Index::default(),
+            Err(error) => return Err(Error::io("reading", &directory.join(INDEX), &error)),
+        };
+        let moment = if steps.transforms.contains(&Transform::RotateResidual) {
+            Some(second_moment(backend, checkpoint, sample, &directory.join(MOMENT), monitor)?)
+        } else {
+            None
+        };
+        let transforms = Transforms::new(&steps.transforms, moment.as_deref(), checkpoint.config.hidden_size)?;
+        Ok(Self { directory, key, steps: steps.clone(), float_bytes: checkpoint.layout.float_bytes, index, transforms })
+    }
+
+    /// The hash that names the donors.
+    pub fn name(&self) -> &str {
+        &self.key
+    }
+
+    /// The transforms that the donors' weights have been through.
+    pub fn transforms(&self) -> &Transforms {
+        &self.transforms
+    }
+
+    /// Whether the linears at `place` are there in the weights of `format`. Float weights need no donor.
+    pub fn has(&self, place: Place, format: Format) -> bool {
+        format.weight_bits() == 16 || self.index.files.contains_key(&place.file(weights_of(format)))
+    }
+
+    /// The transformed weights of block `spec`.
+    pub fn block<'a>(&'a self, checkpoint: &'a Checkpoint, spec: &'a BlockSpec) -> Result<DonorBlock<'a>> {
+        Ok(DonorBlock { donors: self, checkpoint, spec, weights: self.transforms.block(checkpoint, spec)? })
+    }
+
+    /// Makes the donors of block `spec` that are missing among those for `formats`. `inputs` is the sample's residual
+    /// stream in front of the block, in the transforms' basis.
+    pub fn make_block<B: Backend>(
+        &mut self,
+        backend: &B,
+        checkpoint: &Checkpoint,
+        spec: &BlockSpec,
+        formats: &[Format],
+        inputs: &[B::Tensor],
+        sequences: &[Sequences],
+        monitor: &Monitor,
+    ) -> Result<()> {
+        let place = Place::Block(spec.index);
+        let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let weights = self.transforms.block(checkpoint, spec)?;
+        let hessians = if self.steps.method == Method::Gptq {
+            let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
+            let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
+            calibrate::hessians(backend, &block, inputs, sequences, monitor)?
+        } else {
+            BTreeMap::new()
+        };
+        for format in missing {
+            monitor.check()?;
+            if !self.has(place, format) {
+                let hessian = |name: &str| hessians.get(name).map(Vec::as_slice);
+                self.make(place, &spec.linears, format, |name| weights.linear(name), hessian)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the head's donor for `format` if it is missing. `inputs` is the sample's residual stream behind the last
+    /// block, in the transforms' basis.
+    pub fn make_head<B: Backend>(&mut self, backend: &B, checkpoint: &Checkpoint, format: Format, inputs: &[B::Tensor]) -> Result<()> {
+        if self.has(Place::Head, format) {
+            return Ok(());
+        }
+        let head = self.transforms.head(checkpoint)?;
+        let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
+        let hidden = checkpoint.config.hidden_size;
+        let mut hessian = vec![0.0; hidden * hidden];
+        for h in inputs {
+            let x = backend.rms_norm(h, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
+            calibrate::add(&mut hessian, &backend.gram(&x)?);
+        }
+        let hessian = (self.steps.method == Method::Gptq).then_some(hessian.as_slice());
+        self.make(Place::Head, std::slice::from_ref(&checkpoint.layout.head), format, |_| Ok(&head), |_| hessian)
+    }
+
+    /// The head `spec` in `format`; `float` gives its transformed weights.
+    pub(super) fn head_linear(&self, float: &FloatLinear, spec: &LinearSpec, format: Format) -> Result<QuantizedLinear> {
+        let assembled = self.assemble(Place::Head, [spec], |_, _| format, |_| Ok(float))?;
+        assembled.into_values().next().ok_or_else(|| Error::run("the head was not put together"))
+    }
+
+    /// The head in `format` on the device.
+    pub fn head<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, format: Format) -> Result<B::Linear> {
+        let spec = &checkpoint.layout.head;
+        backend.prepare(self.head_linear(&self.transforms.head(checkpoint)?, spec, format)?.weights(spec.cols))
+    }
+
+    /// Logits of `head` for rows of the residual stream behind the last block, in the transforms' basis.
+    pub fn logits<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, head: &B::Linear, h: &B::Tensor) -> Result<B::Tensor> {
+        let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
+        backend.linear(head, &backend.rms_norm(h, &norm, checkpoint.config.norm_eps, backend.reads(head))?)
+    }
+
+    /// Quantizes `linears` in the weights of `format` and keeps them. `float` and `hessian` give a linear's transformed
+    /// weights and the Hessian of its input by name.
+    fn make<'a>(
+        &mut self,
+        place: Place,
+        linears: &[LinearSpec],
+        format: Format,
+        float: impl Fn(&str) -> Result<&'a FloatLinear>,
+        hessian: impl Fn(&str) -> Option<&'a [f64]>,
+    ) -> Result<()> {
+        let format = weights_of(format);
+        let mut tensors: Vec<TensorOut> = Vec::new();
+        let mut notes = BTreeMap::new();
+        for linear in linears {
+            let rounding = self.rounding(format, linear.schemes(format));
+            let quantized = quantize_linear(float(&linear.name)?, linear, &rounding, hessian(&linear.name));
+            for (part, weights) in quantized.parts.iter().enumerate() {
+                if let WeightPart::Quantized(matrix) = weights {
+                    push_matrix(&format!("{}/{part}", linear.name), matrix, &mut tensors);
+                }
+            }
+            if !quantized.notes.is_empty() {
+                notes.insert(linear.name.clone(), quantized.notes);
+            }
+        }
+        let name = place.file(format);
+        let path = self.directory.join(&name);
+        publish::write_tensors(&path, &tensors)?;
+        let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
+        self.index.files.insert(name, DonorFile { sha256: sha256_hex(&bytes), notes });
+        let index = serde_json::to_vec(&self.index).map_err(|error| Error::run(format!("the donors' index cannot be written: {error}")))?;
+        files::write_atomically(&self.directory.join(INDEX), &index)
+    }
+
+    fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
+        Rounding { method: self.steps.method, format, schemes, transforms: &self.steps.transforms, float_bytes: self.float_bytes }
+    }
+
+    /// The embedding in `format` on the device, rounded without a Hessian.
+    pub fn embedding<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, format: Format) -> Result<B::Embedding> {
+        let (table, spec) = (self.transforms.embedding(checkpoint)?, &checkpoint.layout.embedding);
+        let mut table = quantize_linear(&table, spec, &self.rounding(format, spec.schemes(format)), None).weights(spec.cols);
+        table.int8_activations = false;
+        backend.prepare_embedding(table)
+    }
+
+    /// The linears at `place` under formats that `formats` gives for (linear, slice), ready for a backend. `float` gives
+    /// their transformed weights. A missing donor is an error.
+    pub(super) fn assemble<'l, 'w>(
+        &self,
+        place: Place,
+        linears: impl IntoIterator<Item = &'l LinearSpec>,
+        formats: impl Fn(&LinearSpec, &str) -> Format,
+        float: impl Fn(&str) -> Result<&'w FloatLinear>,
+    ) -> Result<BTreeMap<&'l str, QuantizedLinear>> {
+        let mut read: BTreeMap<String, File> = BTreeMap::new();
+        let mut assembled = BTreeMap::new();
+        for linear in linears {
+            let own = float(&linear.name)?;
+            let slices: Vec<Format> = linear.slices.iter().map(|slice| formats(linear, slice.name)).collect();
+            let schemes: Vec<Scheme> =
+                linear.slices.iter().zip(&slices).map(|(slice, format)| Scheme::for_width(*format, slice.min_bits, linear.cols)).collect();
+            // Everything but the codes; float slices too.
+            let format = formats(linear, "");
+            let floats = vec![Scheme::Float; schemes.len()];
+            let mut quantized = quantize_linear(own, linear, &self.rounding(format, floats), None);
+            if schemes.iter().any(|scheme| *scheme != Scheme::Float) {
+                let mut parts = Vec::with_capacity(slices.len());
+                let mut start = 0;
+                for ((slice, format), scheme) in linear.slices.iter().zip(&slices).zip(&schemes) {
+                    let rows = start..start + slice.rows;
+                    start = rows.end;
+                    if *scheme == Scheme::Float {
+                        parts.push(WeightPart::Float(self.stored_floats(&own.values()[rows.start * linear.cols..rows.end * linear.cols])));
+                        continue;
+                    }
+                    let file = match read.entry(place.file(weights_of(*format))) {
+                        Entry::Occupied(entry) => entry.into_mut(),
+                        Entry::Vacant(entry) => {
+                            let file = self.read(entry.key())?;
+                            entry.insert(file)
+                        }
+                    };
+                    parts.push(WeightPart::Quantized(file.rows(linear, weights_of(*format), rows)?));
+                    quantized.notes.extend(file.notes.get(&linear.name).into_iter().flatten().cloned());
+                }
+                quantized.notes.sort();
+                quantized.notes.dedup();
+                quantized.parts = if schemes.iter().all(|scheme| *scheme == schemes[0]) { vec![join(parts)] } else { parts };
+            }
+            assembled.insert(linear.name.as_str(), quantized);
+        }
+        Ok(assembled)
+    }
+
+    /// Float rows of a linear whose other slices are quantized, as the pipeline stores them.
+    fn stored_floats(&self, values: &[f32]) -> Vec<f32> {
+        let round = |value: &f32| if self.float_bytes == 2 { bf16::from_f32(*value).to_f32() } else { *value };
+        values.iter().map(round).collect()
+    }
+
+    fn read(&self, name: &str) -> Result<File> {
+        let path = self.directory.join(name);
+        let entry = self.index.files.get(name).ok_or_else(|| {
+            Error::input(format!("there is no donor {name} in {}", self.directory.display()))
+                .hint("run `strata sensitivity` with this format among its --formats")
+        })?;
+        let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
+        if sha256_hex(&bytes) != entry.sha256 {
+            return Err(Error::run(format!("{} is not the file that was made", path.display()))
+                .hint("it was changed or damaged since: remove its folder and run `strata sensitivity` again"));
+        }
+        Ok(File { path, bytes, notes: entry.notes.clone() })
+    }
+}
+
+/// A block whose weights have been through the transforms, to be quantized in part or whole.
+pub struct DonorBlock<'a> {
+    donors: &'a Donors,
+    checkpoint: &'a Checkpoint,
+    spec: &'a BlockSpec,
+    weights: BlockWeights,
+}
+
+impl DonorBlock<'_> {
+    /// The block on the device with every linear to which `formats` gives a format for (linear, slice) quantized.
+    pub fn prepare<B: Backend>(&self, backend: &B, formats: impl Fn(&LinearSpec, &str) -> Option<Format>) -> Result<Block<B>> {
+        let quantized: Vec<&LinearSpec> = self.spec.linears.iter().filter(|linear| formats(linear, "").is_some()).collect();
+        let format = |linear: &LinearSpec, slice: &str| formats(linear, slice).unwrap_or(Format::W16A16);
+        let linears = self.donors.assemble(Place::Block(self.spec.index), quantized, format, |name| self.weights.linear(name))?;
+        let float = FloatBlock { checkpoint: self.checkpoint, weights: &self.weights, transforms: &self.donors.steps.transforms };
+        Block::assemble(
+            backend,
+            &self.checkpoint.config,
+            self.spec,
+            &PartlyQuantized { float, linears: &linears, internals: SsmInternals::Float },
+        )
+    }
+}
+
+/// A transformed block of which some linears are quantized.
+pub(super) struct PartlyQuantized<'a> {
+    pub float: FloatBlock<'a>,
+    pub linears: &'a BTreeMap<&'a str, QuantizedLinear>,
+    pub internals: SsmInternals,
+}
+
+impl BlockSource for PartlyQuantized<'_> {
+    fn tensor(&self, name: &str) -> Result<Vec<f32>> {
+        self.float.tensor(name)
+    }
+
+    fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
+        match self.linears.get(linear.name.as_str()) {
+            Some(quantized) => Ok(quantized.weights(linear.cols)),
+            None => self.float.linear(linear),
+        }
+    }
+
+    fn internals(&self, _: &BlockSpec) -> Result<SsmInternals> {
+        Ok(self.internals.clone())
+    }
+
+    fn rotates_state(&self) -> bool {
+        self.float.rotates_state()
+    }
+}
+
+/// A donor file in memory.
+struct File {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    notes: BTreeMap<String, Vec<String>>,
+}
+
+impl File {
+    /// Rows `rows` of `linear` in the weights of `format`; they lie within one stored part.
+    fn rows(&self, linear: &LinearSpec, format: Format, rows: Range<usize>) -> Result<QuantizedMatrix> {
+        let tensors = SafeTensors::deserialize(&self.bytes).map_err(|error| damaged(&self.path, &error))?;
+        let schemes = linear.schemes(format);
+        let whole = schemes.iter().all(|scheme| *scheme == schemes[0]);
+        let (mut part, mut start) = (0, 0);
+        while !whole && start < rows.start {
+            start += linear.slices[part].rows;
+            part += 1;
+        }
+        let (scheme, cols) = (schemes[part], linear.cols);
+        let tensor = |what: &str| tensors.tensor(&format!("{}/{part}/{what}", linear.name)).map_err(|error| damaged(&self.path, &error));
+        let (first, count) = (rows.start - start, rows.len());
+        let row = |view: &safetensors::tensor::TensorView<'_>| view.data().len() / view.shape()[0];
+        let codes = tensor("codes")?;
+        let width = row(&codes);
+        let bytes = &codes.data()[first * width..(first + count) * width];
+        let codes = match scheme {
+            Scheme::Grouped { bits, .. } => {
+                let words: Vec<u32> = bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
+                packing::unpack(&words, cols, bits)
+            }
+            Scheme::Int8 | Scheme::Float => bytes.iter().map(|byte| byte.cast_signed()).collect(),
+        };
+        let scales = tensor("scales")?;
+        let width = row(&scales);
+        let scales = &scales.data()[first * width..(first + count) * width];
+        let scales = scales.as_chunks::<4>().0.iter().map(|scale| f32::from_le_bytes(*scale)).collect();
+        Ok(QuantizedMatrix { scheme, rows: count, cols, codes, scales })
+    }
+}
+
+fn push_matrix(name: &str, matrix: &QuantizedMatrix, tensors: &mut Vec<TensorOut<'_>>) {
+    let (dtype, width, codes) = match matrix.scheme {
+        Scheme::Grouped { bits, .. } => {
+            let words = packing::pack(&matrix.codes, matrix.cols, bits);
+            (Dtype::I32, packing::words_in_row(matrix.cols, bits), words.iter().flat_map(|word| word.to_le_bytes()).collect())
+        }
+        Scheme::Int8 | Scheme::Float => (Dtype::I8, matrix.cols, matrix.codes.iter().map(|code| code.cast_unsigned()).collect()),
+    };
+    let codes: Vec<u8> = codes;
+    tensors.push((format!("{name}/codes"), dtype, vec![matrix.rows, width], Cow::Owned(codes)));
+    let scales = matrix.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    tensors.push((format!("{name}/scales"), Dtype::F32, vec![matrix.rows, matrix.cols / matrix.group()], Cow::Owned(scales)));
+}
+
+/// Parts of one scheme as one.
+fn join(parts: Vec<WeightPart>) -> WeightPart {
+    let mut parts = parts.into_iter();
+    let first = parts.next().unwrap_or(WeightPart::Float(Vec::new()));
+    parts.fold(first, |mut whole, part| {
+        match (&mut whole, part) {
+            (WeightPart::Quantized(whole), WeightPart::Quantized(part)) => whole.append_rows(&part),
+            (WeightPart::Float(whole), WeightPart::Float(part)) => whole.extend(part),
+            _ => {}
+        }
+        whole
+    })
+}
+
+/// The second moment of the normalised residual stream over the sample, kept in `path`.
+fn second_moment<B: Backend>(backend: &B, checkpoint: &Checkpoint, sample: &Sample, path: &Path, monitor: &Monitor) -> Result<Vec<f64>> {
+    let hidden = checkpoint.config.hidden_size;
+    if let Ok(bytes) = fs::read(path)
+        && bytes.len() == 8 * hidden * hidden
+    {
+        return Ok(bytes.as_chunks::<8>().0.iter().map(|value| f64::from_le_bytes(*value)).collect());
+    }
+    let moment = calibrate::second_moment(backend, checkpoint, &sample.batches(), monitor)?;
+    files::write_atomically(path, &moment.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+    Ok(moment)
+}
+
+fn damaged(path: &Path, error: &dyn std::fmt::Display) -> Error {
+    Error::run(format!("{} is damaged: {error}", path.display())).hint("remove its folder and run `strata sensitivity` again")
+}

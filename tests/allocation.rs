@@ -1,0 +1,226 @@
+//! Sensitivities end to end: measured, interrupted and resumed, invalidated; plans put together from donors.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::cell::Cell;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+
+use strata::analysis::allocate::{AllocateRequest, Budget, allocate};
+use strata::analysis::sensitivity::{self, Granularity, Request, SensitivitySpec, donors_directory};
+use strata::analysis::study::{ALLOCATED, StudyRequest, study};
+use strata::backend::cpu::Cpu;
+use strata::checkpoint::{self, Checkpoint, DEMO_HELDOUT, StorageLayout};
+use strata::error::ErrorKind;
+use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate, text};
+use strata::format::Format;
+use strata::monitor::{CancelToken, Monitor, Report};
+use strata::quant::{Donors, QuantizeRequest, Recipe, SampleSpec, quantize};
+
+/// A measurement that takes seconds.
+fn spec(recipe: &str) -> SensitivitySpec {
+    let sample = SampleSpec { sequences: 2, length: 64, ..SampleSpec::default() };
+    SensitivitySpec {
+        by: Granularity::Linear,
+        formats: vec![Format::W8A8, Format::W4A8, Format::W2A8],
+        windows: 2,
+        positions: 32,
+        exact: 0.5,
+        ..SensitivitySpec::new(Recipe::find(recipe).unwrap(), sample)
+    }
+}
+
+/// A monitor that cancels after so many losses and counts them.
+fn measure_until(losses: usize, seen: &Mutex<usize>) -> Monitor<'_> {
+    let cancel = CancelToken::default();
+    let token = cancel.clone();
+    Monitor::new(
+        move |report| {
+            if let Report::Measured { .. } = report {
+                let mut seen = seen.lock().unwrap();
+                *seen += 1;
+                if *seen == losses {
+                    token.cancel();
+                }
+            }
+        },
+        cancel,
+    )
+}
+
+fn rows_file(store: &Path) -> std::path::PathBuf {
+    let folder = std::fs::read_dir(store.join("sensitivity")).unwrap().next().unwrap().unwrap().path();
+    folder.join("rows.jsonl")
+}
+
+#[test]
+fn interrupted_and_resumed_it_measures_the_same_and_nothing_twice() {
+    let demo = checkpoint::open("demo").unwrap();
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let spec = spec("rtn-w8a8");
+    let request = |store: &Path| Request::new(&demo, &spec, store.to_owned()).unwrap();
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+
+    let all = Mutex::new(0);
+    let expected = pool(2).install(|| sensitivity::measure(&Cpu, &request(whole.path()), false, &measure_until(usize::MAX, &all)).unwrap());
+    let all = *all.lock().unwrap();
+    assert_eq!(all, 36, "half of 24 units in 3 formats");
+
+    let first = Mutex::new(0);
+    let error = pool(1).install(|| sensitivity::measure(&Cpu, &request(parts.path()), false, &measure_until(20, &first)).unwrap_err());
+    assert_eq!(error.kind, ErrorKind::Cancelled);
+    assert!(sensitivity::load(&request(parts.path())).unwrap_err().message.contains("not measured to the end"));
+    // A kill in the middle of a write leaves half a line.
+    let rows = rows_file(parts.path());
+    let text = std::fs::read(&rows).unwrap();
+    std::fs::write(&rows, &text[..text.len() - 20]).unwrap();
+
+    let second = Mutex::new(0);
+    let resumed =
+        pool(1).install(|| sensitivity::measure(&Cpu, &request(parts.path()), false, &measure_until(usize::MAX, &second)).unwrap());
+    assert_eq!(*second.lock().unwrap(), all - 20 + 1, "the line that was cut off is measured again, the others are not");
+    assert_eq!((&resumed.units, &resumed.checks, resumed.ends_kld), (&expected.units, &expected.checks, expected.ends_kld));
+    assert_eq!(sensitivity::load(&request(parts.path())).unwrap().units, expected.units);
+
+    // Narrower weights lose more, in every unit, and the sum of losses is near what plans lose.
+    for unit in &expected.units {
+        let kld = |format| unit.loss(format).unwrap().kld;
+        assert!(kld(Format::W2A8) > kld(Format::W4A8) && kld(Format::W4A8) > kld(Format::W8A8), "{}", unit.name);
+    }
+    // Small losses add up; round-to-nearest at two bits everywhere is no small change.
+    assert!(!expected.checks.is_empty());
+    let check = &expected.checks[0];
+    assert!((0.5..2.0).contains(&check.ratio()), "{} predicted, {} measured", check.predicted, check.measured);
+}
+
+#[test]
+fn a_changed_checkpoint_or_calibration_invalidates_what_was_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, store) = (folder.path().join("model"), folder.path().join("store"));
+    std::fs::create_dir(&model).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(Path::new("models/demo").join(file), model.join(file)).unwrap();
+    }
+    let spec = SensitivitySpec { by: Granularity::Block, formats: vec![Format::W4A8, Format::W2A8], exact: 0.0, ..spec("rtn-w8a8") };
+    let load = |spec: &SensitivitySpec| {
+        let checkpoint = Checkpoint::open(&model).unwrap();
+        let request = Request::new(&checkpoint, spec, store.clone()).unwrap();
+        sensitivity::load(&request).map(|found| found.units.len())
+    };
+    assert!(load(&spec).unwrap_err().message.contains("has no measured sensitivities"));
+    {
+        let checkpoint = Checkpoint::open(&model).unwrap();
+        let request = Request::new(&checkpoint, &spec, store.clone()).unwrap();
+        let found = sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
+        assert!(found.units.iter().all(|unit| !unit.loss(Format::W4A8).unwrap().measured && unit.loss(Format::W2A8).unwrap().measured));
+    }
+    assert_eq!(load(&spec).unwrap(), 12);
+    let other = |change: &dyn Fn(&mut SensitivitySpec)| {
+        let mut spec = spec.clone();
+        change(&mut spec);
+        load(&spec).unwrap_err().message
+    };
+    assert!(other(&|spec| spec.sample.seed = 1).contains("another calibration"));
+    assert!(other(&|spec| spec.windows = 1).contains("on other tokens"));
+    assert!(other(&|spec| spec.by = Granularity::Linear).contains("other units"));
+    assert!(other(&|spec| spec.recipe = Recipe::find("phase2").unwrap()).contains("other transforms or rounding"));
+
+    let weights = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let error = load(&spec).unwrap_err();
+    assert!(
+        error.message.contains("the checkpoint has changed") && error.hint.unwrap().contains("strata sensitivity"),
+        "{}",
+        error.message
+    );
+}
+
+/// What a study measures in memory is what the variant that is put together on disk loses, to the bit of each logit.
+#[test]
+fn a_plan_from_donors_loses_on_disk_what_it_loses_in_memory_and_less_than_others() {
+    let demo = checkpoint::open("demo").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec("phase3");
+    let request = Request::new(&demo, &spec, folder.path().to_owned()).unwrap();
+    let losses = sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
+    let tokens = text::tokenize(&demo.tokenizer().unwrap(), DEMO_HELDOUT).unwrap();
+    let rows = study(
+        &Cpu,
+        &StudyRequest {
+            measurement: &request,
+            losses: &losses,
+            formats: spec.formats.clone(),
+            bits: vec![3.5],
+            random: 3,
+            windows: text::windows(&tokens, 4, 128).unwrap(),
+            seed: 0,
+        },
+        &Monitor::silent(),
+    )
+    .unwrap();
+    let budget: Vec<_> = rows.iter().filter(|row| row.budget == "3.5 bits").collect();
+    assert_eq!(budget[0].name, ALLOCATED);
+    assert_eq!(budget.len(), 1 + 3 + 3);
+    assert!(budget[1..].iter().all(|row| row.kld > budget[0].kld && row.bits_per_weight <= 3.5), "{budget:#?}");
+
+    let bytes = (3.5 * demo.layout.linear_weights() as f64 / 8.0) as u64;
+    let allocation = allocate(&losses, &demo.layout, &AllocateRequest::new(request.ends_plan(), Budget::LinearBytes(bytes))).unwrap();
+    assert_eq!(allocation.linear_bytes, budget[0].linear_bytes);
+    let donors =
+        Donors::open(&Cpu, &demo, &request.steps, &request.calibration, &donors_directory(folder.path()), &Monitor::silent()).unwrap();
+    let output = folder.path().join("allocated");
+    let quantization = QuantizeRequest {
+        checkpoint: &demo,
+        recipe: "phase3".into(),
+        steps: request.steps.clone(),
+        plan: allocation.plan.clone(),
+        sample: request.calibration.clone(),
+        storage: StorageLayout::Native,
+        output: output.clone(),
+        force: false,
+        donors: Some(&donors),
+    };
+    let manifest = quantize(&Cpu, &quantization, &Monitor::silent()).unwrap();
+    assert_eq!(manifest.provenance.donors.as_deref(), Some(donors.name()));
+    let variant = Checkpoint::open(&output).unwrap();
+    assert_eq!(variant.linear_bytes().unwrap(), allocation.linear_bytes);
+
+    let model = |name: &str, path: &str| ModelToEvaluate { name: name.into(), path: path.into() };
+    let evaluation = EvaluateRequest {
+        reference: Some(model("base", "demo")),
+        models: vec![model("allocated", output.to_str().unwrap())],
+        tasks: Vec::new(),
+        windows: 4,
+        window_tokens: 128,
+        ..EvaluateRequest::default()
+    };
+    let kld = Cell::new(None);
+    evaluate(|| Cpu, &evaluation, &Monitor::silent(), |evaluated| kld.set(evaluated.result.kld.map(|kld| kld.mean))).unwrap();
+    let on_disk = kld.get().unwrap();
+    assert!((on_disk / budget[0].kld - 1.0).abs() < 1e-9, "{on_disk} on disk, {} in memory", budget[0].kld);
+}
+
+#[test]
+fn the_command_line_says_what_is_missing() {
+    let data = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_strata")).args(arguments).env("XDG_DATA_HOME", data.path()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    for (arguments, message) in [
+        (&["allocate", "demo", "--bits", "4"][..], "has no measured sensitivities"),
+        (&["allocate", "demo", "--size", "6 parsecs"], "is not a size"),
+        (&["allocate", "demo", "--bits", "4", "--kld", "0.1"], "cannot be used with"),
+        (&["allocate", "demo", "--activations", "4", "--bits", "4"], "activations of `4` bits"),
+        (&["sensitivity", "demo", "--formats", "w5a8"], "unknown format"),
+        (&["sensitivity", "demo", "--by", "row"], "by `block` or by `linear`"),
+        (&["sensitivity", "demo", "--exact", "2"], "share of exact pairs between 0 and 1"),
+    ] {
+        let (code, stderr) = run(arguments);
+        assert_eq!(code, Some(2), "{arguments:?} {stderr}");
+        assert!(stderr.contains(message), "{arguments:?} {stderr}");
+    }
+}

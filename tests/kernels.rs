@@ -1,0 +1,97 @@
+//! The CUDA kernels' own sources, built for the processor, against the CPU backend and f64 references, with the threads of a block
+//! running in several orders.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "tests")]
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use strata::backend::cuda::device::{Device, Memory};
+use strata::backend::cuda::emulated::{self, Emulated};
+use strata::backend::cuda::sources::{self, Source};
+use strata::backend::cuda::verify::{Check, Extent, checks};
+
+/// Threads ascending, descending, and shuffled.
+const ORDERS: [i32; 3] = [0, 1, 42];
+
+/// A compiler is what these tests need; without one they are skipped with a word.
+fn compiler_is_missing() -> bool {
+    let missing = std::process::Command::new(emulated::compiler()).arg("--version").output().is_err();
+    if missing {
+        eprintln!("skipped: no C++ compiler ({}) to build the kernels with", emulated::compiler());
+    }
+    missing
+}
+
+#[test]
+fn every_kernel_agrees_with_its_reference() {
+    if compiler_is_missing() {
+        return;
+    }
+    let device = Arc::new(Emulated::new().unwrap());
+    let memory = Memory::new(Arc::clone(&device) as Arc<dyn Device>);
+    let checks = checks(Extent::Small);
+    for order in ORDERS {
+        device.set_order(order);
+        let run = |(index, check): (usize, &Check)| match check.error(&memory, index as u64 + 1) {
+            Ok(error) if check.passes(error) => None,
+            Ok(error) => Some(format!("{} on {}: error {error:e}, allowed {:e}", check.kernel, check.shape, check.tolerance)),
+            Err(error) => Some(format!("{} on {}: {error}", check.kernel, check.shape)),
+        };
+        let failed: Vec<String> = checks.par_iter().enumerate().filter_map(run).collect();
+        assert!(failed.is_empty(), "threads in order {order}:\n{}", failed.join("\n"));
+    }
+}
+
+/// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last a
+/// missing barrier.
+const MUTANTS: [(&str, &str, &str); 16] = [
+    ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
+    ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
+    ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
+    ("linear_few.cu", "* ROWS + line + i / 2 * 8", "* ROWS + line + i / 2 * 4"),
+    ("linear_few.cu", "quad * PARTS / 4 == part", "quad * PARTS / 2 == part"),
+    ("linear_few.cu", "set * 2 + line / 4, x_rows", "set * 2, x_rows"),
+    ("gemm.cu", "row + lane % 8 + lane / 16 * 8", "row + lane % 8 + lane / 8 % 2 * 8"),
+    ("gemm.cu", "const int at = part * CHUNKS + chunk;", "const int at = chunk;"),
+    ("conv.cu", "kernel - 1 + at) * channels + c", "kernel - 2 + at) * channels + c"),
+    ("ssm.cu", "(groups + group) * size + n", "group * size + n"),
+    ("ssd.cu", "s <= t ?", "s < t ?"),
+    ("attention.cu", "total - (own[1] - 1 - (first + row))", "total - (own[1] - (first + row))"),
+    ("attention.cu", "tile * KEYS + i) * width + lane * 4", "tile * KEYS + i) * width + lane * 2"),
+    ("moe.cu", "own[at - 1] > best", "own[at - 1] < best"),
+    ("gptq.cu", "shares[lane + 32 * i]", "shares[lane + 16 * i]"),
+    ("norm.cu", "scale) : held[i];\n    }\n    __syncthreads();", "scale) : held[i];\n    }"),
+];
+
+/// A kernel's name without the type of what it stores, which a macro adds.
+fn stem(kernel: &str) -> &str {
+    ["_f32", "_bf16", "_f16", "_i8"].into_iter().find_map(|suffix| kernel.strip_suffix(suffix)).unwrap_or(kernel)
+}
+
+#[test]
+fn a_kernel_that_is_broken_in_one_place_is_caught() {
+    if compiler_is_missing() {
+        return;
+    }
+    let checks = checks(Extent::Small);
+    let survivors: Vec<&str> = MUTANTS
+        .iter()
+        .filter_map(|(file, before, after)| {
+            let text =
+                |source: &'static Source| if source.name == *file { source.text.replacen(before, after, 1) } else { source.text.into() };
+            let original = sources::KERNELS.iter().find(|source| source.name == *file).unwrap().text;
+            assert!(original.contains(before), "{file} no longer has `{before}`");
+            let mutant: Vec<Source> =
+                sources::KERNELS.iter().map(|source| Source { name: source.name, text: String::leak(text(source)) }).collect();
+            let device = Arc::new(Emulated::with_kernels(&mutant).unwrap());
+            let memory = Memory::new(device as Arc<dyn Device>);
+            let own = checks.iter().enumerate().filter(|(_, check)| original.contains(stem(check.kernel)));
+            let caught = own
+                .collect::<Vec<_>>()
+                .par_iter()
+                .any(|(index, check)| !check.error(&memory, *index as u64 + 1).is_ok_and(|error| check.passes(error)));
+            (!caught).then_some(*before)
+        })
+        .collect();
+    assert!(survivors.is_empty(), "not caught: {survivors:#?}");
+}
