@@ -9,7 +9,6 @@ namespace {
 
 constexpr int CHUNK = 64;
 constexpr int SLAB = 128;   // states in shared memory at a time
-constexpr int WARPS = 4;    // each has 16 rows of a result
 constexpr int SHARING = 4;  // heads of a block
 constexpr int AHEAD = 8;
 
