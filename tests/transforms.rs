@@ -50,7 +50,7 @@ fn check(source: &Path, folder: &Path) {
         let request = QuantizeRequest {
             checkpoint: &checkpoint,
             recipe: "test".into(),
-            steps: Steps { transforms: transforms.clone(), method: Method::Rtn },
+            steps: Steps::new(transforms.clone(), Method::Rtn),
             plan: Plan::unquantized(checkpoint.layout.blocks.len()),
             sample: Sample::load(&checkpoint, &spec).unwrap(),
             storage: StorageLayout::Native,

@@ -24,7 +24,7 @@ fn request<'a>(checkpoint: &'a Checkpoint, plan: Plan, output: &Path) -> Quantiz
     QuantizeRequest {
         checkpoint,
         recipe: "test".into(),
-        steps: Steps { transforms: Vec::new(), method: Method::Rtn },
+        steps: Steps::new(Vec::new(), Method::Rtn),
         plan,
         sample: Sample::load(checkpoint, &spec).unwrap(),
         storage: StorageLayout::Native,

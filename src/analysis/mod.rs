@@ -4,6 +4,7 @@
 //! ([`allocate`]).
 
 pub mod allocate;
+pub mod arithmetic;
 mod footprint;
 mod gpu;
 mod inventory;

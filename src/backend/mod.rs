@@ -12,6 +12,10 @@ pub use choice::DeviceChoice;
 use crate::error::Result;
 use crate::format::{CacheFormats, LinearWeights, QuantizedMatrix, Scheme, round_to_nearest};
 
+/// Tokens of a chunk of the selective scan where C·B is an integer product; chunks begin where a call begins. A text that is
+/// computed in several calls, each but the last of a multiple of this, is the same as in one call.
+pub const SSM_CHUNK: usize = 64;
+
 /// How the tokens of a batch divide into sequences, and which of them go on from the end of another one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sequences {

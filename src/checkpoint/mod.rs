@@ -14,14 +14,14 @@ pub use config::{AttentionConfig, Config, MambaConfig, MlpConfig, MoeConfig, par
 pub use demo::{CALIBRATION as DEMO_CALIBRATION, DEMO, HELDOUT as DEMO_HELDOUT, TASKS as DEMO_TASKS};
 pub use layout::{BlockSpec, Layout, LinearSpec, SliceSpec, TensorSpec};
 pub use safetensors::Dtype;
-pub use shards::{INDEX_FILE, RawTensor, SINGLE_FILE, Shards, sha256_hex};
+pub use shards::{INDEX_FILE, RawTensor, SINGLE_FILE, Shards, hexadecimal, sha256_hex};
 pub use variant::{
     BlockRecord, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors,
     quantization_config,
 };
 
 use crate::error::{Error, Result};
-use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart, packing};
+use crate::format::{BlockKind, LinearWeights, QuantizedMatrix, ScaleKind, Scheme, SsmActivations, WeightPart, packing};
 use crate::monitor::Monitor;
 
 /// Files beside the weights that a variant carries along when they are there.
@@ -115,6 +115,19 @@ impl Checkpoint {
                 self.parts(linear).map(drop)?;
             }
         }
+        self.check_internal_scales()
+    }
+
+    /// Static scales inside state-space blocks are there where the variant has them.
+    fn check_internal_scales(&self) -> Result<()> {
+        let Some(variant) = &self.variant else { return Ok(()) };
+        if variant.activations.ssm != SsmActivations::Int8Static {
+            return Ok(());
+        }
+        let int8 = |block: &&BlockSpec| block.kind == BlockKind::Ssm && variant.plan.blocks[block.index].quantizes_activations();
+        for spec in self.layout.blocks.iter().filter(int8).flat_map(BlockSpec::internal_scales) {
+            self.expect(&spec.name, &spec.shape)?;
+        }
         Ok(())
     }
 
@@ -173,14 +186,19 @@ impl Checkpoint {
     /// The weights of `linear`, float or quantized as stored; int8 activations as the variant's plan says for `block`
     /// (a block's index, or `None` for the head).
     pub fn linear(&self, linear: &LinearSpec, block: Option<usize>) -> Result<LinearWeights> {
-        let bias = if linear.bias { Some(self.read(&format!("{}.bias", linear.stem))?) } else { None };
         let format = self.variant.as_ref().map(|variant| block.map_or(variant.plan.head, |index| variant.plan.linear(index, &linear.stem)));
+        self.weights(linear, format.is_some_and(crate::format::Format::quantizes_activations))
+    }
+
+    /// The weights of `linear`, which reads int8 activations or does not.
+    fn weights(&self, linear: &LinearSpec, int8_activations: bool) -> Result<LinearWeights> {
+        let fixed = int8_activations && self.variant.as_ref().is_some_and(|variant| variant.activations.linears == ScaleKind::Static);
         let mut weights = LinearWeights {
             cols: linear.cols,
             parts: Vec::new(),
-            bias,
-            int8_activations: format.is_some_and(crate::format::Format::quantizes_activations),
-            input_scale: None,
+            bias: if linear.bias { Some(self.read(&format!("{}.bias", linear.stem))?) } else { None },
+            int8_activations,
+            input_scale: if fixed { self.read(&format!("{}.input_scale", linear.stem))?.first().copied() } else { None },
             hadamard: self.variant.as_ref().and_then(|variant| linear.hadamard(&variant.provenance.transforms)),
         };
         for part in self.parts(linear)? {
@@ -191,9 +209,7 @@ impl Checkpoint {
 
     /// The embedding table `[vocabulary, hidden]`.
     pub fn embedding(&self) -> Result<LinearWeights> {
-        let mut table = self.linear(&self.layout.embedding, None)?;
-        table.int8_activations = false;
-        Ok(table)
+        self.weights(&self.layout.embedding, false)
     }
 
     /// The head's weights; the embedding's when they are tied and the head has none of its own.

@@ -57,6 +57,9 @@ pub struct Measure {
     /// Tokens of each window.
     #[arg(long, default_value_t = 256)]
     window_tokens: usize,
+    /// Tokens of that text that variants with rounded caches decode one by one; 0 for none.
+    #[arg(long, default_value_t = strata::eval::decode::DEFAULT_TOKENS)]
+    decode_tokens: usize,
     /// Leave out rows that cannot be used, and count them.
     #[arg(long)]
     skip_bad_rows: bool,
@@ -113,6 +116,7 @@ impl Measure {
             text: self.text.clone(),
             windows: self.windows,
             window_tokens: self.window_tokens,
+            decode_tokens: self.decode_tokens,
             speed: (!self.no_speed).then(|| SpeedRequest::with_grid(&self.speed_prompts, &self.speed_batches)),
             skip_bad_rows: self.skip_bad_rows,
             journal: Some(paths::evaluations_directory()),

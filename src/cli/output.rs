@@ -51,6 +51,12 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
             line(&format!("rounded: from itself with {}; divergences near or below it say nothing about a variant", floor.rounding))?;
         }
     }
+    if set.results.iter().any(|result| result.kld_decode.is_some()) {
+        line("")?;
+        table(&report::decoding(&set.results))?;
+        line("")?;
+        line("decoding: the text read one token a step from the variant's rounded caches, and the mean up to each position")?;
+    }
     if set.results.iter().any(|result| result.speed_points.len() > 1) {
         line("")?;
         table(&report::speed(&set.results))?;
@@ -84,6 +90,7 @@ pub fn page(set: &ResultSet) -> String {
     let tables = [
         ("Models", report::comparison(&set.results)),
         ("Text: divergence and perplexity", report::divergence(&set.results)),
+        ("Decoding from rounded caches", report::decoding(&set.results)),
         ("Speed", report::speed(&set.results)),
         ("Memory", report::memory(&set.results)),
         ("Row by row against the base", report::paired(&set.comparisons)),

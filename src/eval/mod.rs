@@ -2,6 +2,7 @@
 //! Start with [`run::evaluate`].
 
 pub mod dataset;
+pub mod decode;
 mod divergence;
 pub mod hardware;
 mod journal;

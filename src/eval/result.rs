@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::decode::DecodeDivergence;
 use super::memory::CacheBytes;
 use super::paired::{self, Comparison};
 use super::run::Evaluated;
@@ -58,6 +59,9 @@ pub struct ModelResult {
     pub tasks: BTreeMap<String, TaskScore>,
     /// Divergence from the unquantized model, both reading whole windows; `null` for itself.
     pub kld: Option<DivergenceSummary>,
+    /// Divergence when reading one token a step from the caches, of variants that round these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kld_decode: Option<DecodeDivergence>,
     /// Of the unquantized model, where others are compared with it: its divergence from itself at a lower precision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub noise_floor: Option<NoiseFloor>,

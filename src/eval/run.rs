@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::dataset::DataSource;
+use super::decode::{self, DecodeDivergence, DecodeReference};
 use super::divergence::{Compared, TextReader, TextReading};
 use super::journal::Journal;
 use super::reference::{FOLDER_BYTES, References};
@@ -16,6 +17,7 @@ use super::{hardware, memory, text};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT, TOOL};
 use crate::error::{Error, Result};
+use crate::format::{CacheFormat, SsmActivations};
 use crate::model::Reader;
 use crate::monitor::Monitor;
 
@@ -44,6 +46,8 @@ pub struct EvaluateRequest {
     /// Windows of that text, 0 for none.
     pub windows: usize,
     pub window_tokens: usize,
+    /// Tokens of that text that variants with rounded caches decode one by one, 0 for none.
+    pub decode_tokens: usize,
     pub speed: Option<SpeedRequest>,
     /// Leave out rows that cannot be used, and count them, instead of stopping at the first.
     pub skip_bad_rows: bool,
@@ -68,6 +72,7 @@ impl Default for EvaluateRequest {
             text: None,
             windows: 24,
             window_tokens: 256,
+            decode_tokens: decode::DEFAULT_TOKENS,
             speed: None,
             skip_bad_rows: false,
             journal: None,
@@ -103,6 +108,8 @@ pub fn evaluate<B: Backend>(
     let temporary = tempfile::tempdir().map_err(|error| Error::io("making a folder in", &std::env::temp_dir(), &error))?;
     let references = References::new(request.references.clone().unwrap_or_else(|| temporary.path().to_owned()), FOLDER_BYTES);
     announce(request, &questions, monitor);
+    let decodes = some_cache_is_rounded(request, monitor)?;
+    let mut decode_reference: Option<DecodeReference<B>> = None;
     let mut compared: Option<Compared> = None;
     let mut journals = Vec::new();
     let mut kept_journal = None;
@@ -151,8 +158,15 @@ pub fn evaluate<B: Backend>(
         } else {
             text.read(compared.as_mut(), monitor)?
         };
+        let decoding = if is_reference {
+            decode_reference = if decodes { evaluation.decode_reference(monitor)? } else { None };
+            None
+        } else {
+            evaluation.decode(decode_reference.as_ref(), monitor)?
+        };
         let speed = evaluation.speed(&windows, monitor)?;
-        each(Evaluated { result: evaluation.result(tasks, reading, windows.len(), speed)?, samples });
+        let result = ModelResult { kld_decode: decoding, ..evaluation.result(tasks, reading, windows.len(), speed)? };
+        each(Evaluated { result, samples });
     }
     for path in journals {
         // A journal that stays behind costs disk space only.
@@ -199,6 +213,30 @@ impl<B: Backend> Evaluation<'_, B> {
         text::windows(&text::tokenize(&self.checkpoint.tokenizer()?, text)?, self.request.windows, self.request.window_tokens)
     }
 
+    /// What the unquantized model says about the text that variants decode.
+    fn decode_reference(&self, monitor: &Monitor) -> Result<Option<DecodeReference<B>>> {
+        let (Some(text), Some(model)) = (self.text, self.reader.resident()) else { return Ok(None) };
+        let mut ids = text::tokenize(&self.checkpoint.tokenizer()?, text)?;
+        ids.truncate(self.request.decode_tokens);
+        DecodeReference::read(model, &ids, monitor).map(Some)
+    }
+
+    /// Divergence in decoding of a variant with rounded caches.
+    fn decode(&self, reference: Option<&DecodeReference<B>>, monitor: &Monitor) -> Result<Option<DecodeDivergence>> {
+        let rounded = self.checkpoint.variant.as_ref().is_some_and(|variant| variant.cache.is_quantized());
+        if !rounded || self.request.decode_tokens == 0 {
+            return Ok(None);
+        }
+        match (reference, self.reader.resident()) {
+            (Some(reference), Some(model)) => reference.compare(model, monitor).map(Some),
+            (None, _) if self.request.reference.is_none() || self.text.is_none() => Ok(None),
+            _ => {
+                monitor.warn("divergence in decoding is not measured: a model is read block by block, and decoding needs all of it");
+                Ok(None)
+            }
+        }
+    }
+
     /// The usual prompt's speed, and every point's.
     fn speed(&self, windows: &[Vec<u32>], monitor: &Monitor) -> Result<(Option<Speed>, Vec<SpeedPoint>)> {
         let Some(request) = &self.request.speed else { return Ok((None, Vec::new())) };
@@ -218,7 +256,11 @@ impl<B: Backend> Evaluation<'_, B> {
         (speed, speed_points): (Option<Speed>, Vec<SpeedPoint>),
     ) -> Result<ModelResult> {
         let checkpoint = self.checkpoint;
-        let formats = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();
+        let mut formats = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();
+        if checkpoint.variant.as_ref().is_some_and(|variant| variant.activations.ssm != SsmActivations::Float) {
+            // Such mixers keep the codes that they compute with.
+            formats.conv = CacheFormat::Int8;
+        }
         let perplexities = Perplexity::of(&reading.scores);
         let weight_bytes = checkpoint.linear_bytes()?;
         Ok(ModelResult {
@@ -230,6 +272,7 @@ impl<B: Backend> Evaluation<'_, B> {
             file_bytes: checkpoint.file_bytes(),
             tasks,
             kld: reading.divergence,
+            kld_decode: None,
             noise_floor: reading.noise_floor,
             perplexity: perplexities.and_then(|perplexity| perplexity.gptq),
             perplexities,
@@ -267,6 +310,19 @@ fn load_questions(request: &EvaluateRequest, demo: bool, monitor: &Monitor) -> R
         Ok((*task, rows))
     };
     request.tasks.iter().map(load).collect()
+}
+
+/// Whether a variant that is to be compared keeps a cache in less than f32.
+fn some_cache_is_rounded(request: &EvaluateRequest, monitor: &Monitor) -> Result<bool> {
+    if request.decode_tokens == 0 || request.windows == 0 || request.reference.is_none() {
+        return Ok(false);
+    }
+    for model in &request.models {
+        if checkpoint::open_watched(&model.path, monitor)?.variant.is_some_and(|variant| variant.cache.is_quantized()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Tokens that are decoded one by one cost about this many times what they cost in a prompt.

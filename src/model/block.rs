@@ -1,11 +1,22 @@
 //! One block: `h + mixer(RMSNorm(h))`, for the four kinds of mixer.
 
-use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
-use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec};
+use crate::backend::{
+    AttentionShape, Backend, Emit, MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation,
+};
+use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec, MambaConfig};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, CacheFormats, Format, LinearWeights, SsmActivations, Transform};
 
 use super::moe::Moe;
+
+/// Longest piece of a text that a block computes at a time: a multiple of the scan's chunk, so that the result is that of
+/// one call.
+const PIECE: usize = 32 * SSM_CHUNK;
+
+/// Whether sequences that go on from no cache are computed in pieces.
+fn is_long(sequences: &Sequences, cached: bool) -> bool {
+    !cached && !sequences.is_tree() && sequences.ranges().any(|range| range.len() > PIECE)
+}
 
 /// A block whose weights are on the device.
 pub struct Block<B: Backend> {
@@ -70,6 +81,19 @@ pub type Tap<'a, B> = dyn Fn(&str, &<B as Backend>::Activation) -> Result<()> + 
 /// Hands a linear's input to the tap, if there is one.
 pub(super) fn observe<B: Backend>(tap: Option<&Tap<'_, B>>, name: &str, x: &B::Activation) -> Result<()> {
     tap.map_or(Ok(()), |tap| tap(name, x))
+}
+
+/// The sizes of a mixer.
+pub fn mamba_shape(mamba: &MambaConfig) -> MambaShape {
+    MambaShape {
+        heads: mamba.heads,
+        head_dim: mamba.head_dim,
+        groups: mamba.groups,
+        state: mamba.state,
+        kernel: mamba.conv_kernel,
+        dt_min: mamba.dt_min,
+        dt_max: mamba.dt_max,
+    }
 }
 
 /// A mixer's last linear: its output, added to `into` where that is given.
@@ -143,15 +167,7 @@ impl<B: Backend> Block<B> {
         let mixer = match spec.kind {
             BlockKind::Ssm => {
                 let mamba = &config.mamba;
-                let shape = MambaShape {
-                    heads: mamba.heads,
-                    head_dim: mamba.head_dim,
-                    groups: mamba.groups,
-                    state: mamba.state,
-                    kernel: mamba.conv_kernel,
-                    dt_min: mamba.dt_min,
-                    dt_max: mamba.dt_max,
-                };
+                let shape = mamba_shape(mamba);
                 let parameters = MambaParameters {
                     conv_weight: mixer_tensor("conv1d.weight")?,
                     conv_bias: if mamba.conv_bias { mixer_tensor("conv1d.bias")? } else { vec![0.0; mamba.conv_channels()] },
@@ -197,10 +213,15 @@ impl<B: Backend> Block<B> {
 
     /// The residual stream behind the block, `[tokens, hidden]`.
     pub fn forward(&self, backend: &B, h: B::Tensor, sequences: &Sequences, cache: Option<&mut BlockCache<B>>) -> Result<B::Tensor> {
+        if is_long(sequences, cache.is_some()) {
+            let mixed = self.mix_in_pieces(backend, &h, sequences, None)?;
+            return backend.add(h, &mixed);
+        }
         self.run(backend, &h.clone(), sequences, cache, None, Some(h))
     }
 
-    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input.
+    /// What the block adds to the residual stream, `mixer(RMSNorm(h))`; `tap` sees every linear's input, of a long text
+    /// piece by piece.
     pub fn mix(
         &self,
         backend: &B,
@@ -209,7 +230,26 @@ impl<B: Backend> Block<B> {
         cache: Option<&mut BlockCache<B>>,
         tap: Option<&Tap<'_, B>>,
     ) -> Result<B::Tensor> {
+        if is_long(sequences, cache.is_some()) {
+            return self.mix_in_pieces(backend, h, sequences, tap);
+        }
         self.run(backend, h, sequences, cache, tap, None)
+    }
+
+    /// Sequence after sequence in pieces that go on from a cache in full precision, so that what is held besides `h`
+    /// and the result does not grow with the length (but for the keys and values of attention).
+    fn mix_in_pieces(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
+        let mut mixed = Vec::new();
+        for range in sequences.ranges() {
+            let mut cache = self.cache(backend, 1, CacheFormats::default());
+            for start in range.clone().step_by(PIECE) {
+                let tokens: Vec<usize> = (start..range.end.min(start + PIECE)).collect();
+                let piece = backend.gather_rows(h, &tokens)?;
+                let out = self.run(backend, &piece, &Sequences::new(vec![tokens.len()]), Some(&mut cache), tap, None)?;
+                mixed.extend(backend.download(&out)?);
+            }
+        }
+        backend.upload(mixed, backend.features(h))
     }
 
     /// `into + mixer(RMSNorm(h))`, the same to the bit as the mixer's output added to it; or without `into` the mixer's output alone.

@@ -11,7 +11,7 @@ mod reader;
 mod stream;
 pub mod trace;
 
-pub use block::{Block, BlockCache, BlockSource, Tap};
+pub use block::{Block, BlockCache, BlockSource, Tap, internals, mamba_shape};
 pub use hybrid::{Cache, Ends, Hybrid};
 pub use need::{HEAD_VALUES, MemoryNeed};
 pub use reader::{Batch, Outputs, Pass, Reader, Rounding};

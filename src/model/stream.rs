@@ -69,6 +69,11 @@ impl<'a, B: Backend> Stream<'a, B> {
         self.boundary.iter().map(|h| self.ends.normalize(self.backend, h)).collect()
     }
 
+    /// Logits of the rows `tokens` of batch `batch`.
+    pub fn logits_at(&self, batch: usize, tokens: &[usize]) -> Result<B::Tensor> {
+        self.ends.logits_at(self.backend, &self.boundary[batch], tokens)
+    }
+
     /// Logits of batch `batch`, `[tokens, vocabulary]`.
     pub fn logits(&self, batch: usize) -> Result<B::Tensor> {
         self.ends.logits(self.backend, &self.boundary[batch])

@@ -17,6 +17,8 @@ pub struct QuantizedLinear {
     /// Whether float weights are no longer the checkpoint's.
     pub changed: bool,
     pub int8_activations: bool,
+    /// Static scale of the int8 activations, to be set once it is known.
+    pub input_scale: Option<f32>,
     pub hadamard: Option<usize>,
     pub bias: Option<Vec<f32>>,
     /// What differs from the format asked for.
@@ -39,7 +41,7 @@ impl QuantizedLinear {
             parts: Vec::new(),
             bias: self.bias.clone(),
             int8_activations: self.int8_activations,
-            input_scale: None,
+            input_scale: self.input_scale,
             hadamard: self.hadamard,
         };
         for part in &self.parts {
@@ -112,6 +114,7 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         parts,
         changed: float.changed,
         int8_activations: rounding.format.quantizes_activations(),
+        input_scale: None,
         hadamard: linear.hadamard(rounding.transforms),
         bias: float.bias.as_ref().map(|bias| bias.iter().map(|value| *value as f32).collect()),
         notes,

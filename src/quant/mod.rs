@@ -1,11 +1,15 @@
 //! Quantization: recipes, the sample text, weight methods, and the pipeline that makes a variant on disk.
 //! Start with [`quantize`].
 
+mod boundary;
 mod calibrate;
+mod cluster;
 pub mod donors;
 mod gptq;
 pub mod hadamard;
 mod method;
+mod need;
+mod observe;
 mod pipeline;
 mod publish;
 mod recipe;
@@ -15,7 +19,8 @@ mod weights;
 
 pub use donors::Donors;
 pub use gptq::round_clipped;
+pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::{lock, work_directory};
-pub use recipe::{Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
+pub use recipe::{AllocateSpec, Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};

@@ -12,15 +12,18 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::boundary::{self, FloatHash};
 use super::calibrate;
 use super::donors::{Donors, PartlyQuantized, Place};
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
+use super::need::MemoryNeed;
+use super::observe::{self, StaticScales, Wanted};
 use super::publish::{self, TensorOut};
 use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::{BlockWeights, FloatBlock};
-use crate::backend::{Backend, Emit, Sequences};
+use crate::backend::{Backend, Divergence, Emit, Sequences, SsmInternals, SsmScales};
 use crate::checkpoint::{
     BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
     VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors, quantization_config, sha256_hex,
@@ -28,7 +31,7 @@ use crate::checkpoint::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{Activations, CacheFormats, Format, Plan, Scheme, Transform};
+use crate::format::{BlockKind, Format, Plan, ScaleKind, Scheme, SsmActivations, Transform};
 use crate::model::{Block, Stream};
 use crate::monitor::Monitor;
 
@@ -64,10 +67,11 @@ struct Streams<B: Backend> {
     sequences: Vec<Sequences>,
 }
 
-/// The sample's float and quantized logits.
-struct Logits<B: Backend> {
-    reference: Vec<B::Tensor>,
-    quantized: Vec<B::Tensor>,
+/// What the sample's logits say: they are compared a few rows at a time and not kept.
+struct Judgement {
+    rows: Vec<Divergence>,
+    /// Hash of the quantized model's.
+    hash: String,
 }
 
 /// Hash of everything that decides the bytes of a variant.
@@ -137,6 +141,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
         };
         fs::create_dir_all(&files).map_err(|error| Error::io("creating", &files, &error))?;
+        let (layout, hidden) = (&request.checkpoint.layout, request.checkpoint.config.hidden_size);
+        let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method == Method::Gptq);
+        monitor.log(need.statement());
         let mut layout = request.checkpoint.layout.clone();
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
@@ -145,7 +152,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             Some(donors) => donors.transforms().clone(),
             None => {
                 let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
-                    Some(calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?)
+                    Some(kept_second_moment(backend, request, work, &state.key, monitor)?)
                 } else {
                     None
                 };
@@ -169,10 +176,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     fn run(mut self) -> Result<VariantManifest> {
         let streams = self.quantize_blocks()?;
-        let logits = self.write_ends(&streams)?;
-        let sample = self.sample_record(&logits)?;
+        let sample = self.sample_record(self.write_ends(&streams)?);
+        drop(streams);
         let manifest = self.write_manifest(sample)?;
-        drop((streams, logits));
         if let Err(error) = self.validate(&manifest) {
             if error.kind == ErrorKind::Cancelled {
                 return Err(error);
@@ -240,13 +246,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let weights = self.transforms.block(checkpoint, spec)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
-        let linears = match self.request.donors {
+        let mut linears = match self.request.donors {
             Some(donors) => {
                 let format = |linear: &LinearSpec, slice: &str| plan.slice(index, &linear.stem, slice);
                 donors.assemble(Place::Block(index), &spec.linears, format, |name| weights.linear(name))?
             }
             None => self.round_block(spec, &weights, &transformed, streams)?,
         };
+        let scales = self.static_scales(spec, &transformed, &source, streams)?;
+        for quantized in linears.iter_mut().filter(|(_, quantized)| quantized.int8_activations) {
+            quantized.1.input_scale = scales.linears.get(*quantized.0).copied();
+        }
         let mut tensors: Vec<TensorOut> = Vec::new();
         for other in &spec.others {
             match weights.tensors.get(&other.name) {
@@ -260,12 +270,20 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         for linear in &spec.linears {
             self.push_linear(linear, &linears[linear.name.as_str()], &mut tensors)?;
         }
+        let kept = scales.internals.as_ref().map(|scales| internal_tensors(spec, scales)).unwrap_or_default();
+        tensors.extend(kept.iter().map(|(name, values)| float_vector(self.stored(name), values)));
         publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
         drop(tensors);
 
         let float_block = Block::load(self.backend, checkpoint, index)?;
+        let activations = self.request.steps.activations.ssm;
+        let internals = match scales.internals {
+            Some(scales) => SsmInternals::Int8Static(scales),
+            None if activations == SsmActivations::Int8PerToken && plan.blocks[index].quantizes_activations() => SsmInternals::Int8PerToken,
+            None => SsmInternals::Float,
+        };
         let quantized_block =
-            Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears })?;
+            Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
         let (mut difference, mut norm) = (0.0, 0.0);
         for ((reference, quantized), sequences) in streams.reference.iter_mut().zip(&mut streams.quantized).zip(&streams.sequences) {
             self.monitor.check()?;
@@ -286,6 +304,26 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             bytes: spec.planned_bytes(plan, checkpoint.layout.float_bytes),
             notes: gather_notes(&linears),
         })
+    }
+
+    /// The static scales that the plan needs of a block, from what its transformed form reads on the quantized stream.
+    fn static_scales(
+        &self,
+        spec: &BlockSpec,
+        transformed: &Block<B>,
+        source: &FloatBlock<'_>,
+        streams: &Streams<B>,
+    ) -> Result<StaticScales> {
+        let (steps, plan, config) = (&self.request.steps, &self.request.plan, &self.request.checkpoint.config);
+        let int8 = |linear: &LinearSpec| plan.linear(spec.index, &linear.stem).quantizes_activations();
+        let wanted = Wanted {
+            linears: steps.activations.linears == ScaleKind::Static && spec.linears.iter().any(int8),
+            internals: spec.kind == BlockKind::Ssm
+                && steps.activations.ssm == SsmActivations::Int8Static
+                && plan.blocks[spec.index].quantizes_activations(),
+        };
+        let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
+        observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)
     }
 
     /// Rounds the linears of a block, with the Hessians of what the quantized blocks before it hand on.
@@ -326,6 +364,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts, self.request.checkpoint.layout.float_bytes);
         tensors.extend(owned.into_iter().map(|(name, dtype, shape, bytes)| (name, dtype, shape, Cow::Owned(bytes))));
+        if let Some(scale) = quantized.input_scale {
+            tensors.push(float_vector(self.stored(&format!("{}.input_scale", linear.stem)), &[scale]));
+        }
         Ok(())
     }
 
@@ -337,31 +378,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     /// SHA-256 over the values of every batch; an error when one is not finite.
     fn boundary_hash(&self, boundary: &[B::Tensor], after: &str) -> Result<String> {
-        let mut bytes = Vec::new();
+        let mut hash = FloatHash::default();
         for tensor in boundary {
-            let values = self.backend.download(tensor)?;
-            if values.iter().any(|value| !value.is_finite()) {
-                return Err(Error::run(format!("the residual stream behind {after} is not finite")).hint("give this block a wider format"));
-            }
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            hash.add(&self.backend.download(tensor)?, after)?;
         }
-        Ok(sha256_hex(&bytes))
+        Ok(hash.finish())
     }
 
     /// Keeps both streams and the records, so that a killed run goes on from here.
     fn save_progress(&self, streams: &Streams<B>) -> Result<()> {
-        let mut tensors: Vec<TensorOut> = Vec::new();
-        for (name, stream) in [("reference", &streams.reference), ("quantized", &streams.quantized)] {
-            for (batch, tensor) in stream.iter().enumerate() {
-                let values = self.backend.download(tensor)?;
-                let cols = self.backend.features(tensor);
-                let shape = vec![values.len() / cols, cols];
-                let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                tensors.push((format!("{name}.{batch}"), Dtype::F32, shape, Cow::Owned(bytes)));
-            }
-        }
         let done = self.state.records.len();
-        publish::write_tensors(&boundary_file(self.work, done), &tensors)?;
+        boundary::write(self.backend, &boundary_file(self.work, done), streams.reference.iter().chain(&streams.quantized))?;
         files::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
         // The boundary before is no longer needed once the state names the new one.
         match fs::remove_file(boundary_file(self.work, done - 1)) {
@@ -374,29 +401,21 @@ impl<'a, B: Backend> Pipeline<'a, B> {
 
     fn load_streams(&self, sequences: Vec<Sequences>) -> Result<Streams<B>> {
         let path = boundary_file(self.work, self.state.records.len());
-        let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
-        let damaged =
-            |what: String| Error::run(format!("{} is damaged: {what}", path.display())).hint("remove the work folder and run again");
-        let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
-        let stream = |name: &str| {
-            (0..sequences.len())
-                .map(|batch| {
-                    let tensor = file.tensor(&format!("{name}.{batch}")).map_err(|error| damaged(error.to_string()))?;
-                    let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-                    self.backend.upload(values, tensor.shape()[1])
-                })
-                .collect::<Result<Vec<_>>>()
-        };
-        let streams = Streams { reference: stream("reference")?, quantized: stream("quantized")?, sequences };
+        let tokens = || sequences.iter().map(Sequences::tokens);
+        let hidden = self.request.checkpoint.config.hidden_size;
+        let mut reference = boundary::read(self.backend, &path, tokens().chain(tokens()), hidden)?;
+        let quantized = reference.split_off(sequences.len());
+        let streams = Streams { reference, quantized, sequences };
         if self.boundary_hash(&streams.quantized, "the last finished block").ok() != self.state.boundaries.last().cloned() {
-            return Err(damaged("its hash is not the recorded one".into()));
+            return Err(Error::run(format!("{} is damaged: its hash is not the recorded one", path.display()))
+                .hint("remove the work folder and run again"));
         }
         Ok(streams)
     }
 
     /// Writes embedding, final norm, head and whatever the layout does not know (MTP layers) into the last shard, and
-    /// returns the sample's float and quantized logits.
-    fn write_ends(&self, streams: &Streams<B>) -> Result<Logits<B>> {
+    /// compares the sample's float and quantized logits.
+    fn write_ends(&self, streams: &Streams<B>) -> Result<Judgement> {
         let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
         let norm = self.transforms.final_norm(checkpoint)?;
         let mut tensors: Vec<TensorOut> = Vec::new();
@@ -408,13 +427,14 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
         let float_head = self.transforms.head(checkpoint)?;
-        let head = match self.request.donors {
+        let mut head = match self.request.donors {
             Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
             None => {
                 let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
                 quantize_linear(&float_head, &layout.head, &rounding, self.head_hessian(&norm, streams)?.as_deref())
             }
         };
+        head.input_scale = self.head_scale(&norm, streams)?;
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
             self.push_linear(&layout.head, &head, &mut tensors)?;
@@ -435,24 +455,42 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
 
         let original_norm = checkpoint.read(&layout.final_norm.name)?;
-        let logits = |head, norm: Vec<f32>, stream: &[B::Tensor]| {
-            let (head, norm) = (self.backend.prepare(head)?, self.backend.prepare_vector(norm)?);
-            let logits = |h| {
-                let x = self.backend.rms_norm(h, &norm, checkpoint.config.norm_eps, self.backend.reads(&head))?;
-                self.backend.linear(&head, &x)
-            };
-            stream.iter().map(logits).collect::<Result<Vec<_>>>()
+        let (reference, quantized) = (self.backend.prepare(checkpoint.head()?)?, self.backend.prepare(head.weights(layout.head.cols))?);
+        let (original_norm, norm) = (self.backend.prepare_vector(original_norm)?, self.backend.prepare_vector(norm)?);
+        let logits = |head, norm, h: &B::Tensor, tokens: &[usize]| {
+            let rows = self.backend.gather_rows(h, tokens)?;
+            let x = self.backend.rms_norm(&rows, norm, checkpoint.config.norm_eps, self.backend.reads(head))?;
+            self.backend.linear(head, &x)
         };
-        Ok(Logits {
-            reference: logits(checkpoint.head()?, original_norm, &streams.reference)?,
-            quantized: logits(head.weights(layout.head.cols), norm, &streams.quantized)?,
-        })
+        let (mut rows, mut hash) = (Vec::new(), FloatHash::default());
+        for ((exact, rounded), sequences) in streams.reference.iter().zip(&streams.quantized).zip(&streams.sequences) {
+            for tokens in logit_pieces(sequences.tokens(), layout.head.rows) {
+                let exact = logits(&reference, &original_norm, exact, &tokens)?;
+                let rounded = logits(&quantized, &norm, rounded, &tokens)?;
+                hash.add(&self.backend.download(&rounded)?, "the head")?;
+                rows.extend(self.backend.divergence(&exact, &rounded)?);
+            }
+        }
+        Ok(Judgement { rows, hash: hash.finish() })
     }
 
     /// Whether a tied model's embedding and head are no longer the same.
     fn unties(&self) -> bool {
         let plan = &self.request.plan;
         plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.steps.transforms.contains(&Transform::FoldNorms)
+    }
+
+    /// The static scale of the head's input, where it has one.
+    fn head_scale(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<f32>> {
+        let steps = &self.request.steps;
+        if steps.activations.linears != ScaleKind::Static || !self.request.plan.head.quantizes_activations() {
+            return Ok(None);
+        }
+        let eps = self.request.checkpoint.config.norm_eps;
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
+        let normalize = |h| self.backend.rms_norm(h, &norm, eps, Emit::FLOAT);
+        let inputs = streams.quantized.iter().map(normalize).collect::<Result<Vec<_>>>()?;
+        observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
     }
 
     /// The Hessian of the head's input, where the method uses one.
@@ -471,21 +509,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Ok(Some(sum))
     }
 
-    fn sample_record(&self, logits: &Logits<B>) -> Result<SampleRecord> {
-        let mut rows = Vec::new();
-        for (reference, quantized) in logits.reference.iter().zip(&logits.quantized) {
-            rows.extend(self.backend.divergence(reference, quantized)?);
-        }
-        let summary = statistics::summarize_divergence(&rows);
-        Ok(SampleRecord {
+    fn sample_record(&self, logits: Judgement) -> SampleRecord {
+        let summary = statistics::summarize_divergence(&logits.rows);
+        SampleRecord {
             sequences: self.request.sample.sequences.len(),
             tokens: self.request.sample.tokens(),
             kld_mean: summary.mean,
             kld_p99: summary.p99,
             top1: summary.top1,
-            logits: self.boundary_hash(&logits.quantized, "the head")?,
+            logits: logits.hash,
             boundaries: self.state.boundaries.clone(),
-        })
+        }
     }
 
     /// Writes everything but the shards: index, config.json, companions and strata.toml.
@@ -534,8 +568,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 donors: request.donors.map(|donors| donors.name().to_owned()),
             },
             plan: request.plan.clone(),
-            activations: Activations::default(),
-            cache: CacheFormats::default(),
+            activations: request.steps.activations,
+            cache: request.steps.cache,
             sample,
             files,
             blocks: self.state.records.clone(),
@@ -568,8 +602,13 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
             self.monitor.step(index + 1, format!("block {index} reads back the same"))?;
         }
-        let logits = (0..self.request.sample.sequences.len()).map(|batch| stream.logits(batch)).collect::<Result<Vec<_>>>()?;
-        if self.boundary_hash(&logits, "the head")? != manifest.sample.logits {
+        let mut hash = FloatHash::default();
+        for (batch, sequence) in self.request.sample.sequences.iter().enumerate() {
+            for tokens in logit_pieces(sequence.len(), self.request.checkpoint.layout.head.rows) {
+                hash.add(&self.backend.download(&stream.logits_at(batch, &tokens)?)?, "the head")?;
+            }
+        }
+        if hash.finish() != manifest.sample.logits {
             return Err(differs("the head"));
         }
         self.monitor.step(blocks + 1, "logits read back the same")
@@ -590,6 +629,45 @@ fn gather_notes(linears: &BTreeMap<&str, QuantizedLinear>) -> Vec<String> {
     gathered.into_iter().map(line).collect()
 }
 
+/// The tensors that keep the scales of a mixer's internals: canonical name, values.
+fn internal_tensors(spec: &BlockSpec, scales: &SsmScales) -> Vec<(String, Vec<f32>)> {
+    let values = [&scales.z, &scales.conv_in, &scales.conv_out, &scales.dt];
+    spec.internal_scales().into_iter().zip(values).map(|(tensor, values)| (tensor.name, values.clone())).collect()
+}
+
+fn float_vector(name: String, values: &[f32]) -> TensorOut<'static> {
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    (name, Dtype::F32, vec![values.len()], Cow::Owned(bytes))
+}
+
+/// The second moment of the stream in front of the blocks: measured once, and kept in the work folder for a run that
+/// goes on.
+fn kept_second_moment<B: Backend>(
+    backend: &B,
+    request: &QuantizeRequest<'_>,
+    work: &Path,
+    key: &str,
+    monitor: &Monitor,
+) -> Result<Vec<f64>> {
+    let path = work.join(format!("second-moment-{}.f64", &key[..16]));
+    let hidden = request.checkpoint.config.hidden_size;
+    if let Ok(bytes) = fs::read(&path)
+        && bytes.len() == 8 * hidden * hidden
+    {
+        monitor.log("the calibration pass of an earlier run is used again");
+        return Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect());
+    }
+    let moment = calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?;
+    files::write_atomically(&path, &moment.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+    Ok(moment)
+}
+
+/// Tokens of a sequence in pieces whose logits, of `vocabulary` entries each, take at most 32 MiB.
+fn logit_pieces(tokens: usize, vocabulary: usize) -> impl Iterator<Item = Vec<usize>> {
+    let piece = ((1 << 23) / vocabulary).max(1);
+    (0..tokens).step_by(piece).map(move |start| (start..tokens.min(start + piece)).collect())
+}
+
 /// Tells the monitor which stages come. The unit of work is a pass over the sample through one block; choosing a
 /// block's codes takes several.
 fn announce(request: &QuantizeRequest<'_>, monitor: &Monitor) {
@@ -603,7 +681,7 @@ fn announce(request: &QuantizeRequest<'_>, monitor: &Monitor) {
 }
 
 fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {
-    work.join(format!("boundary-{blocks_done:05}.safetensors"))
+    work.join(format!("boundary-{blocks_done:05}.f32"))
 }
 
 /// The state of an earlier run; a missing or unreadable one means starting afresh.

@@ -5,18 +5,21 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::observe::Observers;
 use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, Selector, Transform};
+use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, Selector, Transform};
 
 /// Schema of a recipe file.
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
 
 /// The built-in recipes, as the files that a user could have written.
-const BUILT_IN: [&str; 6] = [
+const BUILT_IN: [&str; 8] = [
     include_str!("recipes/phase1.toml"),
     include_str!("recipes/phase2.toml"),
     include_str!("recipes/phase3.toml"),
+    include_str!("recipes/phase3-allocated.toml"),
+    include_str!("recipes/fit-24gb.toml"),
     include_str!("recipes/rtn-w8a8.toml"),
     include_str!("recipes/rtn-w4a8.toml"),
     include_str!("recipes/gptq-w4a16.toml"),
@@ -46,10 +49,22 @@ impl Method {
 }
 
 /// What is done to weights, formats apart: transforms, then rounding.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Steps {
     pub transforms: Vec<Transform>,
     pub method: Method,
+    pub activations: Activations,
+    /// How static scales of activations are found.
+    pub observers: Observers,
+    pub cache: CacheFormats,
+}
+
+impl Steps {
+    /// With run-time scales, float internals and float caches.
+    pub fn new(transforms: Vec<Transform>, method: Method) -> Self {
+        let (activations, cache) = (Activations::default(), CacheFormats::default());
+        Self { transforms, method, activations, observers: Observers::default(), cache }
+    }
 }
 
 /// Formats by kind of block.
@@ -64,8 +79,24 @@ pub struct Formats {
     pub head: Format,
 }
 
+/// Formats by measurement: which may be used, and what the plan may take. Without a budget it takes no more bytes than the
+/// recipe's own formats would.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AllocateSpec {
+    pub formats: Vec<Format>,
+    /// Stored bits a weight of the blocks' linears.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<f64>,
+    /// A GPU whose memory the model has to fit into, with `context` tokens in its caches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
+}
+
 /// How to quantize.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     pub schema: String,
@@ -76,6 +107,16 @@ pub struct Recipe {
     #[serde(default)]
     pub transforms: Vec<Transform>,
     pub formats: Formats,
+    /// Formats of the blocks are found by measurement, within the bytes of `formats` or a budget of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocate: Option<AllocateSpec>,
+    /// Where formats read int8.
+    #[serde(default)]
+    pub activations: Activations,
+    #[serde(default)]
+    pub observers: Observers,
+    #[serde(default)]
+    pub cache: CacheFormats,
 }
 
 /// A rule that changes a recipe's plan: what `match` means gets `format`.
@@ -90,7 +131,8 @@ pub struct Override {
 impl Recipe {
     /// What the recipe does to weights, formats apart.
     pub fn steps(&self) -> Steps {
-        Steps { transforms: self.transforms.clone(), method: self.method }
+        let Self { activations, observers, cache, .. } = *self;
+        Steps { activations, observers, cache, ..Steps::new(self.transforms.clone(), self.method) }
     }
 
     /// Names and descriptions of the built-in recipes.
@@ -121,6 +163,7 @@ impl Recipe {
         if recipe.schema != RECIPE_SCHEMA {
             return Err(Error::input(format!("{origin} has schema `{}`, and this strata reads `{RECIPE_SCHEMA}`", recipe.schema)));
         }
+        recipe.observers.check()?;
         Ok(recipe)
     }
 
@@ -224,7 +267,7 @@ mod tests {
     #[test]
     fn built_in_recipes_are_readable_and_named_as_their_files() {
         let names: Vec<String> = Recipe::built_in().unwrap().into_iter().map(|recipe| recipe.name).collect();
-        assert_eq!(names, ["phase1", "phase2", "phase3", "rtn-w8a8", "rtn-w4a8", "gptq-w4a16"]);
+        assert_eq!(names, ["phase1", "phase2", "phase3", "phase3-allocated", "fit-24gb", "rtn-w8a8", "rtn-w4a8", "gptq-w4a16"]);
         assert!(Recipe::find("phase9").unwrap_err().hint.unwrap().contains("phase1, phase2, phase3"));
     }
 

@@ -8,6 +8,7 @@ use toml_edit::{DocumentMut, Item, TableLike};
 use crate::checkpoint::{DEMO, Layout};
 use crate::error::{Error, Result};
 use crate::eval::DataSource;
+use crate::eval::decode::DEFAULT_TOKENS;
 use crate::eval::run::EvaluateRequest;
 use crate::eval::speed::SpeedRequest;
 use crate::eval::tasks::Task;
@@ -89,6 +90,8 @@ pub struct EvaluateSpec {
     /// Windows of that text, and tokens of each.
     pub windows: usize,
     pub window_tokens: usize,
+    /// Tokens of that text that variants with rounded caches decode one by one, 0 for none.
+    pub decode_tokens: usize,
     pub speed: bool,
     /// Further prompt lengths and batch sizes whose speed is measured.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -106,6 +109,7 @@ impl Default for EvaluateSpec {
             text: "embedded".into(),
             windows: 24,
             window_tokens: 256,
+            decode_tokens: DEFAULT_TOKENS,
             speed: true,
             speed_prompts: Vec::new(),
             speed_batches: Vec::new(),
@@ -125,6 +129,7 @@ impl EvaluateSpec {
             text: (self.text != "embedded").then(|| PathBuf::from(&self.text)),
             windows: self.windows,
             window_tokens: self.window_tokens,
+            decode_tokens: self.decode_tokens,
             speed: self.speed.then(|| SpeedRequest::with_grid(&self.speed_prompts, &self.speed_batches)),
             ..EvaluateRequest::default()
         })

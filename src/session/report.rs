@@ -167,6 +167,24 @@ pub fn divergence(results: &[ModelResult]) -> Table {
     table
 }
 
+/// Divergence of variants with rounded caches that read one token a step, beside what they lose on whole windows; no rows
+/// where there is none.
+pub fn decoding(results: &[ModelResult]) -> Table {
+    let stretches = results.iter().filter_map(|result| result.kld_decode.as_ref()).map(|found| &found.positions).max_by_key(|p| p.len());
+    let mut heads = ["variant", "KLD whole", "KLD decoding", "p99", "top1"].map(str::to_owned).to_vec();
+    heads.extend(stretches.into_iter().flatten().map(|stretch| format!("to {}", stretch.to)));
+    let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
+    for result in results {
+        let Some(found) = &result.kld_decode else { continue };
+        let whole = result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", kld.mean));
+        let mut row = vec![result.variant.clone(), whole, format!("{:.2e}", found.mean), format!("{:.2e}", found.p99)];
+        row.push(format!("{:.1}%", 100.0 * found.top1));
+        row.extend(found.positions.iter().map(|stretch| format!("{:.2e}", stretch.mean)));
+        table.push(row);
+    }
+    table
+}
+
 /// What figures were measured on, in a line.
 pub fn evidence(evidence: &Evidence) -> String {
     let Evidence { tool, backend, processor, threads, cores, memory_bytes, libraries, text, .. } = evidence;

@@ -6,7 +6,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::kv_cache::KvCache;
-use super::math;
+use super::{math, operations};
 use crate::backend::{AttentionShape, Sequences};
 
 /// Keys and values that lie together, `[tokens, kv_heads·head_dim]` each.
@@ -44,6 +44,7 @@ pub fn attend(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, sequences
             })
             .collect(),
     };
+    let mut visible = 0;
     let mut out = vec![0.0; sequences.tokens() * q_width];
     let mut rest = out.as_mut_slice();
     let mut work = Vec::with_capacity(sequences.tokens());
@@ -52,9 +53,12 @@ pub fn attend(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, sequences
         for (i, t) in range.clone().enumerate() {
             let (own, after) = rest.split_at_mut(q_width);
             rest = after;
+            visible += before + i + 1;
             work.push((&q[t * q_width..(t + 1) * q_width], segments.as_slice(), before + i + 1, own));
         }
     }
+    // Scores and the sum of values.
+    operations::count_float(2 * visible * q_width);
     work.into_par_iter().with_min_len(8).for_each(|(q, segments, visible, out)| attend_token(q, segments, visible, shape, out));
     out
 }

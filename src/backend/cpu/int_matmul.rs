@@ -28,6 +28,8 @@ use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
+use super::operations;
+
 pub use packed::PackedMatrix;
 pub use rows::QuantizedRows;
 
@@ -133,6 +135,7 @@ pub fn matmul_with(isa: Isa, weights: &PackedMatrix, x: &QuantizedRows, out: &mu
     assert!(offset + rows <= stride || tokens == 1, "the rows of the output overlap");
     assert!((tokens - 1) * stride + offset + rows <= out.len(), "the output is too short");
 
+    operations::count_int8(rows * weights.cols() * tokens);
     let (tile_tokens, tile_panels) = isa.tile_shape(tokens);
     let panel_groups = weights.panels().div_ceil(tile_panels);
     let tasks = panel_groups * tokens.div_ceil(TASK_TOKENS);

@@ -178,8 +178,9 @@ fn scan_sequence(
             sequence.keep_codes(window);
             rotate(&mut xbc, parameters.rotation, shape);
             let inputs = projection::Slice::round(&xbc, shape.conv_channels(), &Spans::conv(shape), parameters.scales(|s| &s.conv_out));
+            let groups = chunks::Groups::new(&inputs, parameters, shape);
             let run = |head: usize, state: &mut [f32], out: &mut [f32], stride: usize| {
-                chunks::scan_head(&inputs, dt, parameters, Head::new(parameters, shape, head), shape, state, out, stride);
+                chunks::scan_head(&inputs, &groups, dt, parameters, Head::new(parameters, shape, head), shape, state, out, stride);
             };
             each_head(tokens, y, shape, &mut state, run);
         }

@@ -3,12 +3,13 @@
 
 mod attention;
 mod embedding;
-mod hadamard;
+pub mod hadamard;
 pub mod int_matmul;
 mod kv_cache;
 mod mamba;
 mod math;
 mod norm;
+pub mod operations;
 mod router;
 mod stored;
 
@@ -176,6 +177,7 @@ impl Backend for Cpu {
     fn linear(&self, linear: &CpuLinear, x: &CpuActivation) -> Result<Tensor> {
         let float_product = |weights: &Tensor| -> Result<Tensor> {
             let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
+            operations::count_float(x.dims()[0] * weights.elem_count());
             Ok(x.matmul(&weights.t()?)?)
         };
         if let ([Part::Float(weights)], None) = (linear.parts.as_slice(), &linear.bias) {

@@ -10,17 +10,65 @@ use multiversion::multiversion;
 
 use super::projection::{Slice, SliceRows};
 use super::{Head, LANES, Parameters};
-use crate::backend::MambaShape;
-use crate::backend::cpu::math;
+use crate::backend::cpu::{math, operations};
+use crate::backend::{MambaShape, SSM_CHUNK as CHUNK};
 
-/// Tokens of a chunk.
-const CHUNK: usize = 64;
+/// B and C of every state group, and their products inside each chunk: what the heads of a group share.
+pub struct Groups {
+    groups: Vec<Group>,
+}
+
+struct Group {
+    /// Floats `[tokens, state]` that the codes stand for.
+    b: Vec<f32>,
+    c: Vec<f32>,
+    /// `C_i·B_j`, `[tokens, chunk]`: j counts from the beginning of i's chunk, up to i.
+    products: Vec<f32>,
+}
+
+impl Groups {
+    /// From the codes of x | B | C behind the convolution.
+    pub fn new(inputs: &Slice, parameters: &Parameters, shape: &MambaShape) -> Self {
+        let inputs = inputs.all();
+        let tokens = inputs.codes.len() / inputs.width;
+        let fixed = parameters.scales(|s| &s.conv_out);
+        let matrix = |index: usize| {
+            let channels = shape.inner() + index * shape.state..shape.inner() + (index + 1) * shape.state;
+            let codes: Vec<i8> = (0..tokens).flat_map(|t| &inputs.row(t)[channels.clone()]).copied().collect();
+            let scale = |t| fixed.map_or_else(|| inputs.span_scale(t, shape.heads + index), |scales| scales[channels.start]);
+            let scales: Vec<f32> = (0..tokens).map(scale).collect();
+            (codes, scales)
+        };
+        let group = |group| {
+            let ((b, b_scales), (c, c_scales)) = (matrix(group), matrix(shape.groups + group));
+            let n = shape.state;
+            let mut products = vec![0.0; tokens * CHUNK];
+            let mut count = 0;
+            for (i, row) in products.chunks_exact_mut(CHUNK).enumerate() {
+                let start = i - i % CHUNK;
+                for (j, product) in (start..=i).zip(row) {
+                    let sum = dot(&c[i * n..(i + 1) * n], &b[j * n..(j + 1) * n]);
+                    *product = sum as f32 * (c_scales[i] * b_scales[j]);
+                }
+                count += i + 1 - start;
+            }
+            operations::count_int8(count * n);
+            let floats = |codes: &[i8], scales: &[f32]| -> Vec<f32> {
+                let rows = codes.chunks_exact(n).zip(scales);
+                rows.flat_map(|(codes, scale)| codes.iter().map(move |code| f32::from(*code) * scale)).collect()
+            };
+            Group { b: floats(&b, &b_scales), c: floats(&c, &c_scales), products }
+        };
+        Self { groups: (0..shape.groups).map(group).collect() }
+    }
+}
 
 /// One head over all tokens; row t of its y begins at `out[t · stride]`. `inputs` are the codes of x | B | C behind the
-/// convolution.
+/// convolution, `dt` those of all heads.
 #[allow(clippy::too_many_arguments, reason = "one head's share of everything the scan reads and writes")]
 pub fn scan_head(
     inputs: &Slice,
+    groups: &Groups,
     dt: &SliceRows<'_>,
     parameters: &Parameters,
     head: Head,
@@ -31,101 +79,64 @@ pub fn scan_head(
 ) {
     let inputs = inputs.all();
     let tokens = inputs.codes.len() / inputs.width;
-    let (inner, n) = (shape.inner(), shape.state);
+    let group = &groups.groups[head.group];
     let fixed = parameters.scales(|s| &s.conv_out);
     let dt_scale = parameters.scales(|s| &s.dt).map(|scales| scales[head.index]);
-    let mut chunk = Chunk::new(shape);
+    let channels = head.index * shape.head_dim..(head.index + 1) * shape.head_dim;
+    let mut chunk = Chunk { x: Vec::new(), dt: Vec::new(), exponent: Vec::new() };
     for start in (0..tokens).step_by(CHUNK) {
+        let end = tokens.min(start + CHUNK);
         chunk.clear();
-        for t in start..tokens.min(start + CHUNK) {
+        for t in start..end {
             let raw = f32::from(dt.row(t)[head.index]) * dt_scale.unwrap_or_else(|| dt.span_scale(t, 0));
             let (step, exponent) = head.step(raw, shape);
-            let row = inputs.row(t);
-            let channels = head.index * shape.head_dim..(head.index + 1) * shape.head_dim;
-            let x = &row[channels.clone()];
+            let x = &inputs.row(t)[channels.clone()];
             match fixed {
-                Some(scales) => chunk.x.extend(x.iter().zip(&scales[channels]).map(|(code, scale)| f32::from(*code) * scale)),
+                Some(scales) => chunk.x.extend(x.iter().zip(&scales[channels.clone()]).map(|(code, scale)| f32::from(*code) * scale)),
                 None => {
                     let scale = inputs.span_scale(t, head.index);
                     chunk.x.extend(x.iter().map(|code| f32::from(*code) * scale));
                 }
             }
             chunk.x.resize(chunk.x.len().next_multiple_of(LANES), 0.0);
-            for (matrix, group) in [(&mut chunk.b, head.group), (&mut chunk.c, shape.groups + head.group)] {
-                let channels = inner + group * n..inner + (group + 1) * n;
-                let scale = fixed.map_or_else(|| inputs.span_scale(t, shape.heads + group), |scales| scales[channels.start]);
-                matrix.push(&row[channels], scale);
-            }
             chunk.dt.push(step);
             chunk.exponent.push(chunk.exponent.last().unwrap_or(&0.0) + f64::from(exponent));
         }
-        let rows = out[start * stride..].chunks_mut(stride);
-        chunk.run(state, head.d, rows.map(|row| &mut row[..shape.head_dim]));
-    }
-}
-
-/// Rows of B or C of a state group, as codes and as floats.
-#[derive(Default)]
-struct Matrix {
-    codes: Vec<i8>,
-    scales: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl Matrix {
-    fn push(&mut self, codes: &[i8], scale: f32) {
-        self.codes.extend_from_slice(codes);
-        self.scales.push(scale);
-        self.values.extend(codes.iter().map(|code| f32::from(*code) * scale));
-    }
-
-    fn clear(&mut self) {
-        self.codes.clear();
-        self.scales.clear();
-        self.values.clear();
+        let rows = out[start * stride..].chunks_mut(stride).map(|row| &mut row[..shape.head_dim]);
+        let n = shape.state;
+        let (b, c) = (&group.b[start * n..end * n], &group.c[start * n..end * n]);
+        chunk.run(b, c, &group.products[start * CHUNK..end * CHUNK], state, head.d, rows);
     }
 }
 
 /// What one head reads in a chunk.
 struct Chunk {
-    state: usize,
     /// `[tokens, head_dim rounded up to 32]`.
     x: Vec<f32>,
-    b: Matrix,
-    c: Matrix,
     dt: Vec<f32>,
     /// e: sums of dt·A, in f64 so that differences of large ones are exact enough.
     exponent: Vec<f64>,
 }
 
 impl Chunk {
-    fn new(shape: &MambaShape) -> Self {
-        let (b, c) = (Matrix::default(), Matrix::default());
-        Self { state: shape.state, x: Vec::new(), b, c, dt: Vec::new(), exponent: Vec::new() }
-    }
-
     fn clear(&mut self) {
         self.x.clear();
-        self.b.clear();
-        self.c.clear();
         self.dt.clear();
         self.exponent.clear();
     }
 
-    /// Writes the chunk's outputs and moves the state on.
-    fn run<'a>(&self, state: &mut [f32], d: f32, rows: impl Iterator<Item = &'a mut [f32]>) {
-        let (tokens, n) = (self.dt.len(), self.state);
-        let width = self.x.len() / tokens;
+    /// Writes the chunk's outputs and moves the state on. B and C are `[tokens, state]`.
+    fn run<'a>(&self, b: &[f32], c: &[f32], products: &[f32], state: &mut [f32], d: f32, rows: impl Iterator<Item = &'a mut [f32]>) {
+        let tokens = self.dt.len();
+        let (width, n) = (self.x.len() / tokens, b.len() / tokens);
         let mut weights = [0.0; CHUNK];
         let mut y = vec![0.0; width];
-        for (i, row) in rows.take(tokens).enumerate() {
+        for ((i, row), products) in rows.take(tokens).enumerate().zip(products.chunks_exact(CHUNK)) {
             let weights = &mut weights[..=i];
-            for (j, weight) in weights.iter_mut().enumerate() {
-                let product = dot(&self.c.codes[i * n..(i + 1) * n], &self.b.codes[j * n..(j + 1) * n]) as f32;
-                *weight = product * (self.c.scales[i] * self.b.scales[j]) * self.decay(i, j) * self.dt[j];
+            for (j, (weight, product)) in weights.iter_mut().zip(products).enumerate() {
+                *weight = product * self.decay(i, j) * self.dt[j];
             }
-            let decay = math::exp(self.exponent[i] as f32);
-            read_out(state, &self.c.values[i * n..(i + 1) * n], decay, &mut y);
+            read_out(state, &c[i * n..(i + 1) * n], math::exp(self.exponent[i] as f32), &mut y);
             add_rows(&mut y, &self.x, weights);
             for ((out, y), x) in row.iter_mut().zip(&y).zip(&self.x[i * width..]) {
                 *out = y + d * x;
@@ -138,7 +149,7 @@ impl Chunk {
         }
         for j in 0..tokens {
             let weight = self.decay(last, j) * self.dt[j];
-            add_outer(state, &self.x[j * width..(j + 1) * width], &self.b.values[j * n..(j + 1) * n], weight);
+            add_outer(state, &self.x[j * width..(j + 1) * width], &b[j * n..(j + 1) * n], weight);
         }
     }
 

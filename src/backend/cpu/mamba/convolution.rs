@@ -3,7 +3,7 @@
 use multiversion::multiversion;
 
 use super::projection::{SliceRows, Spans};
-use crate::backend::cpu::math;
+use crate::backend::cpu::{math, operations};
 use crate::backend::{MambaParameters, MambaShape, SsmInternals};
 
 /// Weights of the convolution; a tap is one contiguous row.
@@ -44,6 +44,7 @@ impl Convolution {
             .chunks_exact(channels)
             .chain((0..tokens).map(|t| &projected[t * width + shape.inner()..t * width + shape.inner() + channels]))
             .collect();
+        operations::count_float(tokens * channels * kernel);
         let mut out = Vec::with_capacity(tokens * channels);
         for t in 0..tokens {
             out.extend_from_slice(&self.bias);
@@ -58,6 +59,7 @@ impl Convolution {
         let tokens = rows.codes.len() / channels;
         let codes: Vec<&[i8]> = window.0.chunks_exact(channels).chain(rows.codes.chunks_exact(channels)).collect();
         let scales = [&window.1, rows.scales].concat();
+        operations::count_int8(tokens * channels * kernel);
         let mut out = vec![0.0; tokens * channels];
         let mut sums = vec![0; channels];
         for (t, out) in out.chunks_exact_mut(channels).enumerate() {

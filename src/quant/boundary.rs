@@ -1,0 +1,91 @@
+//! What a run keeps of the sample between blocks: a hash to compare, and the streams in a file to resume from.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use crate::backend::Backend;
+use crate::checkpoint::hexadecimal;
+use crate::error::{Error, Result};
+
+/// SHA-256 over the values of tensors, one after another.
+#[derive(Default)]
+pub struct FloatHash {
+    sha: Sha256,
+}
+
+impl FloatHash {
+    /// Adds values; an error when one is not finite, which names what stands in front: `block 3`.
+    pub fn add(&mut self, values: &[f32], after: &str) -> Result<()> {
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(Error::run(format!("the residual stream behind {after} is not finite")).hint("give this block a wider format"));
+        }
+        for values in values.chunks(1 << 12) {
+            self.sha.update(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+        }
+        Ok(())
+    }
+
+    /// In hexadecimal.
+    pub fn finish(self) -> String {
+        hexadecimal(&self.sha.finalize())
+    }
+}
+
+/// Writes tensors one after another, f32 in little-endian, so that the file is absent (or old) or whole.
+pub fn write<'a, B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item = &'a B::Tensor>) -> Result<()> {
+    let temporary = path.with_extension("tmp");
+    let failed = |error: std::io::Error| Error::io("writing", path, &error);
+    let mut file = BufWriter::new(File::create(&temporary).map_err(failed)?);
+    for tensor in tensors {
+        for values in backend.download(tensor)?.chunks(1 << 12) {
+            file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()).map_err(failed)?;
+        }
+    }
+    let file = file.into_inner().map_err(|error| failed(error.into_error()))?;
+    file.sync_all().and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
+}
+
+/// Reads tensors `[tokens, cols]` of so many `tokens` each.
+pub fn read<B: Backend>(backend: &B, path: &Path, tokens: impl Iterator<Item = usize>, cols: usize) -> Result<Vec<B::Tensor>> {
+    let failed =
+        |error: std::io::Error| Error::run(format!("{} is damaged: {error}", path.display())).hint("remove the work folder and run again");
+    let mut file = BufReader::new(File::open(path).map_err(|error| Error::io("reading", path, &error))?);
+    let mut tensor = |tokens: usize| {
+        let mut bytes = vec![0; 4 * tokens * cols];
+        file.read_exact(&mut bytes).map_err(failed)?;
+        backend.upload(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(), cols)
+    };
+    tokens.map(&mut tensor).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::checkpoint::sha256_hex;
+
+    #[test]
+    fn streams_come_back_and_a_short_file_is_said_to_be_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("boundary.f32");
+        let tensors = [Cpu.upload((0..12).map(|i| i as f32).collect(), 4).unwrap(), Cpu.upload(vec![-1.5; 4], 4).unwrap()];
+        write(&Cpu, &path, tensors.iter()).unwrap();
+        let back: Vec<_> = read(&Cpu, &path, [3, 1].into_iter(), 4).unwrap();
+        for (back, tensor) in back.iter().zip(&tensors) {
+            assert_eq!(Cpu.download(back).unwrap(), Cpu.download(tensor).unwrap());
+        }
+        assert!(read(&Cpu, &path, [3, 2].into_iter(), 4).unwrap_err().message.contains("damaged"));
+    }
+
+    #[test]
+    fn a_hash_is_that_of_the_bytes_and_refuses_what_is_not_finite() {
+        let mut hash = FloatHash::default();
+        hash.add(&[1.0], "a").unwrap();
+        hash.add(&[-2.0], "a").unwrap();
+        assert_eq!(hash.finish(), sha256_hex(&[0, 0, 128, 63, 0, 0, 0, 192]));
+        assert!(FloatHash::default().add(&[f32::NAN], "block 7").unwrap_err().message.contains("block 7"));
+    }
+}
