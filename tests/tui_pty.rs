@@ -4,10 +4,16 @@
 
 use std::io::{Read, Write};
 use std::num::NonZeroU16;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use portable_pty::{Child, CommandBuilder, MasterPty, PtySize, native_pty_system};
+use tempfile::TempDir;
 
 /// The program with a terminal emulator around it.
 struct Session {
@@ -15,8 +21,13 @@ struct Session {
     master: Box<dyn MasterPty + Send>,
     input: Box<dyn Write + Send>,
     output: Receiver<Vec<u8>>,
+    reader: JoinHandle<()>,
+    /// Makes the reader let go of the terminal after what it reads next.
+    closing: Arc<AtomicBool>,
     screen: vt100::Parser,
     raw: Vec<u8>,
+    /// The user's folders, where no test looks at them.
+    _home: Option<TempDir>,
 }
 
 fn cells(count: u16) -> NonZeroU16 {
@@ -29,7 +40,18 @@ fn emulator(columns: u16, rows: u16) -> vt100::Parser {
 
 impl Session {
     fn start(columns: u16, rows: u16) -> Self {
-        Self::spawn(columns, rows, CommandBuilder::new(env!("CARGO_BIN_EXE_strata")))
+        let home = TempDir::new().unwrap();
+        let session = Self::open(home.path(), columns, rows, &[]);
+        Self { _home: Some(home), ..session }
+    }
+
+    /// The workbench of a user whose folders are in `home`.
+    fn open(home: &Path, columns: u16, rows: u16, arguments: &[&str]) -> Self {
+        let mut command = CommandBuilder::new(env!("CARGO_BIN_EXE_strata"));
+        command.args(arguments);
+        command.env("XDG_DATA_HOME", home.join("data"));
+        command.env("XDG_STATE_HOME", home.join("state"));
+        Self::spawn(columns, rows, command)
     }
 
     fn spawn(columns: u16, rows: u16, mut command: CommandBuilder) -> Self {
@@ -43,16 +65,18 @@ impl Session {
         let child = pty.slave.spawn_command(command).unwrap();
         let mut reader = pty.master.try_clone_reader().unwrap();
         let (sender, output) = channel();
-        std::thread::spawn(move || {
+        let closing = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&closing);
+        let reader = std::thread::spawn(move || {
             let mut buffer = [0; 8192];
             while let Ok(count) = reader.read(&mut buffer) {
-                if count == 0 || sender.send(buffer[..count].to_vec()).is_err() {
+                if count == 0 || sender.send(buffer[..count].to_vec()).is_err() || stop.load(Ordering::SeqCst) {
                     break;
                 }
             }
         });
         let input = pty.master.take_writer().unwrap();
-        Self { child, master: pty.master, input, output, screen: emulator(columns, rows), raw: Vec::new() }
+        Self { child, master: pty.master, input, output, reader, closing, screen: emulator(columns, rows), raw: Vec::new(), _home: None }
     }
 
     fn resize(&mut self, columns: u16, rows: u16) {
@@ -74,7 +98,7 @@ impl Session {
     fn sees(&mut self, what: &str) {
         let start = Instant::now();
         while !self.text().contains(what) {
-            assert!(start.elapsed() < Duration::from_secs(10), "never seen: {what}\n{}", self.text());
+            assert!(start.elapsed() < Duration::from_secs(60), "never seen: {what}\n{}", self.text());
             self.take_in();
         }
     }
@@ -82,6 +106,19 @@ impl Session {
     fn types(&mut self, keys: &str) {
         self.input.write_all(keys.as_bytes()).unwrap();
         self.input.flush().unwrap();
+    }
+
+    fn kill(&self, signal: &str) {
+        let id = self.child.process_id().unwrap().to_string();
+        assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+    }
+
+    /// Closes the terminal under the program, which must be drawing now and then; returns the program.
+    fn close(self) -> Box<dyn Child + Send + Sync> {
+        self.closing.store(true, Ordering::SeqCst);
+        self.reader.join().unwrap();
+        drop((self.master, self.input, self.output));
+        self.child
     }
 
     /// Waits for the end; the terminal must then be as it was.
@@ -92,7 +129,7 @@ impl Session {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
-            assert!(start.elapsed() < Duration::from_secs(10), "it does not end:\n{}", self.text());
+            assert!(start.elapsed() < Duration::from_secs(30), "it does not end:\n{}", self.text());
         };
         self.take_in();
         let screen = self.screen.screen();
@@ -135,8 +172,7 @@ fn ctrl_c_asks_when_something_is_not_saved() {
 fn a_terminated_workbench_restores_the_terminal() {
     let mut session = Session::start(80, 24);
     session.sees("1 Layers");
-    let id = session.child.process_id().unwrap().to_string();
-    assert!(std::process::Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    session.kill("-TERM");
     session.ends();
 }
 
@@ -144,13 +180,11 @@ fn a_terminated_workbench_restores_the_terminal() {
 fn suspending_gives_the_shell_its_terminal_and_fg_comes_back() {
     let mut session = Session::start(80, 24);
     session.sees("1 Layers");
-    let id = session.child.process_id().unwrap().to_string();
     // Stopped and continued from outside: the screen is drawn again.
-    let kill = |signal: &str| assert!(std::process::Command::new("kill").args([signal, &id]).status().unwrap().success());
-    kill("-STOP");
+    session.kill("-STOP");
     session.take_in();
     session.screen = emulator(80, 24);
-    kill("-CONT");
+    session.kill("-CONT");
     session.sees("1 Layers");
     session.types("q");
     assert_eq!(session.ends(), 0);
@@ -177,4 +211,136 @@ fn a_panic_gives_the_terminal_back_and_is_read_there() {
     assert!(at("\u{1b}[?1049h") < at("\u{1b}[?1049l"), "the alternate screen is left");
     assert!(at("\u{1b}[?1049l") < at("on purpose"), "the message comes after, where it can be read");
     assert!(!session.screen.screen().hide_cursor() && !session.screen.screen().bracketed_paste());
+}
+
+/// A session file with one variant that takes some seconds.
+fn session(home: &Path) -> PathBuf {
+    let path = home.join("fit.toml");
+    let text = "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[calibration]\nsequences = 10\nlength = 256\n\
+        [[variant]]\nname = \"small\"\nrecipe = \"phase2\"\n\
+        [evaluate]\ntasks = [\"piqa\"]\nlimit = 4\nwindows = 1\nwindow_tokens = 32\nspeed = false\n";
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+/// `strata` without a screen, for the same user.
+fn headless(home: &Path, arguments: &[&str]) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
+    command.args(arguments).env("XDG_DATA_HOME", home.join("data")).env("XDG_STATE_HOME", home.join("state"));
+    let output = command.output().unwrap();
+    (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+}
+
+#[test]
+fn a_run_outlives_its_terminal_and_a_later_workbench_shows_it() {
+    let home = TempDir::new().unwrap();
+    let path = session(home.path());
+    let path = path.to_str().unwrap();
+    // Started by a shell, as most are: its end makes the system send SIGHUP and SIGCONT, and the terminal is gone.
+    let mut command = CommandBuilder::new("sh");
+    command.args(["-c", "\"$0\" \"$1\"; true", env!("CARGO_BIN_EXE_strata"), path]);
+    command.env("XDG_DATA_HOME", home.path().join("data"));
+    command.env("XDG_STATE_HOME", home.path().join("state"));
+    let mut workbench = Session::spawn(120, 40, command);
+    workbench.sees("1 Layers");
+    workbench.types("R");
+    workbench.sees("quantize      ");
+    workbench.close().wait().unwrap();
+
+    // A second workbench finds the run while it goes on, and follows it.
+    let mut second = Session::open(home.path(), 120, 40, &[path]);
+    second.sees("1 run without a screen");
+    second.types("3v");
+    second.sees("▶ running");
+    second.types("\r");
+    second.sees("quantize small: started");
+    second.sees("evaluate base, small: started");
+    second.types("\x1b");
+    second.sees("▶ done");
+    let (_, log) = headless(home.path(), &["runs", "follow", "last"]);
+    assert_eq!(log.matches("quantize small: started").count(), 1, "one process did it all: {log}");
+    second.types("qq");
+    second.ends();
+
+    // A third, opened on the same session, has the results at once.
+    let mut third = Session::open(home.path(), 120, 40, &[path]);
+    third.sees("against base");
+    third.types("q");
+    third.ends();
+}
+
+#[test]
+fn a_run_that_is_left_goes_on_without_a_screen() {
+    let home = TempDir::new().unwrap();
+    let path = session(home.path());
+    let mut workbench = Session::open(home.path(), 120, 40, &[path.to_str().unwrap()]);
+    workbench.sees("1 Layers");
+    workbench.types("R");
+    workbench.sees("block 1 ");
+    workbench.types("q");
+    workbench.sees("leave it running");
+    workbench.types("l");
+    let start = Instant::now();
+    while workbench.child.try_wait().unwrap().is_none() {
+        workbench.take_in();
+        assert!(start.elapsed() < Duration::from_secs(30), "it does not leave: {}", workbench.text());
+    }
+    workbench.take_in();
+    assert!(workbench.text().contains("goes on without a screen"), "{}", workbench.text());
+    drop(workbench);
+    let (success, log) = headless(home.path(), &["runs", "follow", "last"]);
+    assert!(success, "{log}");
+    for line in ["going on without a screen", "going on after", "small: evaluated", "done"] {
+        assert!(log.contains(line), "{line} is missing: {log}");
+    }
+    assert_eq!(log.matches("quantize small: started").count(), 2, "by each of the two processes: {log}");
+}
+
+#[test]
+fn changes_survive_a_kill_and_the_next_start_offers_them() {
+    let home = TempDir::new().unwrap();
+    let mut workbench = Session::open(home.path(), 80, 24, &[]);
+    workbench.sees("1 Layers");
+    workbench.types("4");
+    workbench.sees("block 0: w4a8");
+    let kept = || {
+        std::fs::read_dir(home.path().join("state/strata/recovery"))
+            .unwrap()
+            .any(|folder| folder.unwrap().path().join("session.toml").exists())
+    };
+    let start = Instant::now();
+    while !kept() {
+        assert!(start.elapsed() < Duration::from_secs(10), "the change is not kept");
+        workbench.take_in();
+    }
+    workbench.kill("-KILL");
+    workbench.child.wait().unwrap();
+
+    let mut next = Session::open(home.path(), 80, 24, &[]);
+    next.sees("Changes that were not saved");
+    next.types("r");
+    next.sees("restored what was not saved");
+    next.types("C");
+    next.sees("block 0 (ssm)");
+    next.types("\x1bq");
+    next.sees("quit without saving");
+    next.types("y");
+    assert_eq!(next.ends(), 0);
+    assert!(!kept(), "what was given up is not offered again");
+}
+
+#[test]
+fn a_read_only_workbench_changes_nothing() {
+    let home = TempDir::new().unwrap();
+    let mut workbench = Session::open(home.path(), 80, 24, &["--read-only"]);
+    workbench.sees("read-only");
+    for keys in ["4", "R", "\x13"] {
+        workbench.types(keys);
+        workbench.sees("read-only: nothing can be changed");
+        workbench.types("j");
+        workbench.take_in();
+    }
+    workbench.types("q");
+    assert_eq!(workbench.ends(), 0);
+    assert!(!home.path().join("state").exists() && !home.path().join("data").exists());
 }

@@ -56,6 +56,9 @@ struct Workbench {
     /// Theme by name (ansi16, dark, light, high-contrast, mono) or file.
     #[arg(long)]
     theme: Option<String>,
+    /// Look only: no session, no file and no job is changed.
+    #[arg(long)]
+    read_only: bool,
 }
 
 /// Options that every command takes.
@@ -178,14 +181,17 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
     };
     let interactive = std::io::stdout().is_terminal() && std::io::stdin().is_terminal() && !common.json;
     if interactive {
-        return tui::run(WorkbenchOptions {
+        let farewell = tui::run(WorkbenchOptions {
             session,
             session_path: file,
             threads: common.threads,
             device: common.device()?,
             ascii: options.ascii,
             theme: options.theme.clone(),
-        });
+            host_memory: common.host_memory,
+            read_only: options.read_only,
+        })?;
+        return farewell.map_or(Ok(()), |line| output::line(&line));
     }
     if session.variants.is_empty() {
         return Err(Error::input("the workbench needs a terminal, and there is none")

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use strata::error::Result;
+use strata::error::{Error, Result};
 use strata::eval::{Evaluated, ResultSet};
 use strata::monitor::CancelToken;
 use strata::session::runs::{self, Ending, Made, Notice, Request, Run, RunWriter};
@@ -22,6 +22,9 @@ pub struct Replay {
     /// Go on with a run that was interrupted, cancelled or failed; several one after another. See `strata runs`.
     #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["session", "variant", "fresh", "output", "no_eval"])]
     resume: Vec<String>,
+    /// Lead a session of one's own, which a terminal's end does not reach.
+    #[arg(long, hide = true)]
+    own_session: bool,
     /// Only this variant.
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
@@ -38,6 +41,9 @@ pub struct Replay {
 
 impl Replay {
     pub fn run(&self, common: &Common) -> Result<()> {
+        if self.own_session {
+            rustix::process::setsid().map_err(|error| Error::run(format!("a session of its own is refused: {error}")))?;
+        }
         for name in &self.resume {
             resume(&runs::find(name)?, common)?;
         }
@@ -45,7 +51,7 @@ impl Replay {
         let session = Session::read(path)?;
         let output = match &self.output {
             // A run is resumed from wherever the user is then.
-            Some(output) => Some(std::path::absolute(output).map_err(|error| strata::error::Error::io("finding", output, &error))?),
+            Some(output) => Some(std::path::absolute(output).map_err(|error| Error::io("finding", output, &error))?),
             None => None,
         };
         let options = ReplayOptions {

@@ -4,6 +4,7 @@
 //! how far a job is. The workbench and the headless commands use the same engine and the same jobs; neither holds a
 //! tensor.
 
+mod gpu;
 pub mod inspect;
 mod job;
 mod measure;
@@ -19,8 +20,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+pub use gpu::{GpuMonitor, GpuReading};
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
-pub use measure::{SensitivityJob, StudyJob};
+pub use measure::{AllocateJob, SensitivityJob, StudyJob};
 pub use observe::{BlockInputs, ObserveJob};
 pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};

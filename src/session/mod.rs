@@ -7,6 +7,8 @@ pub mod import;
 pub mod lock;
 pub mod paths;
 mod plot;
+pub mod recovery;
+pub mod remembered;
 pub mod replay;
 pub mod report;
 pub mod runs;

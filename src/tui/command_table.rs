@@ -20,7 +20,7 @@ macro_rules! command {
 
 /// The table.
 #[rustfmt::skip]
-pub static TABLE: [Command; 90] = [
+pub static TABLE: [Command; 100] = [
     // Formats
     command!("format-w4a8", "Format w4a8", Some((1, "w4a8")), ["4"], PLANNING, always, formats::w4a8, "Gives the selected blocks 4-bit weights and 8-bit activations."),
     command!("format-w8a8", "Format w8a8", Some((1, "w8a8")), ["8"], PLANNING, always, formats::w8a8, "Gives the selected blocks 8-bit weights and activations."),
@@ -67,7 +67,14 @@ pub static TABLE: [Command; 90] = [
     // Jobs
     command!("run", "Run the variant", Some((2, "run")), ["R"], EVERYWHERE, always, jobs::run, "Quantizes the variant being edited, then evaluates it beside the base."),
     command!("run-all", "Run all variants", Some((2, "run all")), ["A"], EVERYWHERE, always, jobs::run_all, "Quantizes every variant of the session, then evaluates them beside the base."),
-    command!("cancel", "Cancel", Some((1, "cancel")), ["x"], EVERYWHERE, jobs::is_busy, jobs::cancel, "Stops the running job at the next block or batch and drops those that wait, after asking."),
+    command!("quantize", "Only quantize the variant", None, [], EVERYWHERE, always, jobs::quantize, "Quantizes the variant being edited and does not evaluate it."),
+    command!("cancel", "Cancel", Some((1, "cancel")), ["x"], EVERYWHERE, jobs::can_cancel, jobs::cancel, "Stops the run under the cursor of the Run pane, elsewhere the one that runs, after asking. What it has finished is kept."),
+    command!("pause", "Pause or go on", Some((2, "pause")), ["p"], &[Pane::Run], jobs::is_busy, jobs::pause, "Makes the job at hand stand still at its next step and starts no other, or lets them go on."),
+    command!("retry", "Run it again", Some((2, "retry")), ["r"], &[Pane::Run], jobs::can_retry, jobs::retry, "Puts the run under the cursor, which is over, into the queue again. What it has finished is not made again."),
+    command!("move-down", "Move the run down", Some((5, "move")), ["J"], &[Pane::Run], jobs::can_move, jobs::move_down, "Lets the run under the cursor wait for the one behind it."),
+    command!("move-up", "Move the run up", None, ["K"], &[Pane::Run], jobs::can_move, jobs::move_up, "Puts the run under the cursor before the one in front of it."),
+    command!("log-level", "Level of the log", Some((6, "level")), ["l"], &[Pane::Run], always, jobs::log_level, "Shows all lines of the log, or only warnings and errors, or only errors."),
+    command!("runs", "Runs of all processes", Some((3, "runs")), ["v"], &[Pane::Run], always, jobs::runs, "Lists the runs on this machine, those without a screen too: follow, cancel, go on with, forget."),
     command!("clear-jobs", "Clear finished jobs", Some((3, "clear")), ["c"], &[Pane::Run], always, jobs::clear, "Takes jobs that are over off the list."),
     // Results
     command!("side-a", "Make it A", Some((2, "A")), ["a"], &[Pane::Results], always, results::side_a, "Makes the row under the cursor A of the comparison and of the playground."),
@@ -116,6 +123,9 @@ pub static TABLE: [Command; 90] = [
     command!("save", "Save the session", Some((4, "save")), ["ctrl-s"], EVERYWHERE, always, files::save, "Saves the session to its file, keeping the file's comments; asks for a path when it has none."),
     command!("save-as", "Save the session as", None, [], EVERYWHERE, always, files::save_as, "Saves the session to another file."),
     command!("open", "Open a session", None, ["ctrl-o"], EVERYWHERE, files::can_open, files::open, "Opens another session file."),
+    command!("recent", "Open a recent session", None, ["ctrl-e"], EVERYWHERE, files::can_open, files::recent, "Chooses among the session files that were opened or saved last."),
+    command!("changes", "Changes since the last save", None, ["C"], EVERYWHERE, always, files::changes, "Shows how the variants and their plans differ from the session's file."),
+    command!("messages", "Messages", None, ["M"], EVERYWHERE, always, screen::messages, "Shows what was said in the status line and in the corner, errors too."),
     command!("suspend", "Suspend", None, ["ctrl-z"], EVERYWHERE, always, screen::suspend, "Stops strata and goes back to the shell; `fg` comes back."),
     command!("palette", "Command palette", Some((5, "command")), [":"], EVERYWHERE, always, screen::palette, "Finds a command by name."),
     command!("help", "Help", Some((5, "help")), ["?"], EVERYWHERE, always, screen::help, "Lists the keys; type to search."),

@@ -28,13 +28,21 @@ pub struct Command {
 impl Command {
     /// Runs the command, or says why it cannot.
     pub fn invoke(&self, state: &mut State) -> Vec<Effect> {
-        match (self.enabled)(state) {
+        match self.possible(state) {
             Ok(()) => (self.run)(state),
             Err(reason) => {
                 state.say(reason);
                 Vec::new()
             }
         }
+    }
+
+    /// An error says why it cannot be done now.
+    pub fn possible(&self, state: &State) -> Result<(), &'static str> {
+        if state.read_only && !LOOKING.contains(&self.id) {
+            return Err("read-only: nothing can be changed");
+        }
+        (self.enabled)(state)
     }
 
     /// Where the keys work, in words.
@@ -46,11 +54,81 @@ impl Command {
     }
 }
 
+/// What a read-only workbench can do. What is not named here may change a session, a file or a job.
+const LOOKING: &[&str] = &[
+    "select",
+    "select-range",
+    "select-kind",
+    "select-all",
+    "clear",
+    "filter",
+    "look",
+    "back",
+    "next-variant",
+    "previous-variant",
+    "sort",
+    "reverse",
+    "differences",
+    "columns-right",
+    "columns-left",
+    "edit-result",
+    "side-a",
+    "side-b",
+    "compare",
+    "flips",
+    "plot",
+    "ordinate",
+    "table",
+    "filter-results",
+    "history",
+    "gpu",
+    "beside",
+    "select-pattern",
+    "order",
+    "reverse-order",
+    "group",
+    "open-block",
+    "close-block",
+    "copy",
+    "mouse",
+    "tour",
+    "token-left",
+    "token-right",
+    "parting",
+    "pane-playground",
+    "down",
+    "up",
+    "page-down",
+    "page-up",
+    "first",
+    "last",
+    "next-pane",
+    "previous-pane",
+    "pane-layers",
+    "pane-plan",
+    "pane-run",
+    "pane-block",
+    "pane-results",
+    "zoom",
+    "theme",
+    "redraw",
+    "runs",
+    "log-level",
+    "messages",
+    "changes",
+    "open",
+    "recent",
+    "suspend",
+    "quit",
+    "palette",
+    "help",
+];
+
 /// Keys to hint at with what they do, by rank: the commands that are possible now, those of the pane first.
 pub fn hinted(state: &State) -> Vec<(String, &'static str)> {
     let of_pane = TABLE.iter().filter(|command| command.panes.contains(&state.focus));
     let everywhere = TABLE.iter().filter(|command| command.panes.is_empty());
-    let possible = of_pane.chain(everywhere).filter(|command| (command.enabled)(state).is_ok());
+    let possible = of_pane.chain(everywhere).filter(|command| command.possible(state).is_ok());
     let mut hints: Vec<(u8, String, &str)> = possible
         .filter_map(|command| command.hint.and_then(|(rank, hint)| Some((rank, state.keymap.keys(command).first()?.clone(), hint))))
         .collect();
@@ -119,6 +197,13 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_a_read_only_workbench_can_do_exists() {
+        for id in LOOKING {
+            assert!(TABLE.iter().any(|command| command.id == *id), "{id}");
         }
     }
 

@@ -142,6 +142,11 @@ impl Document {
         Session { variants: self.drafts.iter().map(spec).collect(), ..self.session.clone() }
     }
 
+    /// What was last opened or saved.
+    pub fn saved(&self) -> &Session {
+        &self.saved
+    }
+
     /// Whether the session differs from what was last opened or saved; how the screen looks does not count.
     pub fn unsaved(&self) -> bool {
         let plain = |session: &Session| Session { ui: UiSpec::default(), ..session.clone() };

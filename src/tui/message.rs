@@ -7,14 +7,17 @@ use std::time::Duration;
 use crossterm::event::{KeyEvent, MouseEvent};
 
 use super::document::Document;
+use super::known::Known;
 use super::state::Compared;
 use crate::analysis::Inventory;
 use crate::engine::inspect::Look;
-use crate::engine::{Event, Job, JobId};
+use crate::engine::{Event, GpuReading, Job, JobId};
 use crate::error::Result;
 use crate::eval::score::Sample;
 use crate::monitor::CancelToken;
 use crate::session::Session;
+use crate::session::recovery::Lost;
+use crate::session::runs::{Ending, Status};
 
 /// Something happened.
 #[derive(Debug)]
@@ -28,6 +31,10 @@ pub enum Msg {
         clock: Duration,
         resident_bytes: u64,
     },
+    /// Another second has passed while something on the screen depends on the time.
+    Second,
+    /// The terminal is gone; runs go on.
+    TerminalLost,
     Engine(Event),
     /// The engine's answer to [`Effect::Submit`].
     Submitted(Result<JobId>),
@@ -62,6 +69,35 @@ pub enum Msg {
         model: String,
         inventory: Result<Box<Inventory>>,
     },
+    /// The answer to [`Effect::Recall`].
+    Recalled {
+        model: String,
+        known: Box<Known>,
+    },
+    /// The answer to [`Effect::Restore`].
+    Restored {
+        lost: Box<Lost>,
+        document: Result<Box<Document>>,
+    },
+    /// The answer to [`Effect::AskWhatIsRecent`].
+    Recent(Vec<PathBuf>),
+    /// The answer to [`Effect::OpenRun`]: the run's name on disk.
+    RunOpened {
+        key: u64,
+        id: Option<String>,
+    },
+    /// Another process asks for a run of this one to be cancelled.
+    CancelAsked(u64),
+    /// The answer to [`Effect::LookAtRuns`]: all runs, and the end of the log of the one that is followed.
+    Runs {
+        list: Vec<Status>,
+        log: Vec<String>,
+    },
+    /// The answer to [`Effect::LookAtGpus`].
+    Gpus(Vec<GpuReading>),
+    HandOverFailed(crate::error::Error),
+    /// Something beside what the user is doing went wrong.
+    Trouble(crate::error::Error),
 }
 
 /// How saving went.
@@ -96,6 +132,36 @@ pub enum Effect {
     Open(PathBuf),
     /// Read the session's weights for what the inventory says of them.
     Inspect,
+    /// Read what earlier runs measured of the session's model.
+    Recall,
+    /// Open what was lost, as a change of its file.
+    Restore(Box<Lost>),
+    Discard(Box<Lost>),
+    AskWhatIsRecent,
+    /// Make all jobs stand still, or go on.
+    Pause(bool),
+    /// Give a run its folder on disk.
+    OpenRun {
+        key: u64,
+        title: String,
+        session: Box<Session>,
+        evaluate: bool,
+    },
+    /// Write down how a run ended.
+    EndRun {
+        key: u64,
+        ending: Ending,
+    },
+    /// Let another process go on with every run that is not over, and leave.
+    HandOver,
+    /// Read the runs of all processes.
+    LookAtRuns {
+        follow: Option<String>,
+    },
+    CancelRun(String),
+    ResumeRun(String),
+    RemoveRun(String),
+    LookAtGpus,
     /// Look at the weights of a block, until it is cancelled.
     Look {
         model: String,

@@ -3,20 +3,23 @@
 //! [`state`] holds everything the screen shows; [`update`] is the one function that changes it, from [`message`]s to
 //! effects; [`view`] and the [`panes`] draw it; [`event_loop`] waits, updates, carries effects out and draws. Every
 //! command is a row of [`command_table`], from which keys, hints, help and palette come. The session being edited is a
-//! [`document`]; the jobs are a [`queue`]; what was measured is found by plan in [`measurements`].
+//! [`document`]; the jobs are a [`queue`] of runs; what was measured is found by plan in [`measurements`].
 
 mod actions;
 mod ascii;
 mod background;
 pub mod bench;
+mod changes;
 mod clipboard;
 mod command_table;
 mod commands;
 mod document;
+mod effects;
 mod event_loop;
 mod filter;
 mod keymap;
 mod keys;
+mod known;
 mod measurements;
 mod message;
 mod mouse;
@@ -35,6 +38,7 @@ mod update;
 mod view;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crossterm::event::EventStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,8 +47,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::backend::DeviceChoice;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
-use crate::session::{Session, paths};
+use crate::eval::memory;
+use crate::session::paths::{self, Places};
+use crate::session::remembered::Remembered;
+use crate::session::{Session, recovery};
 use document::Document;
+use effects::Outside;
 use event_loop::{EventLoop, Signal};
 use state::State;
 use terminal::{Screen, TerminalScreen};
@@ -63,11 +71,21 @@ pub struct WorkbenchOptions {
     pub ascii: bool,
     /// A built-in theme's name or a theme file.
     pub theme: Option<String>,
+    /// Memory that a model may take.
+    pub host_memory: Option<u64>,
+    /// Change no session, no file and no job.
+    pub read_only: bool,
 }
 
-/// Opens the workbench on the terminal and returns when the user leaves it. The terminal is restored whatever happens.
-pub fn run(options: WorkbenchOptions) -> Result<()> {
+/// How long leaving waits for the worker to stop.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Opens the workbench on the terminal and returns when the user leaves it, with what is to be said then. The terminal
+/// is restored whatever happens.
+pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
     // What can be wrong with the input is said on the ordinary screen, before the other one is taken.
+    let places = Places::user();
+    let remembered = Remembered::read(&places.remembered());
     let theme = Theme::find(options.theme.as_deref(), Theme::no_color())?;
     let ask = options.theme.is_none() && !Theme::no_color();
     let keymap = keymap::Keymap::of_user()?;
@@ -79,7 +97,7 @@ pub fn run(options: WorkbenchOptions) -> Result<()> {
         .build()
         .map_err(|error| Error::run(format!("the event loop cannot be started: {error}")))?;
     terminal::restore_on_panic();
-    let outcome: Result<bool> = runtime.block_on(async {
+    let outcome: Result<Option<String>> = runtime.block_on(async {
         let signals = signals()?;
         let screen = TerminalScreen::take()?;
         let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
@@ -91,20 +109,27 @@ pub fn run(options: WorkbenchOptions) -> Result<()> {
         if popups::Tour::is_first_run() {
             state.popups.push(popups::Popup::Tour(popups::Tour));
         }
-        state.queue.store = paths::variants_directory();
+        state.queue.store = places.variants();
+        state.queue.journal = Some(places.evaluations());
+        state.queue.references = Some(paths::references_directory());
+        state.queue.host_memory = options.host_memory;
+        state.host_bytes = memory::total_bytes();
+        state.read_only = options.read_only;
+        state.recollect(&remembered);
         state.say("4, 8 or 6 changes the format of a block; R runs the variant; ? lists the keys");
-        let (state, _) = EventLoop { state, screen, engine: &engine, events, signals }.run(EventStream::new()).await?;
-        Ok(state.queue.running().is_some())
+        if let Some(lost) = recovery::lost(&places.recovery()).into_iter().next().filter(|_| !options.read_only) {
+            actions::files::offer_lost(&mut state, lost);
+        }
+        let arguments = options.threads.map(|threads| format!("--threads={threads}")).into_iter().collect();
+        let outside = Outside::new(places, arguments, options.read_only);
+        let (_, _, farewell) = EventLoop { state, screen, engine: &engine, events, signals, outside }.run(EventStream::new()).await?;
+        Ok(farewell)
     });
     terminal::restore();
     // Reading the weights for the inventory may go on: nobody waits for it.
     runtime.shutdown_background();
-    if outcome? {
-        // Joining the engine's thread would wait for the block or batch at hand. What a job writes survives being
-        // killed at any moment, so the process may end under it.
-        std::mem::forget(engine);
-    }
-    Ok(())
+    engine.shutdown(PATIENCE);
+    outcome
 }
 
 /// Signals as a channel of what they ask for.
@@ -112,7 +137,7 @@ fn signals() -> Result<UnboundedReceiver<Signal>> {
     let (sender, receiver) = unbounded_channel();
     for (kind, meaning) in [
         (SignalKind::terminate(), Signal::Terminate),
-        (SignalKind::hangup(), Signal::Terminate),
+        (SignalKind::hangup(), Signal::Hangup),
         (SignalKind::interrupt(), Signal::Terminate),
         (SignalKind::from_raw(libc::SIGCONT), Signal::Continue),
     ] {

@@ -1,45 +1,53 @@
-//! [`Queue`]: the jobs that were asked for, in order, and what the running one reports.
+//! [`Queue`]: the runs that were asked for, in order, and what the running one reports.
 //!
-//! The engine gets one job at a time, so that what waits can be dropped and an evaluation can name the variants that
-//! the jobs before it made. [`Queue::next`] says what to submit; [`Queue::take_in`] follows the engine's events.
+//! A [`Run`] quantizes variants and then evaluates them together; its parts are [`Step`]s. The engine gets one job at a
+//! time, so that what waits can be dropped and moved, and an evaluation can name the variants that the steps before it
+//! made. [`Queue::next`] says what to submit; [`Queue::take_in`] follows the engine's events; [`Queue::bookkeeping`]
+//! says what is to be written down about the runs.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::measurements::Measurements;
+use super::message::Effect;
 use crate::checkpoint::StorageLayout;
-use crate::engine::{Event, Job, JobId, ObserveJob, PlaygroundJob, QuantizeJob};
+use crate::engine::{Event, Job, JobId, ObserveJob, PlaygroundJob, Progress, QuantizeJob};
 use crate::error::{ErrorKind, Result};
 use crate::eval::ModelToEvaluate;
 use crate::format::Plan;
 use crate::monitor::Report;
 use crate::quant::Steps;
-use crate::session::Session;
+use crate::session::runs::Ending;
+use crate::session::{Session, VariantSpec};
 
 /// Log lines kept.
 const LOG_LINES: usize = 500;
 
-/// A variant as it was when its job was asked for.
+/// A variant as it was when its run was asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Target {
-    pub name: String,
+    /// As a session file has it.
+    pub spec: VariantSpec,
+    /// The recipe's own name.
     pub recipe: String,
     pub steps: Steps,
     pub plan: Plan,
 }
 
-/// What a queued job does.
+/// What a step does.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Work {
-    Quantize(Target),
-    Evaluate(Vec<Target>),
+    /// Quantize the run's target of this number.
+    Quantize(usize),
+    /// Evaluate the base and the targets.
+    Evaluate,
     /// Observe the inputs of the model's linears.
     Observe,
     Playground(PlaygroundJob),
 }
 
-/// How far a queued job is.
+/// How far a step is.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Status {
     Waiting,
@@ -51,13 +59,13 @@ pub enum Status {
         hint: Option<String>,
     },
     Cancelled,
-    /// Not done because a job before it gave nothing to work on.
+    /// Not done because a step before it gave nothing to work on.
     Skipped,
 }
 
-/// A job with its state.
+/// A part of a run.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Item {
+pub struct Step {
     pub title: String,
     pub work: Work,
     pub status: Status,
@@ -67,97 +75,226 @@ pub struct Item {
     pub ended: Duration,
 }
 
-/// How loud a log line is.
+/// Whether a run's folder was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Folder {
+    /// It is not worth one.
+    Never,
+    Wanted,
+    Asked,
+    Closed,
+}
+
+/// A run with its steps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// Stays the same while others come, move and go.
+    pub key: u64,
+    pub title: String,
+    /// What is replayed: the session as it was, with the targets as its variants.
+    pub session: Session,
+    pub targets: Vec<Target>,
+    pub steps: Vec<Step>,
+    /// Its name among all runs on disk, once it is there.
+    pub id: Option<String>,
+    folder: Folder,
+}
+
+impl Run {
+    /// The step that says how the run stands: the running one, else the first that waits, else the first that did not
+    /// end well, else the last.
+    pub fn status(&self) -> &Status {
+        let first = |test: fn(&Status) -> bool| self.steps.iter().map(|step| &step.status).find(|status| test(status));
+        first(|status| matches!(status, Status::Running(_)))
+            .or_else(|| first(|status| *status == Status::Waiting))
+            .or_else(|| first(|status| matches!(status, Status::Failed { .. })))
+            .or_else(|| first(|status| *status == Status::Cancelled))
+            .or_else(|| first(|status| *status == Status::Done))
+            .unwrap_or(&Status::Skipped)
+    }
+
+    /// Whether nothing of it runs or waits.
+    pub fn is_over(&self) -> bool {
+        !matches!(self.status(), Status::Running(_) | Status::Waiting)
+    }
+
+    /// Whether another process can go on with it.
+    pub fn can_be_handed_over(&self) -> bool {
+        self.folder != Folder::Never
+    }
+
+    /// Whether it has begun and is not over.
+    pub fn is_running(&self) -> bool {
+        matches!(self.status(), Status::Running(_))
+    }
+
+    fn evaluates(&self) -> bool {
+        self.steps.iter().any(|step| step.work == Work::Evaluate)
+    }
+
+    fn ending(&self) -> Ending {
+        match self.status() {
+            Status::Failed { message, hint } => Ending::Failed { message: message.clone(), hint: hint.clone() },
+            Status::Cancelled => Ending::Cancelled,
+            _ => Ending::Done,
+        }
+    }
+}
+
+/// How loud a log line is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Level {
+    #[default]
     Info,
     Warning,
     Error,
 }
 
-/// What the running job is at.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Stage {
-    pub name: String,
-    pub done: usize,
-    pub total: usize,
-    pub note: String,
-    pub began: Duration,
+/// A line of the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogLine {
+    pub clock: Duration,
+    pub level: Level,
+    pub text: String,
 }
 
-/// The queue, the running stage and the log.
+/// The runs, the progress of the job at hand, and the log.
 #[derive(Debug, Default)]
 pub struct Queue {
     /// The folder that variants are made in.
     pub store: PathBuf,
-    pub items: Vec<Item>,
-    pub stage: Stage,
-    /// Errors of the blocks of the variant that is, or was last, quantized.
-    pub errors: Vec<f64>,
-    /// The models of the evaluation that runs, and how many of them are evaluated.
+    /// The folder where evaluations note what they have scored.
+    pub journal: Option<PathBuf>,
+    /// The folder where what the base says of a text is kept.
+    pub references: Option<PathBuf>,
+    /// Memory that a model may take.
+    pub host_memory: Option<u64>,
+    pub runs: Vec<Run>,
+    /// Place of the run that keys are about.
+    pub cursor: usize,
+    /// The running job's, or the last one's.
+    pub progress: Progress,
+    /// The models of the evaluation that runs.
     pub models: Vec<String>,
-    pub evaluated: usize,
-    pub log: VecDeque<(Level, String)>,
+    /// The user wants everything to stand still.
+    pub paused: bool,
+    /// Nothing new is started: another process will go on with what is here.
+    pub held: bool,
+    pub log: VecDeque<LogLine>,
+    /// Lines below this are not shown.
+    pub least: Level,
     /// Log lines scrolled back.
     pub scroll: usize,
+    next_key: u64,
 }
 
 impl Queue {
-    /// Adds jobs: quantize each target, then evaluate them together.
-    pub fn push(&mut self, targets: Vec<Target>) {
-        let names = targets.iter().map(|target| target.name.as_str()).collect::<Vec<_>>().join(", ");
-        let item = |title, work| Item { title, work, status: Status::Waiting, reused: false, began: Duration::ZERO, ended: Duration::ZERO };
-        for target in &targets {
-            self.items.push(item(format!("quantize {}", target.name), Work::Quantize(target.clone())));
+    /// Adds a run: quantize each target, then, if `evaluate` says so, evaluate them together.
+    pub fn push(&mut self, session: Session, targets: Vec<Target>, evaluate: bool) {
+        let names = targets.iter().map(|target| target.spec.name.as_str()).collect::<Vec<_>>().join(", ");
+        let step = |title, work| Step { title, work, status: Status::Waiting, reused: false, began: Duration::ZERO, ended: Duration::ZERO };
+        let quantize = targets.iter().enumerate();
+        let mut steps: Vec<Step> =
+            quantize.map(|(index, target)| step(format!("quantize {}", target.spec.name), Work::Quantize(index))).collect();
+        if evaluate {
+            steps.push(step(format!("evaluate base, {names}"), Work::Evaluate));
         }
-        self.items.push(item(format!("evaluate base, {names}"), Work::Evaluate(targets)));
+        self.next_key += 1;
+        let session = Session { variants: targets.iter().map(|target| target.spec.clone()).collect(), ..session };
+        self.runs.push(Run { key: self.next_key, title: names, session, targets, steps, id: None, folder: Folder::Wanted });
+        self.cursor = self.runs.len() - 1;
     }
 
-    /// Adds one job.
-    pub fn push_work(&mut self, title: &str, work: Work) {
+    /// Adds one job that is not worth a folder on disk: it shows something and makes nothing.
+    pub fn push_work(&mut self, session: &Session, title: &str, work: Work) {
         let (began, ended) = (Duration::ZERO, Duration::ZERO);
-        self.items.push(Item { title: title.into(), work, status: Status::Waiting, reused: false, began, ended });
+        let step = Step { title: title.into(), work, status: Status::Waiting, reused: false, began, ended };
+        self.next_key += 1;
+        self.runs.push(Run {
+            key: self.next_key,
+            title: title.into(),
+            session: session.clone(),
+            targets: Vec::new(),
+            steps: vec![step],
+            id: None,
+            folder: Folder::Never,
+        });
     }
 
-    /// The job that runs.
-    pub fn running(&self) -> Option<&Item> {
-        self.items.iter().find(|item| matches!(item.status, Status::Running(_)))
+    /// The run whose job runs.
+    pub fn running_run(&self) -> Option<&Run> {
+        self.runs.iter().find(|run| run.is_running())
     }
 
-    fn running_mut(&mut self) -> Option<&mut Item> {
-        self.items.iter_mut().find(|item| matches!(item.status, Status::Running(_)))
+    /// The step that runs.
+    pub fn running(&self) -> Option<&Step> {
+        self.running_run()?.steps.iter().find(|step| matches!(step.status, Status::Running(_)))
     }
 
-    /// Jobs that wait.
+    /// The variant that is being quantized.
+    pub fn quantizing(&self) -> Option<&Target> {
+        let (run, step) = self.running_run().zip(self.running())?;
+        if let Work::Quantize(index) = &step.work { run.targets.get(*index) } else { None }
+    }
+
+    fn running_mut(&mut self) -> Option<&mut Step> {
+        self.runs.iter_mut().flat_map(|run| &mut run.steps).find(|step| matches!(step.status, Status::Running(_)))
+    }
+
+    /// Steps that wait.
     pub fn waiting(&self) -> usize {
-        self.items.iter().filter(|item| item.status == Status::Waiting).count()
+        self.runs.iter().flat_map(|run| &run.steps).filter(|step| step.status == Status::Waiting).count()
+    }
+
+    /// Whether something runs or waits.
+    pub fn is_busy(&self) -> bool {
+        self.runs.iter().any(|run| !run.is_over())
+    }
+
+    /// The run under the cursor.
+    pub fn selected(&self) -> Option<&Run> {
+        self.runs.get(self.cursor)
     }
 
     /// Starts the next job when none runs: what the engine shall do.
-    pub fn next(&mut self, session: &Session, measurements: &Measurements, clock: Duration) -> Option<Job> {
+    pub fn next(&mut self, measurements: &Measurements, clock: Duration) -> Option<Job> {
+        if self.paused || self.held {
+            return None;
+        }
         while self.running().is_none() {
-            let item = self.items.iter_mut().find(|item| item.status == Status::Waiting)?;
-            match job(&item.work, session, measurements, &self.store) {
+            // A run that has begun comes before others that were moved in front of it.
+            let begun = |run: &Run| !run.is_over() && run.steps.iter().any(|step| step.status != Status::Waiting);
+            let at = self.runs.iter().position(begun).or_else(|| self.runs.iter().position(|run| !run.is_over()))?;
+            let run = &mut self.runs[at];
+            let index = run.steps.iter().position(|step| step.status == Status::Waiting)?;
+            let mut job = job(run, &run.steps[index].work, measurements, &self.store);
+            if let Ok(Some(Job::Evaluate(request))) = &mut job {
+                (request.journal, request.references) = (self.journal.clone(), self.references.clone());
+                request.host_memory = self.host_memory;
+            }
+            let step = &mut run.steps[index];
+            match job {
                 Ok(Some(job)) => {
-                    item.status = Status::Running(None);
-                    item.began = clock;
-                    if matches!(item.work, Work::Quantize(_)) {
-                        self.errors.clear();
-                    }
+                    step.status = Status::Running(None);
+                    step.began = clock;
                     self.models = if let Job::Evaluate(request) = &job {
                         request.reference.iter().chain(&request.models).map(|model| model.name.clone()).collect()
                     } else {
                         Vec::new()
                     };
-                    self.evaluated = 0;
-                    self.stage = Stage { name: "starting".into(), began: clock, ..Stage::default() };
+                    let errors = std::mem::take(&mut self.progress.errors);
+                    self.progress = Progress::begin(step.title.clone(), clock);
+                    if matches!(job, Job::Evaluate(_)) {
+                        // They are those of the variant that is evaluated.
+                        self.progress.errors = errors;
+                    }
                     return Some(job);
                 }
-                Ok(None) => item.status = Status::Skipped,
+                Ok(None) => step.status = Status::Skipped,
                 Err(error) => {
                     let message = error.message.clone();
-                    item.status = Status::Failed { message: error.message, hint: error.hint };
-                    self.line(Level::Error, message);
+                    step.status = Status::Failed { message: error.message, hint: error.hint };
+                    self.line(clock, Level::Error, message);
                 }
             }
         }
@@ -165,103 +302,158 @@ impl Queue {
     }
 
     /// The engine's answer to a submitted job.
-    pub fn submitted(&mut self, answer: Result<JobId>) {
-        let Some(item) = self.running_mut() else { return };
+    pub fn submitted(&mut self, answer: Result<JobId>, clock: Duration) {
+        let Some(step) = self.running_mut() else { return };
         match answer {
-            Ok(id) => item.status = Status::Running(Some(id)),
+            Ok(id) => step.status = Status::Running(Some(id)),
             Err(error) => {
-                item.status = Status::Failed { message: error.message.clone(), hint: error.hint };
-                self.line(Level::Error, error.message);
+                step.status = Status::Failed { message: error.message.clone(), hint: error.hint };
+                self.line(clock, Level::Error, error.message);
             }
         }
     }
 
-    /// Drops the jobs that wait; returns the id of the one that runs, which the engine is to cancel.
-    pub fn cancel(&mut self) -> Option<JobId> {
-        for item in &mut self.items {
-            if item.status == Status::Waiting {
-                item.status = Status::Cancelled;
+    /// Drops what waits of the run `key`; returns the id of its job that runs, which the engine is to cancel.
+    pub fn cancel(&mut self, key: u64) -> Option<JobId> {
+        let run = self.runs.iter_mut().find(|run| run.key == key)?;
+        let mut running = None;
+        for step in &mut run.steps {
+            match step.status {
+                Status::Waiting => step.status = Status::Cancelled,
+                Status::Running(id) => running = id,
+                _ => {}
             }
         }
-        match self.running()?.status {
-            Status::Running(id) => id,
-            _ => None,
+        running
+    }
+
+    /// Puts the run under the cursor, which is over, at the end again: what it has finished is found on disk.
+    pub fn retry(&mut self) {
+        if !self.selected().is_some_and(|run| run.is_over() && run.can_be_handed_over()) {
+            return;
+        }
+        let run = self.runs.remove(self.cursor);
+        let evaluate = run.evaluates();
+        self.push(run.session, run.targets, evaluate);
+    }
+
+    /// Moves the run under the cursor one place; what has begun keeps its place at the front.
+    pub fn shift(&mut self, down: bool) {
+        let other = if down { self.cursor + 1 } else { self.cursor.wrapping_sub(1) };
+        if other < self.runs.len() {
+            self.runs.swap(self.cursor, other);
+            self.cursor = other;
         }
     }
 
-    /// Forgets the jobs that are over.
+    /// Forgets the runs that are over.
     pub fn clear_finished(&mut self) {
-        self.items.retain(|item| matches!(item.status, Status::Waiting | Status::Running(_)));
+        self.runs.retain(|run| !run.is_over() || !matches!(run.folder, Folder::Never | Folder::Closed));
+        self.cursor = self.cursor.min(self.runs.len().saturating_sub(1));
+    }
+
+    /// The name that a run got on disk.
+    pub fn named(&mut self, key: u64, id: Option<String>) {
+        if let Some(run) = self.runs.iter_mut().find(|run| run.key == key) {
+            run.id = id;
+        }
+    }
+
+    /// What is to be written down since this was asked last: runs that are new, and runs that are over.
+    pub fn bookkeeping(&mut self) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for run in &mut self.runs {
+            if run.folder == Folder::Wanted && !run.is_over() {
+                run.folder = Folder::Asked;
+                let (title, session, evaluate) = (run.title.clone(), Box::new(run.session.clone()), run.evaluates());
+                effects.push(Effect::OpenRun { key: run.key, title, session, evaluate });
+            }
+            if run.is_over() && !matches!(run.folder, Folder::Never | Folder::Closed) {
+                run.folder = Folder::Closed;
+                effects.push(Effect::EndRun { key: run.key, ending: run.ending() });
+            }
+        }
+        effects
+    }
+
+    /// Gives up everything that is not over, at once: the process is about to end.
+    pub fn abandon(&mut self) -> Vec<Effect> {
+        for step in self.runs.iter_mut().flat_map(|run| &mut run.steps) {
+            if matches!(step.status, Status::Waiting | Status::Running(_)) {
+                step.status = Status::Cancelled;
+            }
+        }
+        self.bookkeeping()
+    }
+
+    /// Takes the runs back that could not be handed over: they get folders anew.
+    pub fn take_back(&mut self) {
+        self.held = false;
+        for run in self.runs.iter_mut().filter(|run| !run.is_over() && run.can_be_handed_over()) {
+            (run.folder, run.id) = (Folder::Wanted, None);
+        }
     }
 
     /// Follows an event of the engine; results go to `measurements`.
     pub fn take_in(&mut self, event: Event, measurements: &mut Measurements, clock: Duration) {
+        self.progress.event(&event, clock);
         match event {
-            Event::Started { title, .. } => self.line(Level::Info, format!("{title}: started")),
-            Event::Report { report, .. } => self.report(report, clock),
+            Event::Started { title, .. } => self.line(clock, Level::Info, format!("{title}: started")),
+            Event::Report { report, .. } => match report {
+                Report::Log(line) => self.line(clock, Level::Info, line),
+                Report::Warning(line) => self.line(clock, Level::Warning, line),
+                Report::Paused(paused) => self.line(clock, Level::Info, if paused { "paused" } else { "going on" }.into()),
+                _ => {}
+            },
             // The workbench submits no job that generates text; what is observed and said is none of the queue's.
             Event::Text { .. } | Event::Sensitivities { .. } | Event::Study { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
-                let Some(Work::Quantize(target)) = self.running().map(|item| item.work.clone()) else { return };
-                measurements.quantized(&target.steps, target.plan, path, &manifest);
-                if let Some(item) = self.running_mut() {
-                    item.reused = reused;
+                let Some(target) = self.quantizing() else { return };
+                measurements.quantized(&target.steps, target.plan.clone(), path, &manifest);
+                if let Some(step) = self.running_mut() {
+                    step.reused = reused;
                 }
             }
             Event::Evaluated { evaluated, .. } => {
-                let Some(Work::Evaluate(targets)) = self.running().map(|item| item.work.clone()) else { return };
-                self.evaluated += 1;
-                match targets.iter().find(|target| target.name == evaluated.result.variant) {
+                let Some(run) = self.running_run() else { return };
+                match run.targets.iter().find(|target| target.spec.name == evaluated.result.variant) {
                     Some(target) => measurements.evaluated(&target.steps, &target.plan, *evaluated),
                     None => measurements.base_evaluated(*evaluated),
                 }
             }
-            Event::Finished { outcome, .. } => {
-                let Some(item) = self.running_mut() else { return };
-                item.ended = clock;
-                let title = item.title.clone();
-                let (level, line) = match outcome {
-                    Ok(()) => {
-                        item.status = Status::Done;
-                        (Level::Info, format!("{title}: done"))
-                    }
-                    Err(error) if error.kind == ErrorKind::Cancelled => {
-                        item.status = Status::Cancelled;
-                        (Level::Warning, format!("{title}: cancelled"))
-                    }
-                    Err(error) => {
-                        let line = format!("{title}: {}", error.message);
-                        item.status = Status::Failed { message: error.message, hint: error.hint };
-                        (Level::Error, line)
-                    }
-                };
-                self.stage = Stage::default();
-                self.line(level, line);
-            }
+            Event::Finished { outcome, .. } => self.finished(outcome, clock),
         }
     }
 
-    fn report(&mut self, report: Report, clock: Duration) {
-        match report {
-            Report::Stage { name, total } => self.stage = Stage { name, total, began: clock, ..Stage::default() },
-            Report::Step { done, note } => {
-                self.stage.done = done;
-                self.stage.note = note;
+    fn finished(&mut self, outcome: Result<()>, clock: Duration) {
+        let held = self.held && self.running_run().is_some_and(Run::can_be_handed_over);
+        let Some(step) = self.running_mut() else { return };
+        step.ended = clock;
+        let title = step.title.clone();
+        let (level, line) = match outcome {
+            Ok(()) => {
+                step.status = Status::Done;
+                (Level::Info, format!("{title}: done"))
             }
-            Report::Block { index, error, .. } => {
-                if self.errors.len() <= index {
-                    self.errors.resize(index + 1, 0.0);
-                }
-                self.errors[index] = error;
+            Err(error) if error.kind == ErrorKind::Cancelled && held => {
+                step.status = Status::Waiting;
+                (Level::Info, format!("{title}: stopped, to go on in another process"))
             }
-            Report::Plan(_) | Report::Found { .. } | Report::Measured { .. } | Report::Divergence { .. } | Report::Paused(_) => {}
-            Report::Log(line) => self.line(Level::Info, line),
-            Report::Warning(line) => self.line(Level::Warning, line),
-        }
+            Err(error) if error.kind == ErrorKind::Cancelled => {
+                step.status = Status::Cancelled;
+                (Level::Warning, format!("{title}: cancelled"))
+            }
+            Err(error) => {
+                let line = format!("{title}: {}", error.message);
+                step.status = Status::Failed { message: error.message, hint: error.hint };
+                (Level::Error, line)
+            }
+        };
+        self.line(clock, level, line);
     }
 
-    fn line(&mut self, level: Level, line: String) {
-        self.log.push_back((level, line));
+    fn line(&mut self, clock: Duration, level: Level, text: String) {
+        self.log.push_back(LogLine { clock, level, text });
         if self.log.len() > LOG_LINES {
             self.log.pop_front();
         }
@@ -270,39 +462,37 @@ impl Queue {
             self.scroll = (self.scroll + 1).min(self.log.len());
         }
     }
-
-    /// Time the stage will take yet, from its mean rate so far.
-    pub fn remaining(&self, clock: Duration) -> Option<Duration> {
-        let stage = &self.stage;
-        (stage.done > 0 && stage.done <= stage.total)
-            .then(|| clock.saturating_sub(stage.began).mul_f64((stage.total - stage.done) as f64 / stage.done as f64))
-    }
 }
 
 /// The engine's job; nothing when there is nothing to evaluate.
-fn job(work: &Work, session: &Session, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
+fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
+    let session = &run.session;
     match work {
-        Work::Quantize(target) => Ok(Some(Job::Quantize(Box::new(QuantizeJob {
-            model: session.model.name(),
-            name: target.name.clone(),
-            recipe: target.recipe.clone(),
-            steps: target.steps.clone(),
-            plan: target.plan.clone(),
-            sample: session.calibration.clone(),
-            storage: StorageLayout::Native,
-            output: None,
-            store: store.to_owned(),
-            force: false,
-            donors: None,
-        })))),
-        Work::Evaluate(targets) => {
+        Work::Quantize(index) => {
+            let target = &run.targets[*index];
+            Ok(Some(Job::Quantize(Box::new(QuantizeJob {
+                model: session.model.name(),
+                name: target.spec.name.clone(),
+                recipe: target.recipe.clone(),
+                steps: target.steps.clone(),
+                plan: target.plan.clone(),
+                sample: session.calibration.clone(),
+                storage: StorageLayout::Native,
+                output: None,
+                store: store.to_owned(),
+                force: false,
+                donors: None,
+                allocate: None,
+            }))))
+        }
+        Work::Evaluate => {
             let model = |target: &Target| {
                 let measured = measurements.find(&target.steps, &target.plan)?;
-                Some(ModelToEvaluate { name: target.name.clone(), path: measured.path.display().to_string() })
+                Some(ModelToEvaluate { name: target.spec.name.clone(), path: measured.path.display().to_string() })
             };
             let mut request = session.evaluate.request()?;
             request.reference = Some(ModelToEvaluate { name: "base".into(), path: session.model.name() });
-            request.models = targets.iter().filter_map(model).collect();
+            request.models = run.targets.iter().filter_map(model).collect();
             Ok((!request.models.is_empty()).then(|| Job::Evaluate(Box::new(request))))
         }
         Work::Observe => Ok(Some(Job::Observe(Box::new(ObserveJob { model: session.model.name(), sample: session.calibration.clone() })))),

@@ -1,6 +1,6 @@
 //! [`State`]: everything the screen shows. Panes draw from it; only [`update`](super::update::update) changes it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use super::filter::Filter;
 use super::keymap::Keymap;
 use super::measurements::Measurements;
 use super::popups::Popup;
-use super::queue::{Level, Queue, Work};
+use super::queue::{Level, LogLine, Queue};
 use super::theme::Theme;
 use super::tree::Column;
 use crate::analysis::{Gpu, Inventory, Prediction};
 use crate::engine::inspect::{LinearLook, RoundingError};
-use crate::engine::{BlockInputs, Spoken};
+use crate::engine::{BlockInputs, GpuReading, Spoken};
 use crate::error::Error;
 use crate::eval::ModelResult;
 use crate::eval::paired::Comparison;
@@ -25,6 +25,8 @@ use crate::eval::tasks::Question;
 use crate::format::{Format, Plan, Selector};
 use crate::monitor::CancelToken;
 use crate::session::UiSpec;
+use crate::session::remembered::Remembered;
+use crate::session::runs::Status;
 
 /// The panes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +74,21 @@ pub enum Inspection {
 pub struct Message {
     pub level: Level,
     pub text: String,
+}
+
+/// How long a toast stays.
+const TOAST: Duration = Duration::from_secs(6);
+/// Toasts on the screen, at most.
+const TOASTS: usize = 4;
+/// Messages kept to look back on.
+const MESSAGES: usize = 500;
+
+/// A message of something that happened by itself, in a corner for a while.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Toast {
+    pub message: Message,
+    /// On the workbench's clock.
+    pub until: Duration,
 }
 
 /// The list of blocks: cursor, selection, filter.
@@ -257,12 +274,24 @@ pub struct State {
     /// Open popups, the front one last.
     pub popups: Vec<Popup>,
     pub message: Option<Message>,
+    pub toasts: Vec<Toast>,
+    /// Everything that was said, to look back on.
+    pub messages: VecDeque<LogLine>,
+    /// Runs of all processes as they were last looked at, and the end of the log of the one that is followed.
+    pub runs: (Vec<Status>, Vec<String>),
+    pub gpus: Vec<GpuReading>,
+    /// Nothing may be changed: no session, no file, no job.
+    pub read_only: bool,
+    /// Since when the workbench waits for the job at hand to stop, to hand it over and leave.
+    pub leaving: Option<Duration>,
     pub theme: Theme,
     pub ascii: bool,
     pub size: (u16, u16),
     /// Since the start.
     pub clock: Duration,
     pub resident_bytes: u64,
+    /// Memory of the machine.
+    pub host_bytes: Option<u64>,
 }
 
 impl State {
@@ -288,11 +317,18 @@ impl State {
             zoom: false,
             popups: Vec::new(),
             message: None,
+            toasts: Vec::new(),
+            messages: VecDeque::new(),
+            runs: (Vec::new(), Vec::new()),
+            gpus: Vec::new(),
+            read_only: false,
+            leaving: None,
             theme,
             ascii,
             size,
             clock: Duration::ZERO,
             resident_bytes: 0,
+            host_bytes: None,
         };
         state.apply_ui();
         state
@@ -301,13 +337,7 @@ impl State {
     /// Puts the screen as the session's `[ui]` says.
     pub fn apply_ui(&mut self) {
         let ui = self.document.settings().ui.clone();
-        if let Some(pane) = ui.pane.and_then(|name| Pane::ALL.into_iter().find(|pane| pane.title().eq_ignore_ascii_case(&name))) {
-            self.focus = pane;
-        }
-        if let Some(sort) = ui.sort {
-            self.results.descending = sort.starts_with('-');
-            self.results.sort = Some(sort.trim_start_matches('-').to_owned());
-        }
+        self.put(ui.pane.as_deref(), ui.sort.as_deref());
         if let Some(sort) = ui.layers_sort {
             self.layers.descending = sort.starts_with('-');
             self.layers.sort = Column::ALL.into_iter().find(|column| column.title() == sort.trim_start_matches('-'));
@@ -315,6 +345,16 @@ impl State {
         self.layers.grouped = ui.layers_grouped;
         if let Some(gpu) = ui.gpu.and_then(|name| Gpu::find(&name).ok()) {
             self.plan.gpu = gpu;
+        }
+    }
+
+    fn put(&mut self, pane: Option<&str>, sort: Option<&str>) {
+        if let Some(pane) = pane.and_then(|name| Pane::ALL.into_iter().find(|pane| pane.title().eq_ignore_ascii_case(name))) {
+            self.focus = pane;
+        }
+        if let Some(sort) = sort {
+            self.results.descending = sort.starts_with('-');
+            self.results.sort = Some(sort.trim_start_matches('-').to_owned());
         }
     }
 
@@ -330,15 +370,58 @@ impl State {
         }
     }
 
+    /// Puts the screen as it was when the workbench was left last.
+    pub fn recollect(&mut self, remembered: &Remembered) {
+        self.put(remembered.pane.as_deref(), remembered.sort.as_deref());
+        self.zoom = remembered.zoom;
+        self.results.hide_differences = remembered.hide_differences;
+        self.apply_ui();
+    }
+
+    /// Takes note of how the screen is.
+    pub fn remember(&self, remembered: &mut Remembered) {
+        let ui = self.ui();
+        (remembered.pane, remembered.sort) = (ui.pane, ui.sort);
+        (remembered.zoom, remembered.hide_differences) = (self.zoom, self.results.hide_differences);
+    }
+
+    /// Whether something on the screen depends on the time.
+    pub fn wants_ticks(&self) -> bool {
+        let follows = self.popups.iter().any(|popup| matches!(popup, Popup::Runs(_)));
+        self.queue.running().is_some() || !self.toasts.is_empty() || self.leaving.is_some() || follows
+    }
+
     /// Says `text` in the status line.
     pub fn say(&mut self, text: impl Into<String>) {
-        self.message = Some(Message { level: Level::Info, text: text.into() });
+        self.tell(Message { level: Level::Info, text: text.into() });
+    }
+
+    /// Says in a corner what happened by itself.
+    pub fn toast(&mut self, level: Level, text: impl Into<String>) {
+        let message = Message { level, text: text.into() };
+        self.log_message(&message);
+        self.toasts.retain(|toast| toast.message != message);
+        self.toasts.push(Toast { message, until: self.clock + TOAST });
+        let surplus = self.toasts.len().saturating_sub(TOASTS);
+        self.toasts.drain(..surplus);
+    }
+
+    fn tell(&mut self, message: Message) {
+        self.log_message(&message);
+        self.message = Some(message);
+    }
+
+    fn log_message(&mut self, message: &Message) {
+        self.messages.push_back(LogLine { clock: self.clock, level: message.level, text: message.text.clone() });
+        if self.messages.len() > MESSAGES {
+            self.messages.pop_front();
+        }
     }
 
     /// Says what went wrong in the status line.
     pub fn complain(&mut self, error: &Error) {
         let hint = error.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
-        self.message = Some(Message { level: Level::Error, text: format!("{}{hint}", error.message) });
+        self.tell(Message { level: Level::Error, text: format!("{}{hint}", error.message) });
     }
 
     /// The blocks that the filter lets through.
@@ -365,7 +448,7 @@ impl State {
                 errors: None,
             };
         };
-        let row = self.measurements.find(&draft.recipe.steps(), &draft.plan);
+        let row = self.measurements.of(draft);
         SideView {
             name: draft.name.clone(),
             path: row.map(|row| row.path.display().to_string()),
@@ -386,9 +469,9 @@ impl State {
     /// `false` when it was measured in another plan.
     pub fn error(&self, block: usize) -> Option<(f64, bool)> {
         let draft = self.document.draft();
-        if let Some(Work::Quantize(target)) = self.queue.running().map(|item| &item.work)
+        if let Some(target) = self.queue.quantizing()
             && target.plan == draft.plan
-            && let Some(error) = self.queue.errors.get(block)
+            && let Some(error) = self.queue.progress.errors.get(block)
         {
             return Some((*error, true));
         }

@@ -1,6 +1,8 @@
 //! The terminal: taking it over, giving it back whatever happens, drawing a frame in one write.
 
+use std::fs::OpenOptions;
 use std::io::{BufWriter, Stdout, Write, stdout};
+use std::path::Path;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,6 +16,8 @@ use crossterm::{execute, queue};
 use ratatui::Terminal;
 use ratatui::backend::CrosstermBackend;
 use ratatui::layout::Rect;
+use rustix::process::{Signal, getpid, kill_process};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::state::State;
 use super::{background, clipboard, view};
@@ -75,6 +79,10 @@ pub trait Screen {
     fn suspend(&mut self) -> Result<()>;
     /// Takes the terminal again after something else stopped and continued the process.
     fn resume(&mut self) -> Result<()>;
+    /// Gives up a terminal that is gone: what is printed from here on goes to the file `output`, or nowhere.
+    fn lose(&mut self, output: Option<&Path>) -> Result<()>;
+    /// An error when something else gave the terminal back, as a panic does.
+    fn check(&self) -> Result<()>;
     /// Takes clicks and the wheel, or leaves them to the terminal.
     fn set_mouse(&mut self, on: bool) -> Result<()>;
     /// Puts a text into the clipboard; says where it is.
@@ -114,9 +122,6 @@ impl Drop for TerminalScreen {
 
 impl Screen for TerminalScreen {
     fn draw(&mut self, state: &State) -> Result<()> {
-        if !TAKEN.load(Ordering::SeqCst) {
-            return Err(Error::run("a part of strata panicked; the message above says where"));
-        }
         queue!(self.terminal.backend_mut(), BeginSynchronizedUpdate).map_err(failed)?;
         self.terminal.draw(|frame| view::draw(frame, state)).map_err(failed)?;
         queue!(self.terminal.backend_mut(), EndSynchronizedUpdate).map_err(failed)?;
@@ -131,10 +136,8 @@ impl Screen for TerminalScreen {
 
     fn suspend(&mut self) -> Result<()> {
         restore();
-        // SAFETY: raising a signal touches no memory of ours; the default action of SIGTSTP stops the process here.
-        unsafe {
-            libc::raise(libc::SIGTSTP);
-        }
+        // The default action of the signal stops the process here.
+        kill_process(getpid(), Signal::TSTP).map_err(failed)?;
         self.resume()
     }
 
@@ -147,6 +150,24 @@ impl Screen for TerminalScreen {
             take()?;
         }
         self.clear()
+    }
+
+    fn lose(&mut self, output: Option<&Path>) -> Result<()> {
+        // Nothing is left to restore, and writing to it would fail.
+        TAKEN.store(false, Ordering::SeqCst);
+        let nowhere = Path::new("/dev/null");
+        let output = output.unwrap_or(nowhere);
+        let opening = |path: &Path, error: &std::io::Error| Error::io("opening", path, error);
+        let input = OpenOptions::new().read(true).open(nowhere).map_err(|error| opening(nowhere, &error))?;
+        let file = OpenOptions::new().append(true).create(output != nowhere).open(output).map_err(|error| opening(output, &error))?;
+        dup2_stdin(&input).and_then(|()| dup2_stdout(&file)).and_then(|()| dup2_stderr(&file)).map_err(failed)
+    }
+
+    fn check(&self) -> Result<()> {
+        if TAKEN.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(Error::run("a part of strata panicked; the message above says where"))
     }
 
     fn set_mouse(&mut self, on: bool) -> Result<()> {

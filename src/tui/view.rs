@@ -6,11 +6,11 @@ use ratatui::Frame;
 use ratatui::layout::{Margin, Position, Rect};
 use ratatui::style::Style;
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Block, BorderType};
+use ratatui::widgets::{Block, BorderType, Clear, Paragraph};
 
 use super::queue::Level;
 use super::state::{Pane, State};
-use super::text::cut;
+use super::text::{cut, wrap};
 use super::theme::Role;
 use super::{ascii, commands, panes, popups};
 
@@ -81,6 +81,7 @@ pub fn draw(frame: &mut Frame, state: &State) {
         draw_status(frame, regions.status, state);
         draw_hints(frame, regions.hints, state);
         popups::draw(frame, area, state);
+        draw_toasts(frame, area, state);
     } else {
         let text = format!("strata needs {}x{}; this is {}x{}", SMALLEST.0, SMALLEST.1, area.width, area.height);
         frame.render_widget(Line::styled(text, state.theme.style(Role::Strong)), area);
@@ -165,13 +166,24 @@ fn draw_header(frame: &mut Frame, area: Rect, state: &State, side_by_side: bool)
         let unsaved = if state.document.unsaved() { "*" } else { "" };
         spans.push(Span::styled(format!("  {}{unsaved}", draft.name), style(Role::Dim)));
     }
-    let memory = format!("{} resident ", crate::session::report::bytes(state.resident_bytes));
+    let read_only = if state.read_only { "read-only  " } else { "" };
+    let memory = format!("{read_only}{}{} resident ", gpu_summary(state), crate::session::report::bytes(state.resident_bytes));
     let line = Line::from(spans);
-    let room = area.width as usize > line.width() + memory.len() + 1;
+    let room = area.width as usize > line.width() + memory.chars().count() + 1;
     frame.render_widget(line, area);
     if room && state.resident_bytes > 0 {
         frame.render_widget(Line::styled(memory, style(Role::Dim)).right_aligned(), area);
     }
+}
+
+/// The first GPU in a few words, when there is one.
+fn gpu_summary(state: &State) -> String {
+    state.gpus.first().map_or_else(String::new, |gpu| {
+        let temperature = gpu.temperature.map_or_else(String::new, |degrees| format!(" {degrees}°C"));
+        let name = gpu.name.trim_start_matches("NVIDIA ").split_whitespace().next().unwrap_or("GPU").to_owned();
+        let bytes = crate::session::report::bytes;
+        format!("{name}{temperature} {}% {} of {}  ", gpu.utilization, bytes(gpu.used_bytes), bytes(gpu.total_bytes))
+    })
 }
 
 /// What was last said; while nothing is said, what runs.
@@ -186,9 +198,9 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
             Line::styled(format!(" {}", message.text), state.theme.style(role))
         }
         (None, Some(running)) => {
-            let stage = &state.queue.stage;
-            let mut text = format!(" ▶ {} · {} {} of {}", running.title, stage.name, stage.done, stage.total);
-            if let Some(left) = state.queue.remaining(state.clock) {
+            let job = &state.queue.progress;
+            let mut text = format!(" ▶ {} · {} {} of {}", running.title, job.stage, job.done, job.total);
+            if let Some(left) = job.remaining(state.clock).filter(|_| !job.paused) {
                 text = format!("{text} · {} left", duration(left));
             }
             Line::styled(text, state.theme.style(Role::Progress))
@@ -202,6 +214,30 @@ fn draw_status(frame: &mut Frame, area: Rect, state: &State) {
         line = Line::styled(cut(&line.to_string(), area.width as usize), line.style);
     }
     frame.render_widget(line, area);
+}
+
+/// What happened by itself, in the lower right corner, the latest at the bottom.
+fn draw_toasts(frame: &mut Frame, area: Rect, state: &State) {
+    let mut bottom = area.bottom().saturating_sub(3);
+    for toast in state.toasts.iter().rev() {
+        let role = match toast.message.level {
+            Level::Info => Role::Good,
+            Level::Warning => Role::Warning,
+            Level::Error => Role::Bad,
+        };
+        let lines = wrap(&toast.message.text, (area.width as usize).saturating_sub(8).min(56));
+        let width = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0) as u16 + 4;
+        let height = lines.len() as u16 + 2;
+        if bottom < area.y + 2 + height {
+            break;
+        }
+        bottom -= height;
+        let place = Rect { x: area.right().saturating_sub(width + 2), y: bottom, width, height };
+        frame.render_widget(Clear, place);
+        let block = Block::bordered().border_type(BorderType::Rounded).border_style(state.theme.style(role));
+        let text: Vec<Line> = lines.into_iter().map(|line| Line::raw(format!(" {line}"))).collect();
+        frame.render_widget(Paragraph::new(text).block(block).style(state.theme.style(Role::Text)), place);
+    }
 }
 
 /// The keys of the focused pane; those that do not fit are left out from the end, except the ways to help.

@@ -28,7 +28,8 @@ use super::store::utc;
 use super::{Session, paths};
 use crate::engine::Snapshot;
 use crate::error::{Error, Result};
-use crate::eval::ModelResult;
+use crate::eval::score::Sample;
+use crate::eval::{Evaluated, ModelResult};
 use crate::files::write_atomically;
 
 /// Schema of `run.json` and `status.json`.
@@ -129,7 +130,10 @@ enum Entry {
     },
     /// The evaluation has begun: rows scored from here on are kept when it is resumed.
     Evaluating,
-    Measured(Box<ModelResult>),
+    Measured {
+        result: Box<ModelResult>,
+        samples: Vec<Sample>,
+    },
 }
 
 /// What a run has made so far.
@@ -138,7 +142,7 @@ pub struct Made {
     pub variants: BTreeMap<String, PathBuf>,
     pub evaluation_begun: bool,
     /// In the order of their evaluation, the latest of each name.
-    pub results: Vec<ModelResult>,
+    pub results: Vec<Evaluated>,
 }
 
 /// The folder of a run.
@@ -283,9 +287,9 @@ impl Run {
             match entry {
                 Entry::Made { variant, path } => drop(made.variants.insert(variant, path)),
                 Entry::Evaluating => made.evaluation_begun = true,
-                Entry::Measured(result) => {
-                    made.results.retain(|other| other.variant != result.variant);
-                    made.results.push(*result);
+                Entry::Measured { result, samples } => {
+                    made.results.retain(|other| other.result.variant != result.variant);
+                    made.results.push(Evaluated { result: *result, samples });
                 }
             }
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::{Entry, Request, Run, State, Status, now};
 use crate::engine::{Event, Progress};
 use crate::error::{Error, ErrorKind, Result};
-use crate::eval::{ModelResult, memory};
+use crate::eval::{Evaluated, memory};
 use crate::monitor::Report;
 use crate::session::lock::Lock;
 use crate::session::store::{Record, Store};
@@ -58,7 +58,7 @@ enum Note {
     Started(String),
     Report(Report),
     Made { variant: String, path: PathBuf },
-    Measured(Box<ModelResult>),
+    Measured(Box<Evaluated>),
     Ending(Ending),
 }
 
@@ -112,7 +112,7 @@ impl RunWriter {
             Event::Started { title, .. } => Note::Started(title.clone()),
             Event::Report { report, .. } => Note::Report(report.clone()),
             Event::Quantized { name, path, .. } => Note::Made { variant: name.clone(), path: path.clone() },
-            Event::Evaluated { evaluated, .. } => Note::Measured(Box::new(evaluated.result.clone())),
+            Event::Evaluated { evaluated, .. } => Note::Measured(evaluated.clone()),
             Event::Text { .. }
             | Event::Sensitivities { .. }
             | Event::Study { .. }
@@ -205,13 +205,14 @@ impl Worker {
                 self.line("info", &format!("{variant} is in {}", path.display()));
                 self.keep(&Entry::Made { variant, path });
             }
-            Note::Measured(result) => {
+            Note::Measured(evaluated) => {
+                let Evaluated { result, samples } = *evaluated;
                 self.line("info", &format!("{}: evaluated", result.variant));
                 let session = self.request.session_file.as_ref().map(|path| path.display().to_string());
-                let record = Record::now(session, (*result).clone());
+                let record = Record::now(session, result.clone());
                 let kept = self.store.append(&record);
                 self.trouble(kept);
-                self.keep(&Entry::Measured(result));
+                self.keep(&Entry::Measured { result: Box::new(result), samples });
             }
             // Taken out of the queue before.
             Note::Ending(_) => {}

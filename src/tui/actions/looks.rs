@@ -50,7 +50,7 @@ pub fn looked(state: &mut State, block: usize, look: Result<Option<Look>>) {
 
 /// Observes the inputs of all linears over the calibration sample.
 pub fn observe(state: &mut State) -> Vec<Effect> {
-    state.queue.push_work("observe the inputs of all blocks", Work::Observe);
+    state.queue.push_work(state.document.settings(), "observe the inputs of all blocks", Work::Observe);
     state.say("the float model runs over the calibration sample; inputs appear here block by block");
     Vec::new()
 }

@@ -72,8 +72,13 @@ fn step(state: &mut State, by: isize) -> Vec<Effect> {
             state.document.select(index);
         }
         Pane::Run => {
-            let lines = state.queue.log.len() as isize;
-            state.queue.scroll = (state.queue.scroll as isize).saturating_sub(by).clamp(0, lines.max(1) - 1) as usize;
+            // Single steps go through the runs, pages through the log.
+            if by.abs() == 1 && state.queue.runs.len() > 1 {
+                state.queue.cursor = moved(state.queue.cursor, state.queue.runs.len());
+            } else {
+                let lines = state.queue.log.len() as isize;
+                state.queue.scroll = (state.queue.scroll as isize).saturating_sub(by).clamp(0, lines.max(1) - 1) as usize;
+            }
         }
         Pane::Results if state.results.tab == ResultsTab::Flips => {
             let flips = state.compared().map_or(0, |compared| compared.comparison.flips.len());

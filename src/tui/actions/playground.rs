@@ -42,7 +42,7 @@ fn speak(state: &mut State, text: &str) {
     }
     state.playground = Playground { prompt: text.to_owned(), names: [a, b], ..Playground::default() };
     let job = PlaygroundJob { models: [first, second], prompt: text.to_owned(), max_tokens: TOKENS };
-    state.queue.push_work("playground", Work::Playground(job));
+    state.queue.push_work(state.document.settings(), "playground", Work::Playground(job));
 }
 
 /// Takes a step of both models in; the cursor stays at the end unless it was moved.

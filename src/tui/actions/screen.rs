@@ -2,9 +2,11 @@
 
 use super::super::message::Effect;
 use super::super::panes;
-use super::super::popups::{Choose, Help, Palette, Popup, Tour};
+use super::super::popups::{Choose, Help, Pager, Palette, Popup, Tour};
+use super::super::queue::{Level, LogLine};
 use super::super::state::{Pane, State};
-use super::super::theme::{self, Theme};
+use super::super::theme::{self, Role, Theme};
+use super::super::view::duration;
 
 fn focus(state: &mut State, pane: Pane) -> Vec<Effect> {
     state.focus = pane;
@@ -83,6 +85,20 @@ pub fn suspend(_: &mut State) -> Vec<Effect> {
 
 pub fn palette(state: &mut State) -> Vec<Effect> {
     state.popups.push(Popup::Palette(Palette::default()));
+    Vec::new()
+}
+
+pub fn messages(state: &mut State) -> Vec<Effect> {
+    let line = |line: &LogLine| {
+        let role = match line.level {
+            Level::Info => Role::Text,
+            Level::Warning => Role::Warning,
+            Level::Error => Role::Bad,
+        };
+        (role, format!("{:>8}  {}", duration(line.clock), line.text))
+    };
+    let lines = state.messages.iter().map(line).collect();
+    state.popups.push(Pager::popup("Messages, with the time since the start", lines, true));
     Vec::new()
 }
 

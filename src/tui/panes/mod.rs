@@ -37,6 +37,7 @@ pub fn caption(state: &State, pane: Pane) -> String {
         }
         Pane::Plan => format!("{} ", state.document.draft().name),
         Pane::Run => match (state.queue.running(), state.queue.waiting()) {
+            _ if state.queue.paused => "paused ".into(),
             (None, _) => "nothing runs ".into(),
             (Some(running), 0) => format!("{} ", running.title),
             (Some(running), waiting) => format!("{}, {waiting} waiting ", running.title),
@@ -59,7 +60,7 @@ pub fn copied(state: &State) -> Result<String> {
     match state.focus {
         Pane::Results => results::export(state, "md"),
         Pane::Playground => Ok(playground::copied(state)),
-        Pane::Run => Ok(state.queue.log.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")),
+        Pane::Run => Ok(state.queue.log.iter().map(|line| line.text.as_str()).collect::<Vec<_>>().join("\n")),
         Pane::Layers | Pane::Plan | Pane::Block => {
             let variants = vec![state.document.session().variants.swap_remove(state.document.current())];
             toml::to_string(&std::collections::BTreeMap::from([("variant", variants)]))

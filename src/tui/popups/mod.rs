@@ -5,8 +5,10 @@ mod choose;
 mod confirm;
 mod help;
 mod input;
+mod pager;
 mod palette;
 mod prompt;
+mod runs;
 mod tour;
 
 use crossterm::event::KeyEvent;
@@ -18,8 +20,10 @@ use ratatui::widgets::{Block, BorderType, Clear, Paragraph};
 pub use choose::Choose;
 pub use confirm::{Choice, Confirm};
 pub use help::Help;
+pub use pager::Pager;
 pub use palette::Palette;
 pub use prompt::Prompt;
+pub use runs::Runs;
 pub use tour::Tour;
 
 use super::keys;
@@ -38,6 +42,8 @@ pub enum Popup {
     Prompt(Prompt),
     Confirm(Confirm),
     Choose(Choose),
+    Pager(Pager),
+    Runs(Runs),
     Tour(Tour),
 }
 
@@ -65,6 +71,8 @@ pub fn press(state: &mut State, name: &str) -> Vec<Effect> {
         Popup::Prompt(prompt) => prompt.key(name, state),
         Popup::Confirm(confirm) => confirm.key(name),
         Popup::Choose(choose) => choose.key(name),
+        Popup::Pager(pager) => pager.key(name),
+        Popup::Runs(runs) => runs.key(name, state),
         Popup::Tour(_) => Tour::key(name),
     };
     match reply {
@@ -94,6 +102,8 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
             Popup::Prompt(prompt) => prompt.draw(frame, area, state),
             Popup::Confirm(confirm) => confirm.draw(frame, area, state),
             Popup::Choose(choose) => choose.draw(frame, area, state),
+            Popup::Pager(pager) => pager.draw(frame, area, state),
+            Popup::Runs(runs) => runs.draw(frame, area, state),
             Popup::Tour(_) => Tour::draw(frame, area, state),
         }
     }

@@ -51,14 +51,14 @@ impl Palette {
         let mut lines = vec![Line::from(prompt)];
         for index in window(self.selected, matches.len(), height.saturating_sub(1)) {
             let Match { command, letters } = &matches[index];
-            let role = match (index == self.selected, (command.enabled)(state)) {
+            let role = match (index == self.selected, command.possible(state)) {
                 (true, _) => Role::Cursor,
                 (false, Ok(())) => Role::Text,
                 (false, Err(_)) => Role::Dim,
             };
             let keys = state.keymap.keys(command).first().map_or("", String::as_str);
             let help_width = (width as usize).saturating_sub(36);
-            let help = match (command.enabled)(state) {
+            let help = match command.possible(state) {
                 Ok(()) => command.help,
                 Err(reason) => reason,
             };

@@ -22,7 +22,7 @@ use crate::monitor::Report;
 use crate::quant::Method;
 use crate::session::Session;
 use crate::tui::document::Document;
-use crate::tui::event_loop;
+use crate::tui::effects;
 use crate::tui::keys;
 use crate::tui::message::{Effect, Msg};
 use crate::tui::state::{BlockLook, State};
@@ -257,7 +257,7 @@ pub fn spoken(mut state: State) -> State {
 pub fn answer(state: &mut State, effects: &[Effect]) {
     for effect in effects {
         if let Effect::Compare(request) = effect {
-            let compared = event_loop::compare((**request).clone()).unwrap();
+            let compared = effects::compare((**request).clone()).unwrap();
             update(state, Msg::Compared(Ok(Box::new(compared))));
         }
     }

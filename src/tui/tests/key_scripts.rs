@@ -5,13 +5,14 @@ use std::time::Duration;
 use crossterm::event::{KeyCode, KeyEvent, KeyModifiers, MouseButton, MouseEvent, MouseEventKind};
 use proptest::prelude::*;
 
-use super::fixture::{answer, busy, fresh, manifest, press, render, result, text, type_text};
+use super::fixture::{answer, busy, fresh, manifest, press, render, result, text, tick, type_text};
 use crate::engine::inspect::{Look, RoundingError};
 use crate::engine::{Event, Job, JobId};
 use crate::error::{Error, ErrorKind};
 use crate::eval::run::Evaluated;
 use crate::format::Format;
 use crate::quant::{Method, Recipe};
+use crate::session::runs::Ending;
 use crate::tui::command_table::TABLE;
 use crate::tui::document::Document;
 use crate::tui::keymap::Keymap;
@@ -66,7 +67,7 @@ fn presets_plan_beside_history_and_gpu() {
     press(&mut state, &["P", "3"]);
     assert_eq!(formats(&state), "484848848488", "phase 3");
     press(&mut state, &["P"]);
-    press(&mut state, &vec!["down"; Recipe::built_in().unwrap().len()]);
+    press(&mut state, &vec!["down"; Recipe::built_in().unwrap().iter().filter(|recipe| recipe.allocate.is_none()).count()]);
     press(&mut state, &["enter"]);
     assert_eq!(formats(&state), "484888848888", "SSM blocks in front of attention stay wide");
     press(&mut state, &["2", "b"]);
@@ -140,6 +141,10 @@ fn palette_commands_act_and_impossible_ones_say_why() {
     assert_eq!(state.message.as_ref().unwrap().text, "no job runs");
 }
 
+fn steps(state: &State) -> Vec<Status> {
+    state.queue.runs.iter().flat_map(|run| &run.steps).map(|step| step.status.clone()).collect()
+}
+
 fn submitted(effects: &[Effect]) -> Vec<&Job> {
     effects.iter().filter_map(|effect| if let Effect::Submit(job) = effect { Some(&**job) } else { None }).collect()
 }
@@ -171,7 +176,7 @@ fn a_run_quantizes_then_evaluates_what_was_made() {
     assert_eq!(request.reference.as_ref().unwrap().name, "base");
     let paths: Vec<&str> = request.models.iter().map(|model| model.path.as_str()).collect();
     assert_eq!(paths, ["/v/phase1", "/v/phase2"]);
-    assert!(state.queue.items.iter().all(|item| item.status == Status::Done));
+    assert!(steps(&state).iter().all(|status| *status == Status::Done));
 
     // Results follow the plan: an edit hides them, undoing it brings them back.
     let has_result = |state: &State| {
@@ -192,8 +197,8 @@ fn a_failed_job_shows_its_hint_and_what_needed_it_is_skipped() {
     update(&mut state, Msg::Submitted(Ok(JobId(1))));
     let outcome = Err(Error::run("writing /v failed: no space left").hint("free some disk space"));
     update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome }));
-    assert!(matches!(state.queue.items[0].status, Status::Failed { .. }));
-    assert_eq!(state.queue.items[1].status, Status::Skipped);
+    assert!(matches!(steps(&state)[0], Status::Failed { .. }));
+    assert_eq!(steps(&state)[1], Status::Skipped);
     let screen = text(&render(&state, (80, 24)));
     assert!(screen.contains("no space left") && screen.contains("hint: free some disk space"), "{screen}");
 }
@@ -206,8 +211,57 @@ fn cancelling_asks_and_drops_what_waits() {
     assert!(matches!(effects[..], [Effect::Cancel(JobId(1))]), "{effects:?}");
     assert_eq!(state.queue.waiting(), 0);
     let cancelled = Error { kind: ErrorKind::Cancelled, message: "cancelled".into(), hint: None };
-    assert!(update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled) })).is_empty());
-    assert!(state.queue.items.iter().all(|item| item.status == Status::Cancelled));
+    let effects = update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled) }));
+    assert!(matches!(effects[..], [Effect::EndRun { ending: Ending::Cancelled, .. }]), "{effects:?}");
+    assert!(steps(&state).iter().all(|status| *status == Status::Cancelled));
+}
+
+#[test]
+fn leaving_a_job_running_stops_it_and_hands_it_over() {
+    let mut state = busy((80, 24));
+    let effects = press(&mut state, &["q", "l"]);
+    assert!(matches!(effects[..], [Effect::Cancel(JobId(1))]), "{effects:?}");
+    let cancelled = || Error { kind: ErrorKind::Cancelled, message: "cancelled".into(), hint: None };
+    let effects = update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(cancelled()) }));
+    assert!(matches!(effects[..], [Effect::HandOver]), "{effects:?}");
+    assert!(steps(&state).iter().all(|status| *status == Status::Waiting), "nothing was cancelled");
+
+    // Where no other process can be started, this one stays and goes on.
+    let effects = update(&mut state, Msg::HandOverFailed(Error::run("no more processes")));
+    assert!(matches!(effects[..], [Effect::OpenRun { .. }, Effect::Submit(_)]), "{effects:?}");
+    assert!(text(&render(&state, (80, 24))).contains("no more processes"));
+
+    // A job that does not stop in time is left to be stopped by the end of the process.
+    let mut state = busy((80, 24));
+    press(&mut state, &["q", "l"]);
+    assert!(update(&mut state, Msg::Second).iter().all(|effect| !matches!(effect, Effect::HandOver)));
+    tick(&mut state, 60);
+    assert!(update(&mut state, Msg::Second).iter().any(|effect| matches!(effect, Effect::HandOver)));
+}
+
+#[test]
+fn what_happens_by_itself_is_said_for_a_while_and_kept_among_the_messages() {
+    let mut state = fresh((80, 24));
+    update(&mut state, Msg::Trouble(Error::run("the disk is full").hint("free some space")));
+    let shown = |state: &State| text(&render(state, (80, 24))).contains("the disk is full (free some space)");
+    assert!(shown(&state));
+    tick(&mut state, 60);
+    assert!(!shown(&state));
+    press(&mut state, &["M"]);
+    assert!(shown(&state));
+}
+
+#[test]
+fn a_read_only_workbench_looks_and_does_not_touch() {
+    let mut state = fresh((80, 24));
+    state.read_only = true;
+    for key in ["4", "R", "A", "ctrl-s"] {
+        assert!(press(&mut state, &[key]).is_empty());
+        assert!(state.message.as_ref().is_some_and(|message| message.text.starts_with("read-only")), "{key}");
+    }
+    press(&mut state, &["j", "s", "2", "j", "5", "s"]);
+    assert!(!state.document.unsaved() && state.layers.cursor == 1 && state.document.current() == 1);
+    assert!(matches!(press(&mut state, &["q"])[..], [Effect::Quit]));
 }
 
 #[test]
@@ -221,7 +275,7 @@ fn quitting_asks_for_unsaved_changes_and_running_jobs() {
     assert!(matches!(press(&mut state, &["q", "y"])[..], [Effect::Quit]));
     let mut state = busy((80, 24));
     press(&mut state, &["q"]);
-    assert!(text(&render(&state, (80, 24))).contains("quantize phase3 is running"));
+    assert!(text(&render(&state, (80, 24))).contains("quantize phase3 is not finished"));
 }
 
 #[test]

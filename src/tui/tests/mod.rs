@@ -3,4 +3,5 @@
 mod fixture;
 mod key_scripts;
 mod real_loop;
+mod running;
 mod snapshots;

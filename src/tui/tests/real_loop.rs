@@ -13,8 +13,10 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use super::fixture::{render, text};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
+use crate::session::paths::Places;
 use crate::session::{EvaluateSpec, Session};
 use crate::tui::document::Document;
+use crate::tui::effects::Outside;
 use crate::tui::event_loop::{EventLoop, Signal};
 use crate::tui::keys;
 use crate::tui::state::State;
@@ -56,13 +58,21 @@ impl Screen for MemoryScreen {
         Ok(())
     }
 
+    fn lose(&mut self, _: Option<&Path>) -> Result<()> {
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn size(&self) -> Result<(u16, u16)> {
         Ok((160, 48))
     }
 }
 
 /// Types keys and reads the screen.
-struct Typist {
+pub struct Typist {
     keys: UnboundedSender<io::Result<Input>>,
     signals: UnboundedSender<Signal>,
     screen: Rc<RefCell<String>>,
@@ -71,7 +81,7 @@ struct Typist {
 }
 
 impl Typist {
-    fn press(&self, script: &[&str]) {
+    pub fn press(&self, script: &[&str]) {
         for key in script {
             self.keys.send(Ok(Input::Key(keys::event(key).unwrap()))).unwrap();
         }
@@ -83,8 +93,12 @@ impl Typist {
         }
     }
 
-    async fn sees(&self, what: &str) {
-        for _ in 0..3000 {
+    pub fn text(&self) -> String {
+        self.screen.borrow().clone()
+    }
+
+    pub async fn sees(&self, what: &str) {
+        for _ in 0..12000 {
             if self.screen.borrow().contains(what) {
                 return;
             }
@@ -104,12 +118,14 @@ impl Typist {
     }
 }
 
-/// Runs the loop on `session` while `script` types; returns the state at the end.
-fn with_loop(session: Session, store: &Path, script: impl AsyncFnOnce(Typist)) -> State {
+/// Runs the loop on `session` while `script` types, with `folder` as the user's; returns the state at the end.
+pub fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typist)) -> State {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let (engine, events) = Engine::start(&EngineOptions { threads: Some(2), ..EngineOptions::default() }).unwrap();
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
-    state.queue.store = store.to_owned();
+    let places = Places { data: folder.join("data"), state: folder.join("state") };
+    state.queue.store = places.variants();
+    state.queue.journal = Some(places.evaluations());
     let (keys, mut typed) = unbounded_channel();
     let (signal_sender, signals) = unbounded_channel();
     let screen = Rc::new(RefCell::new(String::new()));
@@ -117,14 +133,15 @@ fn with_loop(session: Session, store: &Path, script: impl AsyncFnOnce(Typist)) -
     let (copied, drawn) = (clipboard.clone(), frames.clone());
     let typist = Typist { keys, signals: signal_sender.clone(), screen: screen.clone(), clipboard, frames };
     let input = poll_fn(move |context| typed.poll_recv(context));
-    let workbench =
-        EventLoop { state, screen: MemoryScreen { text: screen, clipboard: copied, frames: drawn }, engine: &engine, events, signals };
+    let screen = MemoryScreen { text: screen, clipboard: copied, frames: drawn };
+    let outside = Outside::new(places, Vec::new(), false);
+    let workbench = EventLoop { state, screen, engine: &engine, events, signals, outside };
     let outcome = runtime.block_on(async { tokio::join!(workbench.run(input), script(typist)).0 });
     outcome.unwrap().0
 }
 
 /// The demo's session, cut down to a second's work.
-fn small_session() -> Session {
+pub fn small_session() -> Session {
     let mut session = Session::demo().unwrap();
     session.calibration.sequences = 1;
     session.calibration.length = 16;

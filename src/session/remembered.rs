@@ -1,0 +1,77 @@
+//! [`Remembered`]: what the workbench keeps from one start to the next beside sessions: recent files, and how the screen
+//! looked.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Recent files kept.
+const RECENT: usize = 20;
+
+/// The state file. Unknown keys are left alone: another version may have written them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Remembered {
+    /// Session files, the latest first.
+    pub recent: Vec<PathBuf>,
+    /// Name of the pane that had the focus.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pane: Option<String>,
+    /// The focused pane filled the screen.
+    pub zoom: bool,
+    /// Column that the results were sorted by, with `-` in front for the largest first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sort: Option<String>,
+    pub hide_differences: bool,
+    /// Theme that was chosen while running.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub theme: Option<String>,
+}
+
+impl Remembered {
+    /// What `path` holds; nothing when it is not there or damaged, which costs only comfort.
+    pub fn read(path: &Path) -> Self {
+        fs::read_to_string(path).ok().and_then(|text| toml::from_str(&text).ok()).unwrap_or_default()
+    }
+
+    /// Writes it down.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = toml::to_string(self).map_err(|error| Error::run(format!("the state file cannot be written: {error}")))?;
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).map_err(|error| Error::io("creating", folder, &error))?;
+        }
+        crate::files::write_atomically(path, text.as_bytes())
+    }
+
+    /// Takes note that the session file `path` was opened or saved.
+    pub fn used(&mut self, path: &Path) {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        self.recent.retain(|other| *other != path);
+        self.recent.insert(0, path);
+        self.recent.truncate(RECENT);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_and_damage_is_as_good_as_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new").join("workbench.toml");
+        assert_eq!(Remembered::read(&path), Remembered::default());
+        let mut remembered = Remembered { sort: Some("-KLD".into()), zoom: true, ..Remembered::default() };
+        for name in ["/a.toml", "/b.toml", "/a.toml"] {
+            remembered.used(Path::new(name));
+        }
+        assert_eq!(remembered.recent, [Path::new("/a.toml"), Path::new("/b.toml")]);
+        remembered.write(&path).unwrap();
+        assert_eq!(Remembered::read(&path), remembered);
+        fs::write(&path, "zoom = 3").unwrap();
+        assert_eq!(Remembered::read(&path), Remembered::default());
+    }
+}
