@@ -2,7 +2,7 @@
 //!
 //! A donor's Hessian is that of the float model's activations, so that it depends on no plan. GPTQ rounds every row of a
 //! linear for itself: slices of one linear can come from donors of different widths. Donors lie in a folder named by the
-//! hash of source, steps, sample and tool, one file a block and width, each with its own hash in the folder's index.
+//! hash of source, transforms, rounding, sample and tool, one file a block and width, each with its own hash in the folder's index.
 //! Start with [`Donors::open`].
 
 use std::borrow::Cow;
@@ -84,9 +84,10 @@ pub fn weights_of(format: Format) -> Format {
 }
 
 impl Donors {
-    /// Hash of everything that decides the donors' bytes.
+    /// Hash of everything that decides the donors' bytes. How activations are read is not among it.
     pub fn key(source: &str, steps: &Steps, sample: &Sample) -> String {
-        let identity = json!({ "tool": TOOL, "source": source, "steps": steps, "sample": sample.sha256() });
+        let (transforms, method) = (&steps.transforms, steps.method);
+        let identity = json!({ "tool": TOOL, "source": source, "transforms": transforms, "method": method, "sample": sample.sha256() });
         sha256_hex(identity.to_string().as_bytes())
     }
 
