@@ -125,7 +125,7 @@ pub static TABLE: [Command; 100] = [
     command!("open", "Open a session", None, ["ctrl-o"], EVERYWHERE, files::can_open, files::open, "Opens another session file."),
     command!("recent", "Open a recent session", None, ["ctrl-e"], EVERYWHERE, files::can_open, files::recent, "Chooses among the session files that were opened or saved last."),
     command!("changes", "Changes since the last save", None, ["C"], EVERYWHERE, always, files::changes, "Shows how the variants and their plans differ from the session's file."),
-    command!("messages", "Messages", None, ["M"], EVERYWHERE, always, screen::messages, "Shows what was said in the status line and in the corner, errors too."),
+    command!("messages", "Messages", None, ["E"], EVERYWHERE, always, screen::messages, "Shows what was said in the status line and in the corner, errors too."),
     command!("suspend", "Suspend", None, ["ctrl-z"], EVERYWHERE, always, screen::suspend, "Stops strata and goes back to the shell; `fg` comes back."),
     command!("palette", "Command palette", Some((5, "command")), [":"], EVERYWHERE, always, screen::palette, "Finds a command by name."),
     command!("help", "Help", Some((5, "help")), ["?"], EVERYWHERE, always, screen::help, "Lists the keys; type to search."),

@@ -247,7 +247,7 @@ fn what_happens_by_itself_is_said_for_a_while_and_kept_among_the_messages() {
     assert!(shown(&state));
     tick(&mut state, 60);
     assert!(!shown(&state));
-    press(&mut state, &["M"]);
+    press(&mut state, &["E"]);
     assert!(shown(&state));
 }
 
