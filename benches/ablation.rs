@@ -113,6 +113,7 @@ fn make(source: &str, output: &Path, steps: Steps, format: &str, arguments: &Arg
         storage: StorageLayout::Native,
         output: output.to_owned(),
         force: true,
+        donors: None,
     };
     quantize(&Cpu, &request, &Monitor::silent()).unwrap();
     began.elapsed().as_secs()

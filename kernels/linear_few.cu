@@ -40,18 +40,6 @@ DEVICE void finish(float product, int token, int row, TAIL_PARAMETERS) {
     out[at] = product;
 }
 
-// Asks for what the block reads first of its weights, rows of `bytes`, while the launch in front still runs. Experts are not known
-// before it is done.
-DEVICE void prefetch_rows(const void* w, i64 bytes, int rows, const int* tiles) {
-    if (tiles) return;
-    constexpr int LINE = 128, LINES = 32;  // of each row
-    const u8* base = static_cast<const u8*>(w);
-    for (int i = threadIdx.x; i < ROWS * LINES; i += blockDim.x) {
-        const int row = blockIdx.x * ROWS + i / LINES, at = i % LINES * LINE;
-        if (row < rows && at < bytes) prefetch(base + row * bytes + at);
-    }
-}
-
 DEVICE uint4 zero() { return make_uint4(0, 0, 0, 0); }
 
 DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
@@ -59,8 +47,6 @@ DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
 }  // namespace
 
 KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    prefetch_rows(w, ld(cols), rows, tiles);
-    if (!tiles && threadIdx.x == 0) prefetch(w_scales + blockIdx.x * ROWS);
     depend();
     constexpr int UNROLL = 4;
     SHARED(int, partial, WARPS * ROWS * TOKENS);
@@ -170,8 +156,6 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i
 }  // namespace
 
 KERNEL(256, few_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    prefetch_rows(w, ld(cols) / 2, rows, tiles);
-    prefetch_rows(w_scales, cols / group * 2, rows, tiles);
     depend();
     SHARED(float, products, 2 * 32 * ROWS * TOKENS);
     const Tile tile = tile_of_block(tokens, tiles);
@@ -317,21 +301,18 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
 }  // namespace
 
 KERNEL(256, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    prefetch_rows(w, ld(cols) * 2, rows, tiles);
     depend();
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count > 0) few_float<BF16>(w, nullptr, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
 }
 
 KERNEL(256, few_w8a16, (const i8* w, const float* w_scales, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    prefetch_rows(w, ld(cols), rows, tiles);
     depend();
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count > 0) few_float<INT8>(w, w_scales, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
 }
 
 KERNEL(256, few_w4a16, (const u8* w, const bf16* w_scales, int group, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    prefetch_rows(w, ld(cols) / 2, rows, tiles);
     depend();
     const Tile tile = tile_of_block(tokens, tiles);
     if (tile.count > 0) few_float<INT4>(w, w_scales, group, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);

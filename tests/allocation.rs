@@ -19,6 +19,8 @@ use strata::quant::{Donors, QuantizeRequest, Recipe, SampleSpec, quantize};
 
 /// A measurement that takes seconds.
 fn spec(recipe: &str) -> SensitivitySpec {
+    let recipe = Recipe::find(recipe).unwrap();
+    let ends = recipe.plan(&checkpoint::open("demo").unwrap().layout, &[]).unwrap();
     let sample = SampleSpec { sequences: 2, length: 64, ..SampleSpec::default() };
     SensitivitySpec {
         by: Granularity::Linear,
@@ -26,7 +28,7 @@ fn spec(recipe: &str) -> SensitivitySpec {
         windows: 2,
         positions: 32,
         exact: 0.5,
-        ..SensitivitySpec::new(Recipe::find(recipe).unwrap(), sample)
+        ..SensitivitySpec::new(recipe.steps(), &ends, sample)
     }
 }
 
@@ -123,7 +125,7 @@ fn a_changed_checkpoint_or_calibration_invalidates_what_was_measured() {
     assert!(other(&|spec| spec.sample.seed = 1).contains("another calibration"));
     assert!(other(&|spec| spec.windows = 1).contains("on other tokens"));
     assert!(other(&|spec| spec.by = Granularity::Linear).contains("other units"));
-    assert!(other(&|spec| spec.recipe = Recipe::find("phase2").unwrap()).contains("other transforms or rounding"));
+    assert!(other(&|spec| spec.steps = Recipe::find("phase2").unwrap().steps()).contains("other transforms or rounding"));
 
     let weights = model.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
@@ -214,6 +216,9 @@ fn the_command_line_says_what_is_missing() {
         (&["allocate", "demo", "--bits", "4"][..], "has no measured sensitivities"),
         (&["allocate", "demo", "--size", "6 parsecs"], "is not a size"),
         (&["allocate", "demo", "--bits", "4", "--kld", "0.1"], "cannot be used with"),
+        (&["allocate", "demo", "--gpu", "T4"], "no figures of a GPU"),
+        (&["allocate", "demo", "--gpu", "H100", "--context", "999999999"], "caches of 999999999 tokens alone do not fit"),
+        (&["allocate", "demo", "--bits", "4", "--context", "10"], "required"),
         (&["allocate", "demo", "--activations", "4", "--bits", "4"], "activations of `4` bits"),
         (&["sensitivity", "demo", "--formats", "w5a8"], "unknown format"),
         (&["sensitivity", "demo", "--by", "row"], "by `block` or by `linear`"),

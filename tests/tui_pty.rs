@@ -59,9 +59,7 @@ impl Session {
         let pty = native_pty_system().openpty(size).unwrap();
         command.env("TERM", "xterm-256color");
         command.env_remove("NO_COLOR");
-        for folder in ["XDG_DATA_HOME", "XDG_CONFIG_HOME"] {
-            command.env(folder, env!("CARGO_TARGET_TMPDIR"));
-        }
+        command.env("XDG_CONFIG_HOME", env!("CARGO_TARGET_TMPDIR"));
         let child = pty.slave.spawn_command(command).unwrap();
         let mut reader = pty.master.try_clone_reader().unwrap();
         let (sender, output) = channel();

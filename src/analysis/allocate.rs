@@ -8,9 +8,11 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use super::gpu::Gpu;
 use super::knapsack::{Choice, Front};
+use super::predict;
 use super::sensitivity::{Loss, Sensitivities, UnitLosses};
-use crate::checkpoint::Layout;
+use crate::checkpoint::{Config, Layout};
 use crate::error::{Error, Result};
 use crate::format::{Format, Plan, Selector};
 use crate::quant::Override;
@@ -28,6 +30,16 @@ pub enum Budget {
     Kld(f64),
     /// A share (0…1) of the way from the cheapest plan to the dearest.
     Share(f64),
+}
+
+impl Budget {
+    /// What fits on `gpu` beside the states and caches of one sequence of `context` tokens.
+    pub fn fitting(config: &Config, gpu: &Gpu, context: usize) -> Result<Self> {
+        predict::weight_room(config, gpu, context).map(Self::ModelBytes).ok_or_else(|| {
+            Error::input(format!("the caches of {context} tokens alone do not fit on a {}", gpu.name))
+                .hint("give a shorter context or a larger GPU")
+        })
+    }
 }
 
 /// Which activation bits plans may use.

@@ -78,10 +78,8 @@ impl Prediction {
         prefill += footprint.head(plan.head) as f64 / bandwidth + BLOCK_SECONDS;
 
         let weight_bytes = footprint.total_bytes(plan);
-        let kinds = || config.blocks.iter().copied();
-        let states: u64 = kinds().map(|kind| cache_bytes(config, kind, 0)).sum::<u64>() / 2;
-        let free = gpu.memory_bytes.checked_sub(RESERVED_BYTES + weight_bytes + states);
-        let kv: u64 = kinds().map(|kind| kv_bytes(config, kind)).sum();
+        let free = weight_room(config, gpu, 0).and_then(|room| room.checked_sub(weight_bytes));
+        let kv: u64 = config.blocks.iter().map(|kind| kv_bytes(config, *kind)).sum();
         let converted: u64 = plan
             .blocks
             .windows(2)
@@ -99,6 +97,15 @@ impl Prediction {
             transition_seconds: converted as f64 * 1000.0 / bandwidth,
         }
     }
+}
+
+/// Bytes of weights that fit on `gpu` beside [`RESERVED_BYTES`] and the states and caches of one sequence of `context`
+/// tokens; `None` when these alone do not fit.
+pub fn weight_room(config: &Config, gpu: &Gpu, context: usize) -> Option<u64> {
+    let kinds = || config.blocks.iter().copied();
+    let states: u64 = kinds().map(|kind| cache_bytes(config, kind, 0)).sum::<u64>() / 2;
+    let caches = kinds().map(|kind| kv_bytes(config, kind)).sum::<u64>() * context as u64;
+    gpu.memory_bytes.checked_sub(RESERVED_BYTES + states + caches)
 }
 
 /// Bytes that one token adds to the caches of a block.
@@ -177,6 +184,9 @@ mod tests {
         let free = gpu.memory_bytes - RESERVED_BYTES - footprint.total_bytes(&plan) - states;
         assert_eq!(prediction.context_tokens, Some(free / 16_384));
         assert!(prediction.fits);
+        let room = weight_room(&config, &gpu, (free / 16_384) as usize).unwrap();
+        assert!((footprint.total_bytes(&plan)..footprint.total_bytes(&plan) + 16_384).contains(&room), "{room}");
+        assert_eq!(weight_room(&config, &gpu, 2_000_000), None, "two million tokens take 32.8 GB");
         let float = Plan::unquantized(52);
         assert!(Prediction::new(&config, &footprint, &float, &gpu).fits, "16.2 GB fit 24 GiB");
         let small = Gpu { memory_bytes: 16 << 30, ..gpu };

@@ -4,13 +4,15 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
+use strata::analysis::Gpu;
 use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Solution};
 use strata::analysis::sensitivity::{Request, Sensitivities, SensitivitySpec, donors_directory, load};
-use strata::checkpoint::{self, Checkpoint, StorageLayout};
+use strata::checkpoint::{self, Checkpoint, Config, StorageLayout};
 use strata::engine::{Event, Job, QuantizeJob, StudyJob};
 use strata::error::{Error, Result};
 use strata::format::{Format, Selector};
-use strata::quant::Override;
+use strata::quant::overlap::EvaluationFiles;
+use strata::quant::{Override, Recipe};
 use strata::session::replay::finish;
 use strata::session::{Session, VariantSpec, paths, report};
 
@@ -25,6 +27,9 @@ pub struct Allocate {
     model: String,
     #[command(flatten)]
     budget: BudgetOptions,
+    /// Tokens that have to fit beside the weights; 8192 unless given.
+    #[arg(long, value_name = "TOKENS", requires = "gpu")]
+    context: Option<usize>,
     #[command(flatten)]
     measured: Measured,
     /// Formats that the plan may use, separated by commas; all that were measured unless given.
@@ -80,16 +85,24 @@ struct BudgetOptions {
     /// The smallest plan that is predicted to lose at most so many nats a token.
     #[arg(long, value_name = "NATS")]
     kld: Option<f64>,
+    /// What fits on a GPU beside states and caches: `RTX 4090`, `H100`.
+    #[arg(long, value_name = "NAME")]
+    gpu: Option<String>,
 }
 
+/// Tokens that have to fit on a GPU beside the weights unless `--context` says how many.
+const CONTEXT: usize = 8192;
+
 impl BudgetOptions {
-    fn budget(&self) -> Result<Option<Budget>> {
-        Ok(match (self.bits, &self.size, &self.linears, self.kld) {
+    /// The budget for a model of this configuration, with `context` tokens in its caches.
+    fn budget(&self, config: &Config, context: usize) -> Result<Option<Budget>> {
+        Ok(match (self.bits, &self.size, &self.linears, self.kld, &self.gpu) {
             (Some(bits), ..) => Some(Budget::Bits(bits)),
             (_, Some(size), ..) => Some(Budget::ModelBytes(parse_bytes(size)?)),
-            (_, _, Some(size), _) => Some(Budget::LinearBytes(parse_bytes(size)?)),
-            (_, _, _, Some(kld)) => Some(Budget::Kld(kld)),
-            (None, None, None, None) => None,
+            (_, _, Some(size), ..) => Some(Budget::LinearBytes(parse_bytes(size)?)),
+            (_, _, _, Some(kld), _) => Some(Budget::Kld(kld)),
+            (_, _, _, _, Some(name)) => Some(Budget::fitting(config, &Gpu::find(name)?, context)?),
+            (None, None, None, None, None) => None,
         })
     }
 }
@@ -116,13 +129,13 @@ fn parse_bytes(text: &str) -> Result<u64> {
 
 impl Allocate {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let spec = self.measured.spec(common)?;
+        let activations = self.activations.parse::<Activations>()?;
+        let checkpoint = checkpoint::open(&self.model)?;
+        let spec = self.measured.spec(&checkpoint.layout, common)?;
         if self.study {
             return self.study(spec, common);
         }
-        let activations = self.activations.parse::<Activations>()?;
-        let budget = self.budget.budget()?;
-        let checkpoint = checkpoint::open(&self.model)?;
+        let budget = self.budget.budget(&checkpoint.config, self.context.unwrap_or(CONTEXT))?;
         let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
         let losses = load(&measurement)?;
         let request = AllocateRequest {
@@ -135,7 +148,7 @@ impl Allocate {
         let solution = Solution::new(&losses, &checkpoint.layout, &request)?;
         let Some(budget) = budget else {
             if self.output.is_some() || self.session.is_some() || self.explain {
-                return Err(Error::input("a plan needs a budget").hint("give --bits, --size, --linears or --kld"));
+                return Err(Error::input("a plan needs a budget").hint("give --bits, --size, --linears, --kld or --gpu"));
             }
             return front(&solution, &losses, common);
         };
@@ -218,7 +231,7 @@ impl Allocate {
         let job = QuantizeJob {
             model: self.model.clone(),
             name: "allocated".into(),
-            recipe: spec.recipe.name.clone(),
+            recipe: Recipe::find(self.measured.recipe())?.name,
             steps: measurement.steps.clone(),
             plan: allocation.plan.clone(),
             sample: spec.sample.clone(),
@@ -227,6 +240,8 @@ impl Allocate {
             store: paths::variants_directory(),
             force: self.force,
             donors: Some(donors_directory(&measurement.store)),
+            allocate: None,
+            evaluation: EvaluationFiles::default(),
         };
         let (path, _) = quantize::run_job(job, common)?;
         Ok(path)
@@ -282,7 +297,7 @@ fn front(solution: &Solution<'_>, losses: &Sensitivities, common: &Common) -> Re
     }
     output::table(&report::front(&front))?;
     output::line("")?;
-    output::line(&format!("{} plans in all; --bits, --size, --linears or --kld picks one, --json lists them", front.len()))
+    output::line(&format!("{} plans in all; --bits, --size, --linears, --kld or --gpu picks one, --json lists them", front.len()))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 use strata::checkpoint::{self, StorageLayout, VariantManifest};
-use strata::engine::{Event, Job, QuantizeJob};
+use strata::engine::{AllocateJob, Event, Job, QuantizeJob};
 use strata::error::{Error, Result};
 use strata::format::Plan;
 use strata::quant::overlap::EvaluationFiles;
@@ -68,6 +68,7 @@ impl Quantize {
             model: self.model.clone(),
             name: variant.name,
             steps: recipe.steps(),
+            allocate: AllocateJob::new(&recipe, &variant.overrides, paths::data_directory()),
             recipe: recipe.name,
             plan: plan.clone(),
             sample,

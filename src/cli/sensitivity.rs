@@ -2,6 +2,7 @@
 
 use clap::Args;
 use strata::analysis::sensitivity::{Granularity, Sensitivities, SensitivitySpec};
+use strata::checkpoint::{self, Layout};
 use strata::engine::{Event, Job, SensitivityJob};
 use strata::error::{Error, Result};
 use strata::format::Format;
@@ -62,7 +63,7 @@ impl Measured {
     }
 
     /// What to measure or to look up.
-    pub fn spec(&self, common: &Common) -> Result<SensitivitySpec> {
+    pub fn spec(&self, layout: &Layout, common: &Common) -> Result<SensitivitySpec> {
         let mut sample = SampleSpec::default();
         if let Some(file) = &self.calibration {
             sample.source.clone_from(file);
@@ -70,7 +71,8 @@ impl Measured {
         sample.sequences = self.sequences.unwrap_or(sample.sequences);
         sample.length = self.length.unwrap_or(sample.length);
         sample.seed = common.seed.unwrap_or(sample.seed);
-        let mut spec = SensitivitySpec::new(Recipe::find(&self.recipe)?, sample);
+        let recipe = Recipe::find(&self.recipe)?;
+        let mut spec = SensitivitySpec::new(recipe.steps(), &recipe.plan(layout, &[])?, sample);
         spec.by = self.by.parse::<Granularity>()?;
         spec.windows = self.windows.unwrap_or(spec.windows);
         spec.positions = self.positions.unwrap_or(spec.positions);
@@ -85,7 +87,7 @@ pub fn parse_format(text: &str) -> std::result::Result<Format, String> {
 
 impl Sensitivity {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let mut spec = self.measured.spec(common)?;
+        let mut spec = self.measured.spec(&checkpoint::open(&self.model)?.layout, common)?;
         if let Some(formats) = &self.formats {
             spec.formats.clone_from(formats);
         }

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{Event, JobId, ObserveJob, PlaygroundJob, SensitivityJob, StudyJob, measure, observe, playground};
+use super::{AllocateJob, Event, JobId, ObserveJob, PlaygroundJob, SensitivityJob, StudyJob, measure, observe, playground};
+use crate::analysis::sensitivity::donors_directory;
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
@@ -75,6 +76,8 @@ pub struct QuantizeJob {
     pub force: bool,
     /// Folder of donors to take the quantized weights from, made by a sensitivity job with the same steps and sample.
     pub donors: Option<PathBuf>,
+    /// Find the plan by measurement first; `plan` then gives the bytes, and the formats of embedding and head.
+    pub allocate: Option<AllocateJob>,
 }
 
 impl Job {
@@ -177,11 +180,20 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
         monitor.warn("portable: activations get scales at run time, and SSM internals and caches stay in float");
         (steps.activations, steps.cache) = (Activations::default(), CacheFormats::default());
     }
+    if (job.donors.is_some() || job.allocate.is_some()) && steps.transforms.iter().any(|transform| transform.smooths()) {
+        monitor.log("smoothing is left out: donors are made of weights that do not depend on a block's inputs");
+        steps = steps.without_smoothing();
+    }
+    let mut folder = job.donors;
+    if let Some(allocate) = &job.allocate {
+        plan = measure::find_plan(backend, &checkpoint, (&steps, &plan, &job.sample), allocate, monitor)?;
+        folder = Some(donors_directory(&allocate.store));
+    }
     let sample = Sample::load(&checkpoint, &job.sample)?;
     if !job.sample.allow_overlap && job.sample.source != "embedded" {
         overlap::check(&checkpoint, &job.sample.text()?, &sample, &job.evaluation)?;
     }
-    let donors = match &job.donors {
+    let donors = match &folder {
         Some(_) if job.storage == StorageLayout::Portable => {
             return Err(Error::input("a portable variant cannot be put together from donors, whose slices have widths of their own")
                 .hint("leave --portable out, or quantize the plan's session with `strata quantize --portable`"));

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 
 pub use gpu::{GpuMonitor, GpuReading};
 pub use job::{GenerateJob, Job, QuantizeJob, TraceJob};
-pub use measure::{SensitivityJob, StudyJob};
+pub use measure::{AllocateJob, SensitivityJob, StudyJob};
 pub use observe::{BlockInputs, ObserveJob};
 pub use playground::{PlaygroundJob, PlaygroundStep, Spoken};
 pub use progress::{Progress, Snapshot};

@@ -2,7 +2,7 @@
 //!
 //! A donor's Hessian is that of the float model's activations, so that it depends on no plan. GPTQ rounds every row of a
 //! linear for itself: slices of one linear can come from donors of different widths. Donors lie in a folder named by the
-//! hash of source, steps, sample and tool, one file a block and width, each with its own hash in the folder's index.
+//! hash of source, transforms, rounding, sample and tool, one file a block and width, each with its own hash in the folder's index.
 //! Start with [`Donors::open`].
 
 use std::borrow::Cow;
@@ -84,9 +84,11 @@ pub fn weights_of(format: Format) -> Format {
 }
 
 impl Donors {
-    /// Hash of everything that decides the donors' bytes.
+    /// Hash of everything that decides the donors' bytes. How activations are read is not among it, and donors are not
+    /// smoothed: smoothing follows a block's inputs, which a plan's other choices change.
     pub fn key(source: &str, steps: &Steps, sample: &Sample) -> String {
-        let identity = json!({ "tool": TOOL, "source": source, "steps": steps, "sample": sample.sha256() });
+        let (transforms, method) = (steps.without_smoothing().transforms, steps.method);
+        let identity = json!({ "tool": TOOL, "source": source, "transforms": transforms, "method": method, "sample": sample.sha256() });
         sha256_hex(identity.to_string().as_bytes())
     }
 
@@ -100,7 +102,8 @@ impl Donors {
         store: &Path,
         monitor: &Monitor,
     ) -> Result<Self> {
-        let key = Self::key(&checkpoint.sha256()?, steps, sample);
+        let steps = steps.without_smoothing();
+        let key = Self::key(&checkpoint.sha256()?, &steps, sample);
         let directory = store.join(&key[..16]);
         fs::create_dir_all(&directory).map_err(|error| Error::io("creating", &directory, &error))?;
         let index = match fs::read(directory.join(INDEX)) {
@@ -114,7 +117,7 @@ impl Donors {
             None
         };
         let transforms = Transforms::new(&steps.transforms, moment.as_deref(), checkpoint.config.hidden_size)?;
-        Ok(Self { directory, key, steps: steps.clone(), float_bytes: checkpoint.layout.float_bytes, index, transforms })
+        Ok(Self { directory, key, steps, float_bytes: checkpoint.layout.float_bytes, index, transforms })
     }
 
     /// The hash that names the donors.
@@ -134,7 +137,7 @@ impl Donors {
 
     /// The transformed weights of block `spec`.
     pub fn block<'a>(&'a self, checkpoint: &'a Checkpoint, spec: &'a BlockSpec) -> Result<DonorBlock<'a>> {
-        Ok(DonorBlock { donors: self, checkpoint, spec, weights: self.transforms.block(checkpoint, spec, &Maxima::new())? })
+        Ok(DonorBlock { donors: self, checkpoint, spec, weights: self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())? })
     }
 
     /// Makes the donors of block `spec` that are missing among those for `formats`. `inputs` is the sample's residual
@@ -154,7 +157,7 @@ impl Donors {
         if missing.is_empty() {
             return Ok(());
         }
-        let weights = self.transforms.block(checkpoint, spec, &Maxima::new())?;
+        let weights = self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())?;
         let hessians = if self.steps.method == Method::Gptq {
             let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
             let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;

@@ -14,10 +14,12 @@ use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, Selector
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
 
 /// The built-in recipes, as the files that a user could have written.
-const BUILT_IN: [&str; 9] = [
+const BUILT_IN: [&str; 11] = [
     include_str!("recipes/phase1.toml"),
     include_str!("recipes/phase2.toml"),
     include_str!("recipes/phase3.toml"),
+    include_str!("recipes/phase3-allocated.toml"),
+    include_str!("recipes/fit-24gb.toml"),
     include_str!("recipes/rtn.toml"),
     include_str!("recipes/rtn-w8a8.toml"),
     include_str!("recipes/rtn-w4a8.toml"),
@@ -66,6 +68,14 @@ impl Steps {
         let (activations, cache) = (Activations::default(), CacheFormats::default());
         Self { transforms, method, activations, observers: Observers::default(), cache }
     }
+
+    /// The same without the transforms whose scales come from a block's inputs.
+    #[must_use]
+    pub fn without_smoothing(&self) -> Self {
+        let mut steps = self.clone();
+        steps.transforms.retain(|transform| !transform.smooths());
+        steps
+    }
 }
 
 /// Formats by kind of block.
@@ -80,6 +90,22 @@ pub struct Formats {
     pub head: Format,
 }
 
+/// Formats by measurement: which may be used, and what the plan may take. Without a budget it takes no more bytes than the
+/// recipe's own formats would.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AllocateSpec {
+    pub formats: Vec<Format>,
+    /// Stored bits a weight of the blocks' linears.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<f64>,
+    /// A GPU whose memory the model has to fit into, with `context` tokens in its caches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
+}
+
 /// How to quantize.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -92,6 +118,9 @@ pub struct Recipe {
     #[serde(default)]
     pub transforms: Vec<Transform>,
     pub formats: Formats,
+    /// Formats of the blocks are found by measurement, within the bytes of `formats` or a budget of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocate: Option<AllocateSpec>,
     /// Where formats read int8.
     #[serde(default)]
     pub activations: Activations,
@@ -249,7 +278,8 @@ mod tests {
     #[test]
     fn built_in_recipes_are_readable_and_named_as_their_files() {
         let names: Vec<String> = Recipe::built_in().unwrap().into_iter().map(|recipe| recipe.name).collect();
-        assert_eq!(names, ["phase1", "phase2", "phase3", "rtn", "rtn-w8a8", "rtn-w4a8", "gptq-w4a16", "quamba2-like", "mambaquant-like"]);
+        let expected = ["phase1", "phase2", "phase3", "phase3-allocated", "fit-24gb", "rtn", "rtn-w8a8", "rtn-w4a8", "gptq-w4a16"];
+        assert_eq!(names, [&expected[..], &["quamba2-like", "mambaquant-like"]].concat());
         assert!(Recipe::find("phase9").unwrap_err().hint.unwrap().contains("phase1, phase2, phase3"));
     }
 

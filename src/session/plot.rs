@@ -160,8 +160,9 @@ pub fn size(results: &[ModelResult]) -> Option<String> {
     for (series, name, bytes, log) in &points {
         let (x, y) = place(*bytes, *log);
         plot.dot(*series, x, y, &format!("{name}: {}, KLD {:.2e}", report::bytes(*bytes as u64), 10.0_f64.powf(*log)));
-        let (x, anchor) = if x > Plot::x(0.8) { (x - 8.0, "end") } else { (x + 8.0, "start") };
-        plot.text(x, y - 6.0, anchor, name);
+        // Away from the front, which falls from the left to the right.
+        let (x, y, anchor) = if x > Plot::x(0.8) { (x - 8.0, y + 14.0, "end") } else { (x + 8.0, y - 6.0, "start") };
+        plot.text(x, y, anchor, name);
     }
     Some(plot.finish("bytes of the linears against mean divergence"))
 }

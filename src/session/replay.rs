@@ -9,7 +9,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::file::{Session, VariantSpec};
 use super::paths;
 use crate::checkpoint::{self, StorageLayout};
-use crate::engine::{Engine, Event, Job, QuantizeJob};
+use crate::engine::{AllocateJob, Engine, Event, Job, QuantizeJob};
 use crate::error::{Error, Result};
 use crate::eval::run::{Evaluated, ModelToEvaluate};
 use crate::monitor::CancelToken;
@@ -110,6 +110,7 @@ impl Replay<'_> {
             model: self.session.model.name(),
             name: variant.name.clone(),
             steps: recipe.steps(),
+            allocate: AllocateJob::new(&recipe, &variant.overrides, paths::data_directory()),
             recipe: recipe.name,
             plan,
             sample: self.session.calibration.clone(),

@@ -13,7 +13,9 @@ const sort = (head) => {
   const compare = (a, b) => {
     const [s, t] = [a.cells[column].textContent, b.cells[column].textContent];
     const [x, y] = [value(s), value(t)];
-    const order = x !== null && y !== null ? x - y : x !== null ? -1 : y !== null ? 1 : s.localeCompare(t);
+    // What was not measured comes last either way.
+    if ((x === null) !== (y === null)) return x === null ? 1 : -1;
+    const order = x !== null ? x - y : s.localeCompare(t);
     return down ? -order : order;
   };
   body.append(...[...body.rows].sort(compare));

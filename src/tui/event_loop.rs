@@ -59,7 +59,8 @@ impl<S: Screen> EventLoop<'_, S> {
         let mut last_frame: Option<Instant> = None;
         let mut last_tick = start;
         let mut autosave: Option<Instant> = None;
-        self.tick(start);
+        let effects = self.tick(start);
+        self.perform(effects, &background)?;
         // Before the first frame, so that nothing jumps; the answers come when they come.
         self.perform(vec![Effect::Inspect, Effect::Recall], &background)?;
         let (mut dirty, mut urgent) = (true, true);
@@ -138,7 +139,8 @@ impl<S: Screen> EventLoop<'_, S> {
                 messages.push(Msg::Second);
             }
             if !messages.is_empty() {
-                self.tick(start);
+                let effects = self.tick(start);
+                self.perform(effects, &background)?;
                 dirty = true;
             }
             for message in messages {
@@ -179,9 +181,9 @@ impl<S: Screen> EventLoop<'_, S> {
     }
 
     /// Tells the state what time it is.
-    fn tick(&mut self, start: Instant) {
+    fn tick(&mut self, start: Instant) -> Vec<Effect> {
         let resident_bytes = memory::resident_bytes().unwrap_or(0);
-        update(&mut self.state, Msg::Tick { clock: start.elapsed(), resident_bytes });
+        update(&mut self.state, Msg::Tick { clock: start.elapsed(), resident_bytes })
     }
 
     /// Carries effects out, in order; what an effect answers may have effects again.

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::document::Draft;
 use crate::checkpoint::VariantManifest;
 use crate::eval::ModelResult;
 use crate::eval::run::Evaluated;
@@ -39,6 +40,11 @@ impl Measurements {
     /// The measurement of this plan.
     pub fn find(&self, steps: &Steps, plan: &Plan) -> Option<&Measurement> {
         self.rows.iter().find(|row| row.steps == *steps && row.plan == *plan)
+    }
+
+    /// The measurement of a draft. The plan of one whose formats are left to measurement is a budget, and has none.
+    pub fn of(&self, draft: &Draft) -> Option<&Measurement> {
+        if draft.recipe.allocate.is_some() { None } else { self.find(&draft.recipe.steps(), &draft.plan) }
     }
 
     /// Takes a variant on disk in. An earlier result of the same plan stays: the weights are the same.

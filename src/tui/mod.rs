@@ -106,7 +106,7 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
             screen.ask_background()?;
             state.background.ask(std::time::Duration::ZERO);
         }
-        if popups::Tour::is_first_run() {
+        if !options.read_only && popups::Tour::is_first_run() {
             state.popups.push(popups::Popup::Tour(popups::Tour));
         }
         state.queue.store = places.variants();
@@ -120,7 +120,8 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
         if let Some(lost) = recovery::lost(&places.recovery()).into_iter().next().filter(|_| !options.read_only) {
             actions::files::offer_lost(&mut state, lost);
         }
-        let arguments = options.threads.map(|threads| format!("--threads={threads}")).into_iter().collect();
+        let mut arguments = vec![format!("--device={}", options.device)];
+        arguments.extend(options.threads.map(|threads| format!("--threads={threads}")));
         let outside = Outside::new(places, arguments, options.read_only);
         let (_, _, farewell) = EventLoop { state, screen, engine: &engine, events, signals, outside }.run(EventStream::new()).await?;
         Ok(farewell)

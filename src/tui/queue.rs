@@ -483,6 +483,7 @@ fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path) -> Res
                 store: store.to_owned(),
                 force: false,
                 donors: None,
+                allocate: None,
             }))))
         }
         Work::Evaluate => {

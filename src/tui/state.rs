@@ -448,7 +448,7 @@ impl State {
                 errors: None,
             };
         };
-        let row = self.measurements.find(&draft.recipe.steps(), &draft.plan);
+        let row = self.measurements.of(draft);
         SideView {
             name: draft.name.clone(),
             path: row.map(|row| row.path.display().to_string()),

@@ -19,7 +19,7 @@ pub use store::donors_directory;
 use crate::checkpoint::{BlockSpec, Checkpoint, Layout, TOOL, sha256_hex};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, Format, Plan, Transform};
-use crate::quant::{Recipe, Sample, SampleSpec, Steps};
+use crate::quant::{Sample, SampleSpec, Steps};
 
 /// Schema of the table.
 pub const SENSITIVITY_SCHEMA: &str = "strata.sensitivity/1";
@@ -49,8 +49,9 @@ impl FromStr for Granularity {
 /// What to measure, before the model is open.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SensitivitySpec {
-    /// The recipe whose transforms, rounding and formats of embedding and head are used.
-    pub recipe: Recipe,
+    pub steps: Steps,
+    pub embedding: Format,
+    pub head: Format,
     pub by: Granularity,
     /// Candidate formats of a unit.
     pub formats: Vec<Format>,
@@ -68,9 +69,20 @@ pub const CANDIDATES: [Format; 8] =
     [Format::W8A16, Format::W4A16, Format::W3A16, Format::W2A16, Format::W8A8, Format::W4A8, Format::W3A8, Format::W2A8];
 
 impl SensitivitySpec {
-    /// What is measured for `recipe` unless something else is asked for.
-    pub fn new(recipe: Recipe, sample: SampleSpec) -> Self {
-        Self { recipe, by: Granularity::Linear, formats: CANDIDATES.to_vec(), sample, windows: 32, positions: usize::MAX, exact: 0.75 }
+    /// What is measured for these steps and formats of embedding and head (of `ends`) unless something else is asked for.
+    pub fn new(steps: Steps, ends: &Plan, sample: SampleSpec) -> Self {
+        let (embedding, head) = (ends.embedding, ends.head);
+        Self {
+            steps,
+            embedding,
+            head,
+            by: Granularity::Linear,
+            formats: CANDIDATES.to_vec(),
+            sample,
+            windows: 32,
+            positions: usize::MAX,
+            exact: 0.75,
+        }
     }
 }
 
@@ -136,9 +148,10 @@ impl<'a> Request<'a> {
         formats.dedup();
         Ok(Self {
             checkpoint,
-            steps: spec.recipe.steps(),
-            embedding: spec.recipe.plan(&checkpoint.layout, &[])?.embedding,
-            head: spec.recipe.formats.head,
+            // Losses are those of linears: scales at run time, SSM internals in float.
+            steps: Steps::new(spec.steps.transforms.clone(), spec.steps.method),
+            embedding: spec.embedding,
+            head: spec.head,
             by: spec.by,
             formats,
             positions: spec.positions.min(spec.sample.length),

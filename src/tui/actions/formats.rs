@@ -181,7 +181,8 @@ pub fn preset(state: &mut State) -> Vec<Effect> {
         }
     };
     let mut presets: Vec<(String, String, Plan)> = Vec::new();
-    for recipe in recipes {
+    // The formats of a recipe that leaves them to measurement are a budget, not a plan.
+    for recipe in recipes.into_iter().filter(|recipe| recipe.allocate.is_none()) {
         match recipe.plan(&state.document.layout, &[]) {
             Ok(plan) => presets.push((recipe.name, formats_of(&recipe.formats), plan)),
             Err(error) => state.complain(&error),

@@ -5,6 +5,7 @@ use super::super::message::Effect;
 use super::super::popups::{Choice, Confirm, Popup, Runs};
 use super::super::queue::{Level, Run, Target};
 use super::super::state::{Pane, State};
+use crate::error::Error;
 use crate::session::VariantSpec;
 
 fn target(draft: &Draft) -> Target {
@@ -16,7 +17,16 @@ fn target(draft: &Draft) -> Target {
     }
 }
 
-fn queue(state: &mut State, targets: Vec<Target>, evaluate: bool) -> Vec<Effect> {
+/// Queues the drafts that give their formats themselves.
+fn queue(state: &mut State, drafts: &[Draft], evaluate: bool) -> Vec<Effect> {
+    if let Some(draft) = drafts.iter().find(|draft| draft.recipe.allocate.is_some()) {
+        let error = Error::input(format!("the formats of {} are found by measurement, which does not run in the workbench", draft.name));
+        state.complain(&error.hint("run it with `strata replay` or `strata quantize`"));
+    }
+    let targets: Vec<Target> = drafts.iter().filter(|draft| draft.recipe.allocate.is_none()).map(target).collect();
+    if targets.is_empty() {
+        return Vec::new();
+    }
     let session = state.document.session();
     state.queue.push(session, targets, evaluate);
     state.focus = Pane::Run;
@@ -24,18 +34,18 @@ fn queue(state: &mut State, targets: Vec<Target>, evaluate: bool) -> Vec<Effect>
 }
 
 pub fn run(state: &mut State) -> Vec<Effect> {
-    let target = target(state.document.draft());
-    queue(state, vec![target], true)
+    let draft = state.document.draft().clone();
+    queue(state, &[draft], true)
 }
 
 pub fn run_all(state: &mut State) -> Vec<Effect> {
-    let targets = state.document.drafts.iter().map(target).collect();
-    queue(state, targets, true)
+    let drafts = state.document.drafts.clone();
+    queue(state, &drafts, true)
 }
 
 pub fn quantize(state: &mut State) -> Vec<Effect> {
-    let target = target(state.document.draft());
-    queue(state, vec![target], false)
+    let draft = state.document.draft().clone();
+    queue(state, &[draft], false)
 }
 
 pub fn is_busy(state: &State) -> Result<(), &'static str> {

@@ -21,12 +21,12 @@ pub fn wanted(state: &mut State) -> Option<Effect> {
             state.looks.blocks.remove(&left);
         }
     }
+    let cancel = CancelToken::default();
+    state.looks.current = Some((block, cancel.clone()));
     if state.looks.blocks.get(&block).is_some_and(|look| look.done) {
         return None;
     }
-    let cancel = CancelToken::default();
     state.looks.blocks.insert(block, BlockLook::default());
-    state.looks.current = Some((block, cancel.clone()));
     Some(Effect::Look { model: state.document.settings().model.name(), block, cancel })
 }
 

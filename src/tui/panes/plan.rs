@@ -232,7 +232,7 @@ fn variant(state: &State, index: usize) -> Line<'static> {
     let draft = &state.document.drafts[index];
     let footprint = &state.document.footprint;
     let current = index == state.document.current();
-    let result = state.measurements.find(&draft.recipe.steps(), &draft.plan).and_then(|row| row.result.as_ref());
+    let result = state.measurements.of(draft).and_then(|row| row.result.as_ref());
     let float = footprint.linear_bytes(&Plan::unquantized(draft.plan.blocks.len())) as f64;
     let figure = |text: String, measured: bool, width: usize| {
         if measured {

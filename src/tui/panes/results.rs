@@ -133,7 +133,7 @@ fn judge(difference: f64, noise: f64) -> Role {
 }
 
 fn result<'a>(state: &'a State, draft: &Draft) -> Option<&'a ModelResult> {
-    state.measurements.find(&draft.recipe.steps(), &draft.plan)?.result.as_ref()
+    state.measurements.of(draft)?.result.as_ref()
 }
 
 /// The variants in the order of the table.

@@ -156,7 +156,7 @@ fn browse_plan_undo_run_compare_save_reload() {
     let path = folder.path().join("fit.toml");
     let state = with_loop(small_session(), folder.path(), async |typist: Typist| {
         typist.sees("1 Layers").await;
-        typist.sees("largest weight / rms").await;
+        typist.sees("clip loses").await;
         typist.press(&["j", "j", "s", "4", "esc", "g", "6", "u"]);
         typist.sees("kind:ssm w4a8").await;
         typist.press(&["A"]);
