@@ -218,7 +218,7 @@ fn the_command_line_says_what_is_missing() {
         (&["allocate", "demo", "--bits", "4", "--kld", "0.1"], "cannot be used with"),
         (&["allocate", "demo", "--gpu", "T4"], "no figures of a GPU"),
         (&["allocate", "demo", "--gpu", "H100", "--context", "999999999"], "caches of 999999999 tokens alone do not fit"),
-        (&["allocate", "demo", "--bits", "4", "--context", "10"], "required"),
+        (&["allocate", "demo", "--bits", "4", "--context", "10"], "no --gpu is given"),
         (&["allocate", "demo", "--activations", "4", "--bits", "4"], "activations of `4` bits"),
         (&["sensitivity", "demo", "--formats", "w5a8"], "unknown format"),
         (&["sensitivity", "demo", "--by", "row"], "by `block` or by `linear`"),

@@ -129,6 +129,9 @@ fn parse_bytes(text: &str) -> Result<u64> {
 
 impl Allocate {
     pub fn run(&self, common: &Common) -> Result<()> {
+        if self.context.is_some() && self.budget.gpu.is_none() {
+            return Err(Error::input("--context says what has to fit on a GPU, and no --gpu is given").hint("add `--gpu H100`"));
+        }
         let activations = self.activations.parse::<Activations>()?;
         let checkpoint = checkpoint::open(&self.model)?;
         let spec = self.measured.spec(&checkpoint.layout, common)?;

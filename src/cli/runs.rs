@@ -109,7 +109,7 @@ fn follow(run: &Run, common: &Common) -> Result<()> {
             log[printed.min(whole)..whole].lines().try_for_each(|line| bar.suspend(|| output::line(line)))?;
         }
         printed = whole;
-        if status.state.is_over() {
+        if status.state.is_over() && !(status.state == State::Interrupted && run.is_handed_over()) {
             break status;
         }
         let progress = &status.progress;

@@ -40,7 +40,7 @@ pub fn regions(size: (u16, u16), focus: Pane, zoom: bool) -> Option<Regions> {
     } else {
         let left = (width / 2).min(84);
         let plan = (body.height * 2 / 5).clamp(13, 18);
-        let (block, results) = (8 + u16::from(height >= 40) * 2, (body.height / 3).clamp(9, 16));
+        let (block, results) = (8 + ((height - WIDE.1) / 2).min(8), (body.height / 3).clamp(9, 16));
         let right = Rect { x: left, width: width - left, ..body };
         vec![
             (Pane::Layers, Rect { width: left, height: body.height - plan, ..body }),
@@ -164,10 +164,13 @@ fn draw_header(frame: &mut Frame, area: Rect, state: &State, side_by_side: bool)
             spans.push(Span::styled(tab(pane), style(role)));
         }
         let unsaved = if state.document.unsaved() { "*" } else { "" };
-        spans.push(Span::styled(format!("  {}{unsaved}", draft.name), style(Role::Dim)));
+        let read_only = if state.read_only { " read-only" } else { "" };
+        spans.push(Span::styled(format!(" {read_only} {}{unsaved}", draft.name), style(Role::Dim)));
     }
-    let read_only = if state.read_only { "read-only  " } else { "" };
-    let memory = format!("{read_only}{}{} resident ", gpu_summary(state), crate::session::report::bytes(state.resident_bytes));
+    if side_by_side && state.read_only {
+        spans.push(Span::styled("  read-only", style(Role::Dim)));
+    }
+    let memory = format!("{}{} resident ", gpu_summary(state), crate::session::report::bytes(state.resident_bytes));
     let line = Line::from(spans);
     let room = area.width as usize > line.width() + memory.chars().count() + 1;
     frame.render_widget(line, area);

@@ -57,6 +57,9 @@ impl Request {
     }
 }
 
+/// For how long a run that was handed over may belong to no process: one ends before the other begins.
+const HAND_OVER: Duration = Duration::from_secs(10);
+
 /// How a run stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -234,6 +237,13 @@ impl Run {
     /// How it is replayed.
     pub fn request(&self) -> Result<Request> {
         read_json(&self.file("run.json"))
+    }
+
+    /// Whether its process left it to another one moments ago, which may not have begun yet.
+    pub fn is_handed_over(&self) -> bool {
+        let path = self.file("status.json");
+        let fresh = fs::metadata(&path).and_then(|data| data.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age < HAND_OVER));
+        fresh && read_json::<Status>(&path).is_ok_and(|status| status.state == State::Waiting)
     }
 
     /// How it stands: what its process last wrote, or that this process is gone.

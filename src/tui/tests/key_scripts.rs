@@ -348,7 +348,7 @@ fn place(state: &State, what: &str) -> (u16, u16) {
 #[test]
 fn clicks_take_panes_rows_tabs_and_the_strip() {
     let mut state = fresh((160, 48));
-    let (column, row) = place(&state, "phase2     phase2");
+    let (column, row) = place(&state, "phase2             phase2");
     click(&mut state, column, row);
     assert_eq!((state.focus, state.document.current()), (Pane::Plan, 1));
     let (column, row) = place(&state, "  7  M SSM");

@@ -67,7 +67,7 @@ fn results_are_there_at_once_when_the_session_is_opened_again() {
 
     // Another sample makes other variants: nothing is known of them.
     let other = with_loop(session(), folder.path(), async |typist: Typist| {
-        typist.sees("largest weight / rms").await;
+        typist.sees("1 Layers").await;
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         typist.press(&["q"]);
     });
