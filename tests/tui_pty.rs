@@ -284,8 +284,8 @@ fn a_run_that_is_left_goes_on_without_a_screen() {
     workbench.types("R");
     // Not the screen's "block 1", which calibration shows as well.
     let log = || {
-        let runs = std::fs::read_dir(home.path().join("data/strata/runs")).ok()?;
-        runs.filter_map(|run| std::fs::read_to_string(run.ok()?.path().join("log")).ok()).next()
+        let mut runs = std::fs::read_dir(home.path().join("data/strata/runs")).ok()?;
+        runs.find_map(|run| std::fs::read_to_string(run.ok()?.path().join("log")).ok())
     };
     let start = Instant::now();
     while !log().is_some_and(|log| log.contains("block 1: error")) {
