@@ -16,12 +16,12 @@ pub struct Tour;
 /// A step: keys and what they do.
 const STEPS: [(&str, &str); 8] = [
     ("j k", "move over the blocks; the two lines on top are the whole model"),
-    ("4 8 6", "give a block 4, 8 or 16 bits: every figure marked ~ follows at once"),
-    ("s v space", "select a kind, a range, a block; / finds, l opens a block's parts"),
-    ("2", "the plan: n makes a variant of a recipe, P takes a preset's formats"),
+    ("4 8 6", "give a block 4, 8 or 16 bits: figures marked ~ follow at once"),
+    ("s v space", "select a kind, a range, a block; / finds, l opens a block"),
+    ("2", "the plan: n makes a variant, P takes a preset's formats"),
     ("R", "quantizes and evaluates the variant; go on browsing meanwhile"),
     ("5", "the results: a and b pick two variants, c compares, p plots"),
-    ("ctrl-s", "saves the session; `strata replay FILE` gives the same table again"),
+    ("ctrl-s", "saves the session; `strata replay FILE` gives it again"),
     ("? :", "all keys; every command by name"),
 ];
 
