@@ -4,8 +4,10 @@
 //! each block its shard, both streams and what was measured are in the work folder; a run that ends early goes on
 //! from there. The finished files are opened again and must give the same streams and logits before they appear.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+mod block;
+mod ends;
+mod variant;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,25 +16,20 @@ use serde_json::json;
 
 use super::boundary::{self, FloatHash};
 use super::calibrate;
-use super::donors::{Donors, PartlyQuantized, Place};
+use super::donors::Donors;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
-use super::observe::{self, StaticScales, Wanted};
-use super::publish::{self, TensorOut};
+use super::publish;
 use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
-use super::weights::{BlockWeights, FloatBlock, FloatLinear};
-use crate::backend::{Backend, Divergence, Emit, Sequences, SsmInternals, SsmScales};
-use crate::checkpoint::{
-    BlockRecord, BlockSpec, Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, StorageLayout, TOOL,
-    VARIANT_SCHEMA, VariantManifest, float_tensor, linear_tensors, quantization_config, sha256_hex,
-};
+use crate::backend::{Backend, Divergence, Sequences};
+use crate::checkpoint::{BlockRecord, BlockSpec, Checkpoint, SampleRecord, StorageLayout, TOOL, VariantManifest, sha256_hex};
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
-use crate::format::{BlockKind, Format, LinearWeights, Plan, ScaleKind, Scheme, SsmActivations, Transform};
-use crate::model::{Block, Stream};
+use crate::format::{Format, Plan, Scheme, Transform};
+use crate::model::Stream;
 use crate::monitor::Monitor;
 
 /// What to quantize, how, and to where.
@@ -197,14 +194,6 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Ok(manifest)
     }
 
-    fn shard_name(&self, shard: usize) -> String {
-        format!("model-{:05}-of-{:05}.safetensors", shard + 1, self.blocks.len() + 1)
-    }
-
-    fn stored(&self, canonical: &str) -> String {
-        self.request.checkpoint.stored_name(canonical)
-    }
-
     fn quantize_blocks(&mut self) -> Result<Streams<B>> {
         let blocks = self.blocks.len();
         self.monitor.stage("quantize", blocks);
@@ -239,150 +228,6 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             self.monitor.step(index + 1, note)?;
         }
         Ok(streams)
-    }
-
-    fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
-        let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
-        let float_block = Block::load(self.backend, checkpoint, index)?;
-        let (mixed, maxima) = if self.request.steps.transforms.iter().any(|transform| transform.smooths()) {
-            calibrate::maxima(self.backend, spec, &float_block, &streams.reference, &streams.sequences)?
-        } else {
-            let pairs = streams.reference.iter().zip(&streams.sequences);
-            let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
-            (pairs.map(mix).collect::<Result<_>>()?, BTreeMap::new())
-        };
-        let weights = self.transforms.block(checkpoint, spec, &maxima)?;
-        let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
-        let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
-        let mut linears = match self.request.donors {
-            Some(donors) => {
-                let format = |linear: &LinearSpec, slice: &str| plan.slice(index, &linear.stem, slice);
-                donors.assemble(Place::Block(index), &spec.linears, format, |name| weights.linear(name))?
-            }
-            None => self.round_block(spec, &weights, &transformed, streams)?,
-        };
-        let scales = self.static_scales(spec, &transformed, &source, streams)?;
-        for quantized in linears.iter_mut().filter(|(_, quantized)| quantized.int8_activations) {
-            quantized.1.input_scale = scales.linears.get(*quantized.0).copied();
-        }
-        let mut tensors: Vec<TensorOut> = Vec::new();
-        for other in &spec.others {
-            match weights.tensors.get(&other.name) {
-                Some(values) => {
-                    let bytes = values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect();
-                    tensors.push((self.stored(&other.name), Dtype::F32, other.shape.clone(), Cow::Owned(bytes)));
-                }
-                None => tensors.push(self.copy(&other.name)?),
-            }
-        }
-        for linear in &spec.linears {
-            self.push_linear(linear, &linears[linear.name.as_str()], &mut tensors)?;
-        }
-        let kept = scales.internals.as_ref().map(|scales| internal_tensors(spec, scales)).unwrap_or_default();
-        tensors.extend(kept.iter().map(|(name, values)| float_vector(self.stored(name), values)));
-        publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
-        drop(tensors);
-
-        let activations = self.request.steps.activations.ssm;
-        let internals = match scales.internals {
-            Some(scales) => SsmInternals::Int8Static(scales),
-            None if activations == SsmActivations::Int8PerToken && plan.blocks[index].quantizes_activations() => SsmInternals::Int8PerToken,
-            None => SsmInternals::Float,
-        };
-        let quantized_block =
-            Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
-        let (mut difference, mut norm) = (0.0, 0.0);
-        for (quantized, sequences) in streams.quantized.iter_mut().zip(&streams.sequences) {
-            self.monitor.check()?;
-            let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
-            let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
-            for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
-                difference += f64::from(exact - rounded).powi(2);
-                norm += f64::from(*exact).powi(2);
-            }
-            *quantized = self.backend.add(quantized.clone(), &rounded)?;
-        }
-        for (reference, mixed) in streams.reference.iter_mut().zip(&mixed) {
-            *reference = self.backend.add(reference.clone(), mixed)?;
-        }
-        Ok(BlockRecord {
-            index,
-            kind: spec.kind,
-            format: plan.blocks[index],
-            error: if norm > 0.0 { (difference / norm).sqrt() } else { 0.0 },
-            bytes: spec.planned_bytes(plan, checkpoint.layout.float_bytes),
-            notes: gather_notes(&linears),
-        })
-    }
-
-    /// The static scales that the plan needs of a block, from what its transformed form reads on the quantized stream.
-    fn static_scales(
-        &self,
-        spec: &BlockSpec,
-        transformed: &Block<B>,
-        source: &FloatBlock<'_>,
-        streams: &Streams<B>,
-    ) -> Result<StaticScales> {
-        let (steps, plan, config) = (&self.request.steps, &self.request.plan, &self.request.checkpoint.config);
-        let int8 = |linear: &LinearSpec| plan.linear(spec.index, &linear.stem).quantizes_activations();
-        let wanted = Wanted {
-            linears: steps.activations.linears == ScaleKind::Static && spec.linears.iter().any(int8),
-            internals: spec.kind == BlockKind::Ssm
-                && steps.activations.ssm == SsmActivations::Int8Static
-                && plan.blocks[spec.index].quantizes_activations(),
-        };
-        let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
-        observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)
-    }
-
-    /// Rounds the linears of a block, with the Hessians of what the quantized blocks before it hand on.
-    fn round_block<'s>(
-        &self,
-        spec: &'s BlockSpec,
-        weights: &BlockWeights,
-        transformed: &Block<B>,
-        streams: &Streams<B>,
-    ) -> Result<BTreeMap<&'s str, QuantizedLinear>> {
-        let (plan, index) = (&self.request.plan, spec.index);
-        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
-        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
-            calibrate::hessians(self.backend, spec, transformed, &streams.quantized, &streams.sequences, self.monitor)?
-        } else {
-            BTreeMap::new()
-        };
-        let mut linears = BTreeMap::new();
-        for linear in &spec.linears {
-            self.monitor.check()?;
-            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
-            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
-            linears.insert(linear.name.as_str(), quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
-        }
-        Ok(linears)
-    }
-
-    /// Appends what stores `linear`: its quantized tensors, or the source's own.
-    fn push_linear<'t>(&'t self, linear: &LinearSpec, quantized: &QuantizedLinear, tensors: &mut Vec<TensorOut<'t>>) -> Result<()> {
-        match quantized.float() {
-            Some(values) if quantized.changed => {
-                let (dtype, bytes) = float_tensor(values, self.request.checkpoint.layout.float_bytes);
-                let name = self.stored(&format!("{}.weight", linear.stem));
-                tensors.push((name, dtype, vec![linear.rows, linear.cols], Cow::Owned(bytes)));
-            }
-            Some(_) => tensors.push(self.copy(&format!("{}.weight", linear.stem))?),
-            None => {}
-        }
-        let owned = linear_tensors(&self.stored(&linear.stem), linear, &quantized.parts, self.request.checkpoint.layout.float_bytes);
-        tensors.extend(owned.into_iter().map(|(name, dtype, shape, bytes)| (name, dtype, shape, Cow::Owned(bytes))));
-        if let Some(scale) = quantized.input_scale {
-            tensors.push(float_vector(self.stored(&format!("{}.input_scale", linear.stem)), &[scale]));
-        }
-        Ok(())
-    }
-
-    /// A tensor of the source as it is.
-    fn copy(&self, canonical: &str) -> Result<TensorOut<'_>> {
-        let (name, tensor) = self.request.checkpoint.raw(canonical)?;
-        Ok((name, tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())))
     }
 
     /// SHA-256 over the values of every batch; an error when one is not finite.
@@ -422,125 +267,6 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Ok(streams)
     }
 
-    /// Writes embedding, final norm, head and whatever the layout does not know (MTP layers) into the last shard, and
-    /// compares the sample's float and quantized logits.
-    fn write_ends(&self, streams: &Streams<B>) -> Result<Judgement> {
-        let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
-        let norm = self.transforms.final_norm(checkpoint)?;
-        let mut tensors: Vec<TensorOut> = Vec::new();
-        if self.request.steps.transforms.contains(&Transform::FoldNorms) {
-            let bytes = norm.iter().flat_map(|value| value.to_le_bytes()).collect();
-            tensors.push((self.stored(&layout.final_norm.name), Dtype::F32, layout.final_norm.shape.clone(), Cow::Owned(bytes)));
-        } else {
-            tensors.push(self.copy(&layout.final_norm.name)?);
-        }
-        self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
-        let float_head = self.transforms.head(checkpoint)?;
-        let mut head = match self.request.donors {
-            Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
-            None => {
-                let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
-                let hessian = self.head_hessian(&float_head, &norm, streams)?;
-                quantize_linear(&float_head, &layout.head, &rounding, hessian.as_deref())
-            }
-        };
-        head.input_scale = self.head_scale(&norm, streams)?;
-        // A tied head is stored apart as soon as it or the embedding is changed.
-        if !layout.tied {
-            self.push_linear(&layout.head, &head, &mut tensors)?;
-        } else if self.unties() {
-            self.monitor.warn("embedding and head were tied; each is now stored for itself");
-            if head.float().is_some() && !head.changed {
-                let (_, dtype, shape, bytes) = self.copy("embeddings.weight")?;
-                tensors.push(("lm_head.weight".into(), dtype, shape, bytes));
-            } else {
-                self.push_linear(&layout.head, &head, &mut tensors)?;
-            }
-        }
-        let extra = || checkpoint.tensors().filter(|(name, _)| name.starts_with("mtp."));
-        // They read the residual stream and the head's input, which the transforms change.
-        if self.request.steps.transforms.iter().any(|transform| transform.turns_residual() || *transform == Transform::FoldNorms) {
-            let dropped = extra().count();
-            if dropped > 0 {
-                self.monitor.warn(format!("{dropped} tensors of MTP layers are left out: they do not fit the transformed stream and head"));
-            }
-        } else {
-            for (name, tensor) in extra() {
-                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())));
-            }
-        }
-        publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
-
-        let original_norm = checkpoint.read(&layout.final_norm.name)?;
-        let (reference, quantized) = (self.backend.prepare(checkpoint.head()?)?, self.backend.prepare(head.weights(layout.head.cols))?);
-        let (original_norm, norm) = (self.backend.prepare_vector(original_norm)?, self.backend.prepare_vector(norm)?);
-        let logits = |head, norm, h: &B::Tensor, tokens: &[usize]| {
-            let rows = self.backend.gather_rows(h, tokens)?;
-            let x = self.backend.rms_norm(&rows, norm, checkpoint.config.norm_eps, self.backend.reads(head))?;
-            self.backend.linear(head, &x)
-        };
-        let (mut rows, mut hash) = (Vec::new(), FloatHash::default());
-        for ((exact, rounded), sequences) in streams.reference.iter().zip(&streams.quantized).zip(&streams.sequences) {
-            for tokens in logit_pieces(sequences.tokens(), layout.head.rows) {
-                let exact = logits(&reference, &original_norm, exact, &tokens)?;
-                let rounded = logits(&quantized, &norm, rounded, &tokens)?;
-                hash.add(&self.backend.download(&rounded)?, "the head")?;
-                rows.extend(self.backend.divergence(&exact, &rounded)?);
-            }
-        }
-        Ok(Judgement { rows, hash: hash.finish() })
-    }
-
-    /// Whether a tied model's embedding and head are no longer the same.
-    fn unties(&self) -> bool {
-        let plan = &self.request.plan;
-        plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.steps.transforms.contains(&Transform::FoldNorms)
-    }
-
-    /// The static scale of the head's input, where it has one.
-    fn head_scale(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<f32>> {
-        let steps = &self.request.steps;
-        if steps.activations.linears != ScaleKind::Static || !self.request.plan.head.quantizes_activations() {
-            return Ok(None);
-        }
-        let eps = self.request.checkpoint.config.norm_eps;
-        let norm = self.backend.prepare_vector(norm.to_vec())?;
-        let normalize = |h| self.backend.rms_norm(h, &norm, eps, Emit::FLOAT);
-        let inputs = streams.quantized.iter().map(normalize).collect::<Result<Vec<_>>>()?;
-        observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
-    }
-
-    /// The Hessian of the head's input, where the method uses one. A token counts by how undecided the model is about what
-    /// follows, `1 − Σ p²`: that is the Fisher information of its logits summed over the vocabulary, so that the loss is
-    /// the divergence that an error of the logits makes and not the error itself.
-    fn head_hessian(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
-        if self.request.steps.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
-            return Ok(None);
-        }
-        let cols = norm.len();
-        let head = self.backend.prepare(LinearWeights::float(head.values(), cols))?;
-        let norm = self.backend.prepare_vector(norm.to_vec())?;
-        let mut sum = vec![0.0; cols * cols];
-        for h in &streams.quantized {
-            let x = self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
-            let logits = self.backend.linear(&head, &x)?;
-            let mut values = self.backend.floats(&x)?;
-            let logits = self.backend.download(&logits)?;
-            let vocabulary = logits.len() * cols / values.len();
-            for (x, logits) in values.chunks_exact_mut(cols).zip(logits.chunks_exact(vocabulary)) {
-                let weight = undecidedness(logits).sqrt() as f32;
-                for x in x {
-                    *x *= weight;
-                }
-            }
-            let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
-            for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
-                *sum += value;
-            }
-        }
-        Ok(Some(sum))
-    }
-
     fn sample_record(&self, logits: Judgement) -> SampleRecord {
         let summary = statistics::summarize_divergence(&logits.rows);
         SampleRecord {
@@ -553,135 +279,6 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             boundaries: self.state.boundaries.clone(),
         }
     }
-
-    /// Writes everything but the shards: index, config.json, companions and strata.toml.
-    fn write_manifest(&self, sample: SampleRecord) -> Result<VariantManifest> {
-        let (request, checkpoint) = (self.request, self.request.checkpoint);
-        let mut weight_map = BTreeMap::new();
-        let mut files = BTreeMap::new();
-        let mut total = 0;
-        for shard in 0..=self.blocks.len() {
-            let name = self.shard_name(shard);
-            let path = self.files.join(&name);
-            let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
-            let tensors = safetensors::SafeTensors::deserialize(&bytes)
-                .map_err(|error| Error::run(format!("{} cannot be read back: {error}", path.display())))?;
-            for (tensor, view) in tensors.iter() {
-                weight_map.insert(tensor.to_owned(), name.clone());
-                total += view.data().len();
-            }
-            files.insert(name, sha256_hex(&bytes));
-        }
-        let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-        self.write(INDEX_FILE, &pretty(&index))?;
-
-        let mut config: serde_json::Value = crate::checkpoint::parse_config_json(&checkpoint.config_text()?)?;
-        let mut layout = checkpoint.layout.clone();
-        layout.blocks.clone_from(&self.blocks);
-        config["quantization_config"] = quantization_config(request.storage, &layout, &request.plan, |name| self.stored(name));
-        if checkpoint.layout.tied && self.unties() {
-            config["tie_word_embeddings"] = json!(false);
-        }
-        self.write("config.json", &pretty(&config))?;
-        for (name, bytes) in checkpoint.companions()? {
-            self.write(name, &bytes)?;
-        }
-        let manifest = VariantManifest {
-            schema: VARIANT_SCHEMA.into(),
-            layout: request.storage,
-            provenance: Provenance {
-                tool: TOOL.into(),
-                source: self.source.clone(),
-                recipe: request.recipe.clone(),
-                method: request.steps.method.name().into(),
-                transforms: request.steps.transforms.clone(),
-                sample: request.sample.sha256(),
-                seed: request.sample.seed,
-                donors: request.donors.map(|donors| donors.name().to_owned()),
-            },
-            plan: request.plan.clone(),
-            activations: request.steps.activations,
-            cache: request.steps.cache,
-            sample,
-            files,
-            blocks: self.state.records.clone(),
-        };
-        let text = toml::to_string(&manifest).map_err(|error| Error::run(format!("{STRATA_FILE} cannot be written: {error}")))?;
-        self.write(STRATA_FILE, text.as_bytes())?;
-        Ok(manifest)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        files::write_atomically(&self.files.join(name), bytes)
-    }
-
-    /// Opens the finished files and streams the sample through them: every boundary and the logits must be the ones
-    /// seen while quantizing.
-    fn validate(&self, manifest: &VariantManifest) -> Result<()> {
-        let variant = Checkpoint::open(&self.files)?;
-        let blocks = self.blocks.len();
-        self.monitor.stage("validate", blocks + 1);
-        let mut stream = Stream::new(self.backend, &variant, &self.request.sample.batches())?;
-        let differs = |what: &str| Error::run(format!("read back from disk, {what} differs from what was measured"));
-        let recorded = &manifest.sample.boundaries;
-        if self.boundary_hash(stream.boundary(), "the embedding")? != recorded[0] {
-            return Err(differs("the embedding"));
-        }
-        for index in 0..blocks {
-            stream.advance(index)?;
-            if self.boundary_hash(stream.boundary(), &format!("block {index}"))? != recorded[index + 1] {
-                return Err(differs(&format!("block {index}")));
-            }
-            self.monitor.step(index + 1, format!("block {index} reads back the same"))?;
-        }
-        let mut hash = FloatHash::default();
-        for (batch, sequence) in self.request.sample.sequences.iter().enumerate() {
-            for tokens in logit_pieces(sequence.len(), self.request.checkpoint.layout.head.rows) {
-                hash.add(&self.backend.download(&stream.logits_at(batch, &tokens)?)?, "the head")?;
-            }
-        }
-        if hash.finish() != manifest.sample.logits {
-            return Err(differs("the head"));
-        }
-        self.monitor.step(blocks + 1, "logits read back the same")
-    }
-}
-
-/// `1 − Σ p²` over the probabilities that a row of logits gives.
-fn undecidedness(logits: &[f32]) -> f64 {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
-    let (mut sum, mut squares) = (0.0, 0.0);
-    for logit in logits {
-        let p = libm::exp(f64::from(logit - max));
-        sum += p;
-        squares += p * p;
-    }
-    (1.0 - squares / (sum * sum)).max(0.0)
-}
-
-/// What the linears of a block have to say, those of one linear after another under the first one's name.
-fn gather_notes(linears: &BTreeMap<&str, QuantizedLinear>) -> Vec<String> {
-    let mut gathered: Vec<(&str, &str, usize)> = Vec::new();
-    for note in linears.values().flat_map(|quantized| &quantized.notes) {
-        let (name, what) = note.split_once(": ").unwrap_or(("", note));
-        match gathered.iter_mut().find(|(_, known, _)| *known == what) {
-            Some((_, _, count)) => *count += 1,
-            None => gathered.push((name, what, 0)),
-        }
-    }
-    let line = |(name, what, more)| if more == 0 { format!("{name}: {what}") } else { format!("{name} and {more} more: {what}") };
-    gathered.into_iter().map(line).collect()
-}
-
-/// The tensors that keep the scales of a mixer's internals: canonical name, values.
-fn internal_tensors(spec: &BlockSpec, scales: &SsmScales) -> Vec<(String, Vec<f32>)> {
-    let values = [&scales.z, &scales.conv_in, &scales.conv_out, &scales.dt];
-    spec.internal_scales().into_iter().zip(values).map(|(tensor, values)| (tensor.name, values.clone())).collect()
-}
-
-fn float_vector(name: String, values: &[f32]) -> TensorOut<'static> {
-    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    (name, Dtype::F32, vec![values.len()], Cow::Owned(bytes))
 }
 
 /// The second moment of the stream in front of the blocks: measured once, and kept in the work folder for a run that
@@ -706,12 +303,6 @@ fn kept_second_moment<B: Backend>(
     Ok(moment)
 }
 
-/// Tokens of a sequence in pieces whose logits, of `vocabulary` entries each, take at most 32 MiB.
-fn logit_pieces(tokens: usize, vocabulary: usize) -> impl Iterator<Item = Vec<usize>> {
-    let piece = ((1 << 23) / vocabulary).max(1);
-    (0..tokens).step_by(piece).map(move |start| (start..tokens.min(start + piece)).collect())
-}
-
 /// Tells the monitor which stages come. The unit of work is a pass over the sample through one block; choosing a
 /// block's codes takes several.
 fn announce(request: &QuantizeRequest<'_>, monitor: &Monitor) {
@@ -731,8 +322,4 @@ fn boundary_file(work: &Path, blocks_done: usize) -> PathBuf {
 /// The state of an earlier run; a missing or unreadable one means starting afresh.
 fn read_state(work: &Path) -> Option<State> {
     serde_json::from_slice(&fs::read(work.join("state.json")).ok()?).ok()
-}
-
-fn pretty(value: &serde_json::Value) -> Vec<u8> {
-    format!("{value:#}\n").into_bytes()
 }

@@ -1,0 +1,160 @@
+//! One block: calibrated, rounded, written as a shard, and passed by both streams.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use super::variant::float_vector;
+use super::{Pipeline, Streams};
+use crate::backend::{Backend, SsmInternals, SsmScales};
+use crate::checkpoint::{BlockRecord, BlockSpec, Dtype, LinearSpec};
+use crate::error::Result;
+use crate::format::{BlockKind, ScaleKind, Scheme, SsmActivations};
+use crate::model::Block;
+use crate::quant::calibrate;
+use crate::quant::donors::{PartlyQuantized, Place};
+use crate::quant::method::{QuantizedLinear, quantize_linear};
+use crate::quant::observe::{self, StaticScales, Wanted};
+use crate::quant::publish::{self, TensorOut};
+use crate::quant::recipe::Method;
+use crate::quant::weights::{BlockWeights, FloatBlock};
+
+impl<B: Backend> Pipeline<'_, B> {
+    pub(super) fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
+        let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
+        let float_block = Block::load(self.backend, checkpoint, index)?;
+        let (mixed, maxima) = if self.request.steps.transforms.iter().any(|transform| transform.smooths()) {
+            calibrate::maxima(self.backend, spec, &float_block, &streams.reference, &streams.sequences)?
+        } else {
+            let pairs = streams.reference.iter().zip(&streams.sequences);
+            let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
+            (pairs.map(mix).collect::<Result<_>>()?, BTreeMap::new())
+        };
+        let weights = self.transforms.block(checkpoint, spec, &maxima)?;
+        let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
+        let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
+        let mut linears = match self.request.donors {
+            Some(donors) => {
+                let format = |linear: &LinearSpec, slice: &str| plan.slice(index, &linear.stem, slice);
+                donors.assemble(Place::Block(index), &spec.linears, format, |name| weights.linear(name))?
+            }
+            None => self.round_block(spec, &weights, &transformed, streams)?,
+        };
+        let scales = self.static_scales(spec, &transformed, &source, streams)?;
+        for quantized in linears.iter_mut().filter(|(_, quantized)| quantized.int8_activations) {
+            quantized.1.input_scale = scales.linears.get(*quantized.0).copied();
+        }
+        let mut tensors: Vec<TensorOut> = Vec::new();
+        for other in &spec.others {
+            match weights.tensors.get(&other.name) {
+                Some(values) => {
+                    let bytes = values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect();
+                    tensors.push((self.stored(&other.name), Dtype::F32, other.shape.clone(), Cow::Owned(bytes)));
+                }
+                None => tensors.push(self.copy(&other.name)?),
+            }
+        }
+        for linear in &spec.linears {
+            self.push_linear(linear, &linears[linear.name.as_str()], &mut tensors)?;
+        }
+        let kept = scales.internals.as_ref().map(|scales| internal_tensors(spec, scales)).unwrap_or_default();
+        tensors.extend(kept.iter().map(|(name, values)| float_vector(self.stored(name), values)));
+        publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
+        drop(tensors);
+
+        let activations = self.request.steps.activations.ssm;
+        let internals = match scales.internals {
+            Some(scales) => SsmInternals::Int8Static(scales),
+            None if activations == SsmActivations::Int8PerToken && plan.blocks[index].quantizes_activations() => SsmInternals::Int8PerToken,
+            None => SsmInternals::Float,
+        };
+        let quantized_block =
+            Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
+        let (mut difference, mut norm) = (0.0, 0.0);
+        for (quantized, sequences) in streams.quantized.iter_mut().zip(&streams.sequences) {
+            self.monitor.check()?;
+            let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
+            let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
+            for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
+                difference += f64::from(exact - rounded).powi(2);
+                norm += f64::from(*exact).powi(2);
+            }
+            *quantized = self.backend.add(quantized.clone(), &rounded)?;
+        }
+        for (reference, mixed) in streams.reference.iter_mut().zip(&mixed) {
+            *reference = self.backend.add(reference.clone(), mixed)?;
+        }
+        Ok(BlockRecord {
+            index,
+            kind: spec.kind,
+            format: plan.blocks[index],
+            error: if norm > 0.0 { (difference / norm).sqrt() } else { 0.0 },
+            bytes: spec.planned_bytes(plan, checkpoint.layout.float_bytes),
+            notes: gather_notes(&linears),
+        })
+    }
+
+    /// The static scales that the plan needs of a block, from what its transformed form reads on the quantized stream.
+    fn static_scales(
+        &self,
+        spec: &BlockSpec,
+        transformed: &Block<B>,
+        source: &FloatBlock<'_>,
+        streams: &Streams<B>,
+    ) -> Result<StaticScales> {
+        let (steps, plan, config) = (&self.request.steps, &self.request.plan, &self.request.checkpoint.config);
+        let int8 = |linear: &LinearSpec| plan.linear(spec.index, &linear.stem).quantizes_activations();
+        let wanted = Wanted {
+            linears: steps.activations.linears == ScaleKind::Static && spec.linears.iter().any(int8),
+            internals: spec.kind == BlockKind::Ssm
+                && steps.activations.ssm == SsmActivations::Int8Static
+                && plan.blocks[spec.index].quantizes_activations(),
+        };
+        let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
+        observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)
+    }
+
+    /// Rounds the linears of a block, with the Hessians of what the quantized blocks before it hand on.
+    fn round_block<'s>(
+        &self,
+        spec: &'s BlockSpec,
+        weights: &BlockWeights,
+        transformed: &Block<B>,
+        streams: &Streams<B>,
+    ) -> Result<BTreeMap<&'s str, QuantizedLinear>> {
+        let (plan, index) = (&self.request.plan, spec.index);
+        let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
+        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
+            calibrate::hessians(self.backend, spec, transformed, &streams.quantized, &streams.sequences, self.monitor)?
+        } else {
+            BTreeMap::new()
+        };
+        let mut linears = BTreeMap::new();
+        for linear in &spec.linears {
+            self.monitor.check()?;
+            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
+            let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
+            linears.insert(linear.name.as_str(), quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
+        }
+        Ok(linears)
+    }
+}
+
+/// What the linears of a block have to say, those of one linear after another under the first one's name.
+fn gather_notes(linears: &BTreeMap<&str, QuantizedLinear>) -> Vec<String> {
+    let mut gathered: Vec<(&str, &str, usize)> = Vec::new();
+    for note in linears.values().flat_map(|quantized| &quantized.notes) {
+        let (name, what) = note.split_once(": ").unwrap_or(("", note));
+        match gathered.iter_mut().find(|(_, known, _)| *known == what) {
+            Some((_, _, count)) => *count += 1,
+            None => gathered.push((name, what, 0)),
+        }
+    }
+    let line = |(name, what, more)| if more == 0 { format!("{name}: {what}") } else { format!("{name} and {more} more: {what}") };
+    gathered.into_iter().map(line).collect()
+}
+
+/// The tensors that keep the scales of a mixer's internals: canonical name, values.
+fn internal_tensors(spec: &BlockSpec, scales: &SsmScales) -> Vec<(String, Vec<f32>)> {
+    let values = [&scales.z, &scales.conv_in, &scales.conv_out, &scales.dt];
+    spec.internal_scales().into_iter().zip(values).map(|(tensor, values)| (tensor.name, values.clone())).collect()
+}

@@ -1,0 +1,154 @@
+//! Embedding, final norm and head, and what the sample's logits say.
+
+use std::borrow::Cow;
+
+use super::{Judgement, Pipeline, Streams};
+use crate::backend::{Backend, Emit};
+use crate::checkpoint::Dtype;
+use crate::error::Result;
+use crate::format::{Format, LinearWeights, ScaleKind, Transform};
+use crate::quant::boundary::FloatHash;
+use crate::quant::method::quantize_linear;
+use crate::quant::observe;
+use crate::quant::publish::{self, TensorOut};
+use crate::quant::recipe::Method;
+use crate::quant::weights::FloatLinear;
+
+impl<B: Backend> Pipeline<'_, B> {
+    /// Writes embedding, final norm, head and whatever the layout does not know (MTP layers) into the last shard, and
+    /// compares the sample's float and quantized logits.
+    pub(super) fn write_ends(&self, streams: &Streams<B>) -> Result<Judgement> {
+        let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
+        let norm = self.transforms.final_norm(checkpoint)?;
+        let mut tensors: Vec<TensorOut> = Vec::new();
+        if self.request.steps.transforms.contains(&Transform::FoldNorms) {
+            let bytes = norm.iter().flat_map(|value| value.to_le_bytes()).collect();
+            tensors.push((self.stored(&layout.final_norm.name), Dtype::F32, layout.final_norm.shape.clone(), Cow::Owned(bytes)));
+        } else {
+            tensors.push(self.copy(&layout.final_norm.name)?);
+        }
+        self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
+        let float_head = self.transforms.head(checkpoint)?;
+        let mut head = match self.request.donors {
+            Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
+            None => {
+                let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
+                let hessian = self.head_hessian(&float_head, &norm, streams)?;
+                quantize_linear(&float_head, &layout.head, &rounding, hessian.as_deref())
+            }
+        };
+        head.input_scale = self.head_scale(&norm, streams)?;
+        // A tied head is stored apart as soon as it or the embedding is changed.
+        if !layout.tied {
+            self.push_linear(&layout.head, &head, &mut tensors)?;
+        } else if self.unties() {
+            self.monitor.warn("embedding and head were tied; each is now stored for itself");
+            if head.float().is_some() && !head.changed {
+                let (_, dtype, shape, bytes) = self.copy("embeddings.weight")?;
+                tensors.push(("lm_head.weight".into(), dtype, shape, bytes));
+            } else {
+                self.push_linear(&layout.head, &head, &mut tensors)?;
+            }
+        }
+        let extra = || checkpoint.tensors().filter(|(name, _)| name.starts_with("mtp."));
+        // They read the residual stream and the head's input, which the transforms change.
+        if self.request.steps.transforms.iter().any(|transform| transform.turns_residual() || *transform == Transform::FoldNorms) {
+            let dropped = extra().count();
+            if dropped > 0 {
+                self.monitor.warn(format!("{dropped} tensors of MTP layers are left out: they do not fit the transformed stream and head"));
+            }
+        } else {
+            for (name, tensor) in extra() {
+                tensors.push((name.to_owned(), tensor.dtype, tensor.shape.to_vec(), Cow::Owned(tensor.bytes()?.to_vec())));
+            }
+        }
+        publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
+
+        let original_norm = checkpoint.read(&layout.final_norm.name)?;
+        let (reference, quantized) = (self.backend.prepare(checkpoint.head()?)?, self.backend.prepare(head.weights(layout.head.cols))?);
+        let (original_norm, norm) = (self.backend.prepare_vector(original_norm)?, self.backend.prepare_vector(norm)?);
+        let logits = |head, norm, h: &B::Tensor, tokens: &[usize]| {
+            let rows = self.backend.gather_rows(h, tokens)?;
+            let x = self.backend.rms_norm(&rows, norm, checkpoint.config.norm_eps, self.backend.reads(head))?;
+            self.backend.linear(head, &x)
+        };
+        let (mut rows, mut hash) = (Vec::new(), FloatHash::default());
+        for ((exact, rounded), sequences) in streams.reference.iter().zip(&streams.quantized).zip(&streams.sequences) {
+            for tokens in logit_pieces(sequences.tokens(), layout.head.rows) {
+                let exact = logits(&reference, &original_norm, exact, &tokens)?;
+                let rounded = logits(&quantized, &norm, rounded, &tokens)?;
+                hash.add(&self.backend.download(&rounded)?, "the head")?;
+                rows.extend(self.backend.divergence(&exact, &rounded)?);
+            }
+        }
+        Ok(Judgement { rows, hash: hash.finish() })
+    }
+
+    /// Whether a tied model's embedding and head are no longer the same.
+    pub(super) fn unties(&self) -> bool {
+        let plan = &self.request.plan;
+        plan.head != Format::W16A16 || plan.embedding != Format::W16A16 || self.request.steps.transforms.contains(&Transform::FoldNorms)
+    }
+
+    /// The static scale of the head's input, where it has one.
+    fn head_scale(&self, norm: &[f32], streams: &Streams<B>) -> Result<Option<f32>> {
+        let steps = &self.request.steps;
+        if steps.activations.linears != ScaleKind::Static || !self.request.plan.head.quantizes_activations() {
+            return Ok(None);
+        }
+        let eps = self.request.checkpoint.config.norm_eps;
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
+        let normalize = |h| self.backend.rms_norm(h, &norm, eps, Emit::FLOAT);
+        let inputs = streams.quantized.iter().map(normalize).collect::<Result<Vec<_>>>()?;
+        observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
+    }
+
+    /// The Hessian of the head's input, where the method uses one. A token counts by how undecided the model is about what
+    /// follows, `1 − Σ p²`: that is the Fisher information of its logits summed over the vocabulary, so that the loss is
+    /// the divergence that an error of the logits makes and not the error itself.
+    fn head_hessian(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
+        if self.request.steps.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
+            return Ok(None);
+        }
+        let cols = norm.len();
+        let head = self.backend.prepare(LinearWeights::float(head.values(), cols))?;
+        let norm = self.backend.prepare_vector(norm.to_vec())?;
+        let mut sum = vec![0.0; cols * cols];
+        for h in &streams.quantized {
+            let x = self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+            let logits = self.backend.linear(&head, &x)?;
+            let mut values = self.backend.floats(&x)?;
+            let logits = self.backend.download(&logits)?;
+            let vocabulary = logits.len() * cols / values.len();
+            for (x, logits) in values.chunks_exact_mut(cols).zip(logits.chunks_exact(vocabulary)) {
+                let weight = undecidedness(logits).sqrt() as f32;
+                for x in x {
+                    *x *= weight;
+                }
+            }
+            let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
+            for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
+                *sum += value;
+            }
+        }
+        Ok(Some(sum))
+    }
+}
+
+/// `1 − Σ p²` over the probabilities that a row of logits gives.
+fn undecidedness(logits: &[f32]) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
+    let (mut sum, mut squares) = (0.0, 0.0);
+    for logit in logits {
+        let p = libm::exp(f64::from(logit - max));
+        sum += p;
+        squares += p * p;
+    }
+    (1.0 - squares / (sum * sum)).max(0.0)
+}
+
+/// Tokens of a sequence in pieces whose logits, of `vocabulary` entries each, take at most 32 MiB.
+pub(super) fn logit_pieces(tokens: usize, vocabulary: usize) -> impl Iterator<Item = Vec<usize>> {
+    let piece = ((1 << 23) / vocabulary).max(1);
+    (0..tokens).step_by(piece).map(move |start| (start..tokens.min(start + piece)).collect())
+}
