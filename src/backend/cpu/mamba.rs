@@ -18,10 +18,11 @@ pub use cache::SsmCache;
 pub use projection::Projection;
 
 use self::cache::SequenceState;
+use self::chunks::{HeadState, Inputs};
 use self::convolution::Convolution;
-use self::projection::{Borrowed, Rows, Spans};
+use self::projection::{Borrowed, Rows, Slice, SlicedRows, Spans};
 use super::hadamard;
-use crate::backend::{MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
+use crate::backend::{MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation};
 use crate::format::CacheFormats;
 
 /// Channels of a head whose states lie together, so that a state and the read-outs of these channels stay in registers.
@@ -137,13 +138,22 @@ fn scan_tree(work: Vec<(Rows<'_>, &mut [f32])>, parameters: &Parameters, shape: 
         levels.resize_with(levels.len().max(depth[index] + 1), Vec::new);
         levels[depth[index]].push((index, work));
     }
+    let empty = SequenceState::empty(parameters, shape, formats);
     let mut states: Vec<Option<SequenceState>> = vec![None; depth.len()];
     for level in levels {
         let run = |(index, (rows, y)): (usize, (Rows<'_>, &mut [f32]))| {
-            let parent = sequences.parent(index).and_then(|parent| states[parent].as_ref());
-            let mut state = parent.map_or_else(|| SequenceState::empty(parameters, shape, formats), SequenceState::clone);
-            scan_sequence(&rows, y, parameters, shape, &mut state, formats);
-            continued[index].then_some((index, state))
+            let before = sequences.parent(index).and_then(|parent| states[parent].as_ref()).unwrap_or(&empty);
+            match rows {
+                Rows::Int8(rows) if !continued[index] && y.len() <= SSM_CHUNK * shape.inner() => {
+                    scan_last(&rows, y, parameters, shape, before);
+                    None
+                }
+                rows => {
+                    let mut state = before.clone();
+                    scan_sequence(&rows, y, parameters, shape, &mut state, formats);
+                    continued[index].then_some((index, state))
+                }
+            }
         };
         let ended: Vec<(usize, SequenceState)> = level.into_par_iter().filter_map(run).collect();
         for (index, state) in ended {
@@ -168,24 +178,45 @@ fn scan_sequence(
             let (mut xbc, window) = parameters.convolution.float(projected, shape, &sequence.window(shape));
             sequence.keep_window(&window, shape, formats.conv);
             rotate(&mut xbc, parameters.rotation, shape);
-            let run = |head: usize, state: &mut [f32], out: &mut [f32], stride: usize| {
+            let states = state.chunks_exact_mut(head_state(shape)).collect();
+            each_head(tokens, y, shape, states, |head, state: &mut [f32], out, stride| {
                 recurrence::scan_head(projected, &xbc, Head::new(parameters, shape, head), shape, state, out, stride);
-            };
-            each_head(tokens, y, shape, &mut state, run);
+            });
         }
-        Rows::Int8 { conv, dt } => {
-            let (mut xbc, window) = parameters.convolution.int8(conv, shape, &sequence.take_codes());
+        Rows::Int8(rows) => {
+            let states = state.chunks_exact_mut(head_state(shape)).map(HeadState::Carried).collect();
+            let window = scan_chunks(rows, y, parameters, shape, sequence.codes(), states);
             sequence.keep_codes(window);
-            rotate(&mut xbc, parameters.rotation, shape);
-            let inputs = projection::Slice::round(&xbc, shape.conv_channels(), &Spans::conv(shape), parameters.scales(|s| &s.conv_out));
-            let groups = chunks::Groups::new(&inputs, parameters, shape);
-            let run = |head: usize, state: &mut [f32], out: &mut [f32], stride: usize| {
-                chunks::scan_head(&inputs, &groups, dt, parameters, Head::new(parameters, shape, head), shape, state, out, stride);
-            };
-            each_head(tokens, y, shape, &mut state, run);
         }
     }
     sequence.keep_state(state, shape, formats.state);
+}
+
+/// A sequence of at most one chunk that nothing goes on from: the state before it is read where it is, and there is none
+/// behind it.
+fn scan_last(rows: &SlicedRows<'_>, y: &mut [f32], parameters: &Parameters, shape: &MambaShape, before: &SequenceState) {
+    let state = before.state(shape);
+    let states = state.chunks_exact(head_state(shape)).map(HeadState::Last).collect();
+    scan_chunks(rows, y, parameters, shape, before.codes(), states);
+}
+
+/// The scan with int8 internals; `window` holds codes and scales in front of the convolution. Returns the next window.
+fn scan_chunks(
+    rows: &SlicedRows<'_>,
+    y: &mut [f32],
+    parameters: &Parameters,
+    shape: &MambaShape,
+    window: (&[i8], &[f32]),
+    states: Vec<HeadState<'_>>,
+) -> (Vec<i8>, Vec<f32>) {
+    let (mut xbc, next) = parameters.convolution.int8(&rows.conv, shape, window);
+    rotate(&mut xbc, parameters.rotation, shape);
+    let codes = Slice::round(&xbc, shape.conv_channels(), &Spans::conv(shape), parameters.scales(|s| &s.conv_out));
+    let inputs = Inputs::new(&codes, parameters, shape);
+    each_head(y.len() / shape.inner(), y, shape, states, |head, state, out, stride| {
+        chunks::scan_head(&inputs, &rows.dt, parameters, Head::new(parameters, shape, head), shape, state, out, stride);
+    });
+    next
 }
 
 impl Parameters {
@@ -203,16 +234,9 @@ impl Parameters {
 }
 
 /// Runs `scan` for every head: (head, state, output, distance between the rows of the output).
-fn each_head(
-    tokens: usize,
-    y: &mut [f32],
-    shape: &MambaShape,
-    state: &mut [f32],
-    scan: impl Fn(usize, &mut [f32], &mut [f32], usize) + Sync,
-) {
-    let head_state = head_state(shape);
-    if tokens * state.len() < PARALLEL_PRODUCTS {
-        for (head, state) in state.chunks_exact_mut(head_state).enumerate() {
+fn each_head<S: Send>(tokens: usize, y: &mut [f32], shape: &MambaShape, states: Vec<S>, scan: impl Fn(usize, S, &mut [f32], usize) + Sync) {
+    if tokens * shape.heads * head_state(shape) < PARALLEL_PRODUCTS {
+        for (head, state) in states.into_iter().enumerate() {
             scan(head, state, &mut y[head * shape.head_dim..], shape.inner());
         }
         return;
@@ -222,7 +246,7 @@ fn each_head(
         scan(head, state, &mut out, shape.head_dim);
         out
     };
-    let heads: Vec<Vec<f32>> = state.par_chunks_exact_mut(head_state).enumerate().map(run).collect();
+    let heads: Vec<Vec<f32>> = states.into_par_iter().enumerate().map(run).collect();
     for (t, row) in y.chunks_exact_mut(shape.inner()).enumerate() {
         for (out, head) in row.chunks_exact_mut(shape.head_dim).zip(&heads) {
             out.copy_from_slice(&head[t * shape.head_dim..(t + 1) * shape.head_dim]);

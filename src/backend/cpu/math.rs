@@ -2,6 +2,9 @@
 //! instruction sets and chosen at run time. Plain multiplications and additions in a fixed order: every
 //! instruction set gives the same bits.
 
+use multiversion::multiversion;
+use rayon::prelude::*;
+
 /// Lanes of the partial sums in [`dot`] and [`sum`].
 const LANES: usize = 16;
 
@@ -67,6 +70,17 @@ pub fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     fold(&mut lanes)
 }
 
+/// Whether no value is infinite or not a number.
+pub fn all_finite(values: &[f32]) -> bool {
+    values.par_chunks(1 << 15).all(|chunk| largest_bits(chunk) < f32::INFINITY.to_bits())
+}
+
+/// The largest magnitude, as bits: they compare like magnitudes, infinity and NaN above all.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn largest_bits(values: &[f32]) -> u32 {
+    values.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0)
+}
+
 #[inline(always)]
 fn fold(lanes: &mut [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
@@ -100,6 +114,17 @@ mod tests {
             assert!((f64::from(silu(x)) - wide / (1.0 + (-wide).exp())).abs() < 1e-6 * (1.0 + wide.abs()));
             let expected = if wide > 30.0 { wide } else { wide.exp().ln_1p() };
             assert!((f64::from(softplus(x)) - expected).abs() <= 3e-7 * expected.max(1e-6));
+        }
+    }
+
+    #[test]
+    fn every_value_that_is_not_finite_is_found() {
+        let mut values = vec![f32::MAX; 100_000];
+        assert!(all_finite(&values) && all_finite(&[]));
+        for (at, value) in [(0, f32::NAN), (40_000, -f32::NAN), (70_001, f32::INFINITY), (99_999, f32::NEG_INFINITY)] {
+            values[at] = value;
+            assert!(!all_finite(&values), "{value} at {at}");
+            values[at] = f32::MIN;
         }
     }
 

@@ -64,6 +64,22 @@ pub fn round_each(values: &[f32], scales: &[f32], codes: &mut [i8]) {
     }
 }
 
+/// The floats of codes that share one scale.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+pub fn expand_span(codes: &[i8], scale: f32, values: &mut [f32]) {
+    for (value, code) in values.iter_mut().zip(codes) {
+        *value = f32::from(*code) * scale;
+    }
+}
+
+/// The floats of codes that each have a scale of their own.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+pub fn expand_each(codes: &[i8], scales: &[f32], values: &mut [f32]) {
+    for ((value, code), scale) in values.iter_mut().zip(codes).zip(scales) {
+        *value = f32::from(*code) * scale;
+    }
+}
+
 /// round-half-even(value / scale) within ±127: adding 1.5 · 2²³ rounds, and leaves the integer in the lowest bits.
 #[inline(always)]
 fn to_code(value: f32, scale: f32) -> i8 {

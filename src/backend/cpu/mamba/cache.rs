@@ -1,5 +1,7 @@
 //! What a mixer keeps between calls: the convolution's window and the SSM state, in their formats.
 
+use std::borrow::Cow;
+
 use super::projection::{Slice, Spans};
 use super::{LANES, Parameters, head_state};
 use crate::backend::MambaShape;
@@ -47,11 +49,11 @@ impl SequenceState {
         sequence
     }
 
-    /// The window's codes and scales, with int8 internals; to be given back by [`Self::keep_codes`].
-    pub fn take_codes(&mut self) -> (Vec<i8>, Vec<f32>) {
-        match &mut self.window {
-            Stored::Int8 { codes, scales } => (std::mem::take(codes), std::mem::take(scales)),
-            Stored::F32(_) | Stored::F16(_) => (Vec::new(), Vec::new()),
+    /// The window's codes and scales, with int8 internals.
+    pub fn codes(&self) -> (&[i8], &[f32]) {
+        match &self.window {
+            Stored::Int8 { codes, scales } => (codes, scales),
+            Stored::F32(_) | Stored::F16(_) => (&[], &[]),
         }
     }
 
@@ -84,15 +86,23 @@ impl SequenceState {
         };
     }
 
-    /// The state in float, to be given back by [`Self::keep_state`].
-    pub fn take_state(&mut self, shape: &MambaShape) -> Vec<f32> {
-        match &mut self.state {
-            Stored::F32(values) => std::mem::take(values),
+    /// The state in float.
+    pub fn state(&self, shape: &MambaShape) -> Cow<'_, [f32]> {
+        match &self.state {
+            Stored::F32(values) => Cow::Borrowed(values),
             Stored::F16(values) => values.iter().map(|value| value.to_f32()).collect(),
             Stored::Int8 { codes, scales } => {
                 let tiles = codes.chunks_exact(LANES * shape.state).zip(scales.chunks_exact(LANES));
                 tiles.flat_map(|(codes, scales)| codes.iter().zip(scales.iter().cycle()).map(|(c, s)| f32::from(*c) * s)).collect()
             }
+        }
+    }
+
+    /// [`Self::state`], to be given back by [`Self::keep_state`].
+    pub fn take_state(&mut self, shape: &MambaShape) -> Vec<f32> {
+        match &mut self.state {
+            Stored::F32(values) => std::mem::take(values),
+            Stored::F16(_) | Stored::Int8 { .. } => self.state(shape).into_owned(),
         }
     }
 

@@ -54,11 +54,11 @@ impl Convolution {
     }
 
     /// The same of int8 inputs; `window` holds codes and run-time scales.
-    pub fn int8(&self, rows: &SliceRows<'_>, shape: &MambaShape, window: &(Vec<i8>, Vec<f32>)) -> (Vec<f32>, (Vec<i8>, Vec<f32>)) {
+    pub fn int8(&self, rows: &SliceRows<'_>, shape: &MambaShape, window: (&[i8], &[f32])) -> (Vec<f32>, (Vec<i8>, Vec<f32>)) {
         let (channels, kernel) = (shape.conv_channels(), shape.kernel);
         let tokens = rows.codes.len() / channels;
         let codes: Vec<&[i8]> = window.0.chunks_exact(channels).chain(rows.codes.chunks_exact(channels)).collect();
-        let scales = [&window.1, rows.scales].concat();
+        let scales = [window.1, rows.scales].concat();
         operations::count_int8(tokens * channels * kernel);
         let mut out = vec![0.0; tokens * channels];
         let mut sums = vec![0; channels];

@@ -3,12 +3,16 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 use super::Parameters;
 use crate::backend::MambaShape;
-use crate::backend::cpu::stored::{round_each, round_span};
-use crate::backend::cpu::{tensor, with_values};
+use crate::backend::cpu::stored::{expand_each, expand_span, round_each, round_span};
+use crate::backend::cpu::{math, tensor, with_values};
 use crate::error::{Error, Result};
+
+/// Tokens that one task takes.
+const ROWS_PER_TASK: usize = 16;
 
 /// Slices z | x | B | C | dt of some tokens.
 pub enum Projection {
@@ -32,7 +36,7 @@ impl Projection {
         }
         let slices = with_values(&projected, |projected| {
             // Codes cannot say that something is not a number, so it has to be said here.
-            projected.iter().all(|value| value.is_finite()).then(|| Slices::round(projected, parameters, shape))
+            math::all_finite(projected).then(|| Slices::round(projected, parameters, shape))
         })?;
         Ok(Self::Int8(slices.ok_or_else(|| Error::run("the output of in_proj is not finite"))?))
     }
@@ -60,10 +64,8 @@ impl Projection {
 impl Slices {
     pub(super) fn round(projected: &[f32], parameters: &Parameters, shape: &MambaShape) -> Self {
         let (inner, channels, width) = (shape.inner(), shape.conv_channels(), shape.projected());
-        let round = |columns: Range<usize>, spans: &Spans, scales: Option<&[f32]>| {
-            let values: Vec<f32> = projected.chunks_exact(width).flat_map(|row| &row[columns.clone()]).copied().collect();
-            Slice::round(&values, columns.len(), spans, scales)
-        };
+        let round =
+            |columns: Range<usize>, spans: &Spans, scales: Option<&[f32]>| Slice::round_columns(projected, width, columns, spans, scales);
         Self {
             z: round(0..inner, &Spans::heads(shape), parameters.scales(|s| &s.z)),
             conv: round(inner..inner + channels, &Spans::conv(shape), parameters.scales(|s| &s.conv_in)),
@@ -83,7 +85,7 @@ impl<'a> Borrowed<'a> {
     pub fn tokens(&self, range: Range<usize>, shape: &MambaShape) -> Rows<'a> {
         match self {
             Self::Float(values) => Rows::Float(&values[range.start * shape.projected()..range.end * shape.projected()]),
-            Self::Int8(slices) => Rows::Int8 { conv: slices.conv.tokens(range.clone()), dt: slices.dt.tokens(range) },
+            Self::Int8(slices) => Rows::Int8(SlicedRows { conv: slices.conv.tokens(range.clone()), dt: slices.dt.tokens(range) }),
         }
     }
 }
@@ -92,10 +94,13 @@ impl<'a> Borrowed<'a> {
 pub enum Rows<'a> {
     /// `[tokens, z|x|B|C|dt]`.
     Float(&'a [f32]),
-    Int8 {
-        conv: SliceRows<'a>,
-        dt: SliceRows<'a>,
-    },
+    Int8(SlicedRows<'a>),
+}
+
+pub struct SlicedRows<'a> {
+    /// x | B | C in front of the convolution.
+    pub conv: SliceRows<'a>,
+    pub dt: SliceRows<'a>,
 }
 
 /// Widths of consecutive channels that share a scale when scales are found at run time.
@@ -136,42 +141,50 @@ pub struct SliceRows<'a> {
 impl Slice {
     /// Rounds `values` `[tokens, width]`: with static scales `[width]`, or with absmax / 127 of each token and span.
     pub fn round(values: &[f32], width: usize, spans: &Spans, scales: Option<&[f32]>) -> Self {
-        let mut codes = vec![0; values.len()];
-        let rows = values.chunks_exact(width).zip(codes.chunks_exact_mut(width));
+        Self::round_columns(values, width, 0..width, spans, scales)
+    }
+
+    /// [`Self::round`] of some columns of `values` `[tokens, stride]`.
+    fn round_columns(values: &[f32], stride: usize, columns: Range<usize>, spans: &Spans, scales: Option<&[f32]>) -> Self {
+        let (width, tokens) = (columns.len(), values.len() / stride);
+        let mut codes = vec![0; tokens * width];
+        let rows = values.par_chunks_exact(stride).map(|row| &row[columns.clone()]);
+        let rows = rows.zip(codes.par_chunks_exact_mut(width)).with_min_len(ROWS_PER_TASK);
         match scales {
             Some(scales) => {
-                for (values, codes) in rows {
-                    round_each(values, scales, codes);
-                }
+                rows.for_each(|(values, codes)| round_each(values, scales, codes));
                 Self { width, codes, scales: Vec::new(), spans: 0 }
             }
             None => {
-                let mut found = Vec::with_capacity(values.len() / width * spans.0.len());
-                for (values, codes) in rows {
+                let spans = &spans.0;
+                let mut found = vec![0.0; tokens * spans.len()];
+                rows.zip(found.par_chunks_exact_mut(spans.len())).for_each(|((values, codes), scales)| {
                     let mut start = 0;
-                    for span in &spans.0 {
-                        found.push(round_span(&values[start..start + span], &mut codes[start..start + span]));
+                    for (span, scale) in spans.iter().zip(scales) {
+                        *scale = round_span(&values[start..start + span], &mut codes[start..start + span]);
                         start += span;
                     }
-                }
-                Self { width, codes, scales: found, spans: spans.0.len() }
+                });
+                Self { width, codes, scales: found, spans: spans.len() }
             }
         }
     }
 
     /// The floats that the codes stand for, under the scales that they were rounded with.
-    fn values(&self, spans: &Spans, scales: Option<&[f32]>) -> Vec<f32> {
-        let expand = |(t, codes): (usize, &[i8])| -> Vec<f32> {
-            match scales {
-                Some(scales) => codes.iter().zip(scales).map(|(code, scale)| f32::from(*code) * scale).collect(),
-                None => {
-                    let scales = &self.scales[t * self.spans..(t + 1) * self.spans];
-                    let scales = spans.0.iter().zip(scales).flat_map(|(span, scale)| std::iter::repeat_n(*scale, *span));
-                    codes.iter().zip(scales).map(|(code, scale)| f32::from(*code) * scale).collect()
+    pub fn values(&self, spans: &Spans, scales: Option<&[f32]>) -> Vec<f32> {
+        let mut values = vec![0.0; self.codes.len()];
+        let rows = values.par_chunks_exact_mut(self.width).zip(self.codes.par_chunks_exact(self.width)).with_min_len(ROWS_PER_TASK);
+        match scales {
+            Some(scales) => rows.for_each(|(values, codes)| expand_each(codes, scales, values)),
+            None => rows.zip(self.scales.par_chunks_exact(self.spans)).for_each(|((values, codes), scales)| {
+                let mut start = 0;
+                for (span, scale) in spans.0.iter().zip(scales) {
+                    expand_span(&codes[start..start + span], *scale, &mut values[start..start + span]);
+                    start += span;
                 }
-            }
-        };
-        self.codes.chunks_exact(self.width).enumerate().flat_map(expand).collect()
+            }),
+        }
+        values
     }
 
     /// Codes and scales.

@@ -98,8 +98,8 @@ fn int8_convolution_agrees_with_float64_at_extremes_too() {
         let spans = Spans::conv(&shape);
         let fixed = parameters.scales(|s| &s.conv_in);
         let slice = Slice::round(&inputs, channels, &spans, fixed);
-        let window = SequenceState::empty(&parameters, &shape, CacheFormats::default()).take_codes();
-        let (found, _) = parameters.convolution.int8(&slice.all(), &shape, &window);
+        let before = SequenceState::empty(&parameters, &shape, CacheFormats::default());
+        let (found, _) = parameters.convolution.int8(&slice.all(), &shape, before.codes());
         for t in 0..tokens {
             for c in 0..channels {
                 let tap = |k: usize| {
@@ -129,8 +129,8 @@ fn int8_scan_agrees_with_a_float64_recurrence_over_the_same_codes() {
         let raw: Vec<f32> = projected.chunks_exact(shape.projected()).flat_map(|row| &row[inner + channels..]).copied().collect();
         let spans = Spans::conv(&shape);
         let before = Slice::round(&rows, channels, &spans, parameters.scales(|s| &s.conv_in));
-        let window = SequenceState::empty(&parameters, &shape, CacheFormats::default()).take_codes();
-        let behind = parameters.convolution.int8(&before.all(), &shape, &window).0;
+        let empty = SequenceState::empty(&parameters, &shape, CacheFormats::default());
+        let behind = parameters.convolution.int8(&before.all(), &shape, empty.codes()).0;
         let fixed = parameters.scales(|s| &s.conv_out);
         let codes = Slice::round(&behind, channels, &spans, fixed);
         let heads = Spans(vec![shape.heads]);
@@ -180,6 +180,43 @@ fn token_by_token_agrees_with_one_call_and_threads_do_not_matter() {
                 parts.extend(run(&projected[30 * shape.projected()..], &parameters, &shape, &[70], None));
                 parts
             });
+        }
+    }
+}
+
+/// A sequence that nothing goes on from reads its parent's state in place when it is one chunk; a longer one has its own.
+#[test]
+fn branches_of_a_tree_agree_with_whole_sequences() {
+    let shape = shape();
+    // A trunk of 70 tokens; on it a branch of 20 with a twig of 10, a short leaf and a leaf longer than a chunk.
+    let (lengths, parents) = (vec![70, 20, 10, 9, 80], vec![None, Some(0), Some(1), Some(0), Some(0)]);
+    let sequences = Sequences::tree(lengths.clone(), parents.clone());
+    let projected = random(sequences.tokens() * shape.projected(), 61);
+    let ranges: Vec<_> = sequences.ranges().collect();
+    for internals in all_internals(&shape) {
+        let parameters = Parameters::new(parameters(&shape, internals, None));
+        let slices;
+        let borrowed = if parameters.int8_internals() {
+            slices = Slices::round(&projected, &parameters, &shape);
+            Borrowed::Int8(&slices)
+        } else {
+            Borrowed::Float(&projected)
+        };
+        let found = scan(&borrowed, &parameters, &shape, &sequences, None);
+        for leaf in [2, 3, 4] {
+            let mut path = vec![leaf];
+            while let Some(parent) = parents[path[0]] {
+                path.insert(0, parent);
+            }
+            let rows: Vec<f32> = path
+                .iter()
+                .flat_map(|at| &projected[ranges[*at].start * shape.projected()..ranges[*at].end * shape.projected()])
+                .copied()
+                .collect();
+            let whole = run(&rows, &parameters, &shape, &[rows.len() / shape.projected()], None);
+            let own = &whole[whole.len() - lengths[leaf] * shape.inner()..];
+            let difference = found[ranges[leaf].start * shape.inner()..].iter().zip(own).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(difference <= STEP_TOLERANCE * absmax(&whole), "leaf {leaf}: {difference}");
         }
     }
 }
