@@ -42,7 +42,7 @@ fi
 # The demo model in every format on both devices, and the largest difference of a logit.
 if wanted models; then
     echo '{"input_ids": [[1, 17, 200, 33, 404, 5, 61, 78, 90, 111, 12, 340, 56, 7, 88, 9, 10, 211, 12, 313, 14, 15, 160, 170]]}' > ids.json
-    for recipe in base rtn-w8a8 rtn-w4a8 phase3; do
+    for recipe in base rtn-w8a8 rtn-w4a8 phase1 phase2 phase3; do
         model=demo
         if [ "$recipe" != base ]; then
             model=$PWD/variant-$recipe

@@ -1,5 +1,5 @@
 // Causal grouped-query attention without positions, softmax in f32. Whole sequences run on the tensor cores with halves
-// (`halves.cuh`). Caches are rows of `kv_heads·head_dim` in f32 or bf16.
+// (`halves.cuh`). Caches are rows of `kv_heads·head_dim` in f32, bf16, f16, or int8 with a scale a row and head.
 #include "device.cuh"
 #include "halves.cuh"
 
@@ -10,20 +10,55 @@ constexpr int KEYS = 32;
 constexpr int MAX_DIM = 128;
 constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
 
-template <class C> DEVICE void append(const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values) {
+// Keys or values in a cache; `scales` `[rows, kv_heads]` are int8's.
+template <class C> struct Rows {
+    C* values;
+    float* scales;
+    int kv_heads, d;
+    float scale(i64, int) const { return 1.0f; }
+    float at(i64 row, int head, int c) const { return widen(values[(row * kv_heads + head) * d + c]); }
+};
+
+template <> struct Rows<i8> {
+    i8* values;
+    float* scales;
+    int kv_heads, d;
+    float scale(i64 row, int head) const { return scales[row * kv_heads + head]; }
+    float at(i64 row, int head, int c) const { return __fmul_rn(static_cast<float>(values[(row * kv_heads + head) * d + c]), scale(row, head)); }
+};
+
+template <class C> DEVICE void keep(C& to, float x) { to = narrow<C>(x); }
+DEVICE void keep(f16& to, float x) { to = narrow_f16(x); }
+
+// A head's keys or values of one token, by a warp.
+template <class C> DEVICE void keep_head(const Rows<C>& to, i64 row, int head, const float* from) {
+    for (int c = threadIdx.x % 32; c < to.d; c += 32) keep(to.values[(row * to.kv_heads + head) * to.d + c], from[c]);
+}
+
+DEVICE void keep_head(const Rows<i8>& to, i64 row, int head, const float* from) {
+    float largest = 0.0f;
+    for (int c = threadIdx.x % 32; c < to.d; c += 32) largest = fmaxf(largest, fabsf(from[c]));
+    const float scale = __fdiv_rn(warp_max(largest), 127.0f);
+    for (int c = threadIdx.x % 32; c < to.d; c += 32)
+        to.values[(row * to.kv_heads + head) * to.d + c] = scale > 0.0f ? static_cast<i8>(round_even(fminf(fmaxf(__fdiv_rn(from[c], scale), -127.0f), 127.0f))) : static_cast<i8>(0);
+    if (threadIdx.x % 32 == 0) to.scales[row * to.kv_heads + head] = scale;
+}
+
+template <class C> DEVICE void append(const float* k, const float* v, const int* sequences, const int* lengths, int capacity, const Rows<C>& keys, const Rows<C>& values) {
     const int index = blockIdx.y, i = blockIdx.x;
     const int begin = sequences ? sequences[4 * index] : index, end = sequences ? sequences[4 * index + 1] : index + 1, slot = sequences ? sequences[4 * index + 2] : index;
     if (begin + i >= end || lengths[slot] + i >= capacity) return;
-    const i64 from = static_cast<i64>(begin + i) * width, to = (static_cast<i64>(slot) * capacity + lengths[slot] + i) * width;
-    for (int c = threadIdx.x; c < width; c += blockDim.x) {
-        keys[to + c] = narrow<C>(k[from + c]);
-        values[to + c] = narrow<C>(v[from + c]);
+    const i64 row = static_cast<i64>(slot) * capacity + lengths[slot] + i;
+    for (int head = threadIdx.x / 32; head < keys.kv_heads; head += blockDim.x / 32) {
+        const i64 from = (static_cast<i64>(begin + i) * keys.kv_heads + head) * keys.d;
+        keep_head(keys, row, head, k + from);
+        keep_head(values, row, head, v + from);
     }
 }
 
 // 64 queries of one head against all keys that they see, 32 at a time, with a running maximum and sum; warp w has the queries from
 // 16 w on, a lane the rows lane / 4 and lane / 4 + 8 of them.
-template <class C> DEVICE void attend(const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int d, float* out) {
+template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* queries, const int* segments, int heads, int kv_heads, int d, float* out) {
     DYNAMIC_SHARED(u8, shared);
     auto& query = *reinterpret_cast<Halves<QUERIES, MAX_DIM>*>(shared);
     auto& key = *reinterpret_cast<Halves<KEYS, MAX_DIM>*>(shared + sizeof(Halves<QUERIES, MAX_DIM>));
@@ -31,7 +66,7 @@ template <class C> DEVICE void attend(const float* q, const C* keys, const C* va
     const int* own = queries + 4 * blockIdx.z;
     const int first = own[0] + blockIdx.x * QUERIES, count = minimum(QUERIES, own[1] - first);
     if (count <= 0) return;
-    const int head = blockIdx.y, width = kv_heads * d, offset = head / (heads / kv_heads) * d, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int head = blockIdx.y, kv_head = head / (heads / kv_heads), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int padded = (d + 15) & ~15;
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
     for (int i = threadIdx.x; i < QUERIES * MAX_DIM / 2; i += blockDim.x) {
@@ -54,15 +89,15 @@ template <class C> DEVICE void attend(const float* q, const C* keys, const C* va
             transfer<KEYS * MAX_DIM / 2>(
                 [&](int i) -> Pair {
                     const int k = i / (MAX_DIM / 2), c = i % (MAX_DIM / 2) * 2;
-                    const C* at = keys + static_cast<i64>(begin + start + k) * width + offset + c;
-                    return {k < tile && c < d ? widen(at[0]) : 0.0f, k < tile && c + 1 < d ? widen(at[1]) : 0.0f};
+                    const i64 row = begin + start + k;
+                    return {k < tile && c < d ? keys.at(row, kv_head, c) : 0.0f, k < tile && c + 1 < d ? keys.at(row, kv_head, c + 1) : 0.0f};
                 },
                 [&](int i, Pair x) { put(key, i / (MAX_DIM / 2), i % (MAX_DIM / 2) * 2, x.first, x.second); });
             transfer<KEYS * MAX_DIM / 2>(
                 [&](int i) -> Pair {
                     const int c = i % MAX_DIM, k = i / MAX_DIM * 2;
-                    const C* at = values + static_cast<i64>(begin + start + k) * width + offset + c;
-                    return {k < tile && c < d ? widen(at[0]) : 0.0f, k + 1 < tile && c < d ? widen(at[width]) : 0.0f};
+                    const i64 row = begin + start + k;
+                    return {k < tile && c < d ? values.at(row, kv_head, c) : 0.0f, k + 1 < tile && c < d ? values.at(row + 1, kv_head, c) : 0.0f};
                 },
                 [&](int i, Pair x) { put(value, i % MAX_DIM, i / MAX_DIM * 2, x.first, x.second); });
             __syncthreads();
@@ -130,17 +165,29 @@ template <class C> DEVICE void attend(const float* q, const C* keys, const C* va
         }
 }
 
-DEVICE float4 read_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+DEVICE float4 read_four(const float* at, float) { return *reinterpret_cast<const float4*>(at); }
 
-DEVICE float4 read_four(const bf16* at) {
+DEVICE float4 read_four(const bf16* at, float) {
     const uint2 x = *reinterpret_cast<const uint2*>(at);
     return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u));
+}
+
+DEVICE float4 read_four(const f16* at, float) {
+    const uint2 x = *reinterpret_cast<const uint2*>(at);
+    const auto half = [](u32 bits) { return widen(f16{static_cast<unsigned short>(bits)}); };
+    return make_float4(half(x.x), half(x.x >> 16), half(x.y), half(x.y >> 16));
+}
+
+DEVICE float4 read_four(const i8* at, float scale) {
+    const u32 x = *reinterpret_cast<const u32*>(at);
+    const auto code = [&](int i) { return __fmul_rn(static_cast<float>(static_cast<i8>(x >> 8 * i)), scale); };
+    return make_float4(code(0), code(1), code(2), code(3));
 }
 
 // One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A
 // warp takes 32 keys at a time: for the scores a lane has a key, for the values four features.
 template <class C, int RATIO>
-DEVICE void attend_step(const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[KEYS], float* merged) {
+DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[KEYS], float* merged) {
     constexpr int WARPS = 4;
     const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int ratio = heads / kv_heads, width = kv_heads * d, length = minimum(lengths[slot], capacity);
@@ -156,14 +203,15 @@ DEVICE void attend_step(const float* q, const C* keys, const C* values, const in
 #pragma unroll
         for (int i = 0; i < 4; ++i) result[r][i] = 0.0f;
     }
-    const i64 base = static_cast<i64>(slot) * capacity * width + kv_head * d;
+    const i64 rows = static_cast<i64>(slot) * capacity;
     for (int tile = first_tile + warp; tile < end_tile; tile += WARPS) {
         const int key = tile * KEYS + lane, count = minimum(KEYS, length - tile * KEYS);
         float scores[RATIO] = {};
         if (lane < count) {
-            const C* row = keys + base + static_cast<i64>(key) * width;
+            const C* row = keys.values + (rows + key) * width + kv_head * d;
+            const float key_scale = keys.scale(rows + key, kv_head);
             for (int c = 0; c < d; c += 4) {
-                const float4 k = read_four(row + c);
+                const float4 k = read_four(row + c, key_scale);
 #pragma unroll
                 for (int r = 0; r < RATIO; ++r)
                     if (r < ratio) {
@@ -186,7 +234,8 @@ DEVICE void attend_step(const float* q, const C* keys, const C* values, const in
         __syncwarp();
         if (lane * 4 < d)
             for (int i = 0; i < count; ++i) {
-                const float4 v = read_four(values + base + static_cast<i64>(tile * KEYS + i) * width + lane * 4);
+                const i64 at = rows + tile * KEYS + i;
+                const float4 v = read_four(values.values + at * width + kv_head * d + lane * 4, values.scale(at, kv_head));
 #pragma unroll
                 for (int r = 0; r < RATIO; ++r)
                     if (r < ratio) {
@@ -222,7 +271,7 @@ DEVICE void attend_step(const float* q, const C* keys, const C* values, const in
 }
 
 template <class C>
-DEVICE void attend_step_any(const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial) {
+DEVICE void attend_step_any(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial) {
     SHARED_ROWS(float, query, 16, MAX_DIM);
     SHARED_ROWS(float, weights, 4 * 16, KEYS);
     SHARED(float, merged, 4 * (MAX_DIM + 4));
@@ -234,19 +283,22 @@ DEVICE void attend_step_any(const float* q, const C* keys, const C* values, cons
 
 }  // namespace
 
+// Scales are null but for int8.
 #define ATTENTION(suffix, C)                                                                                                                     \
-    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int width, const int* sequences, const int* lengths, int capacity, C* keys, C* values)) { depend(); \
-        append<C>(k, v, width, sequences, lengths, capacity, keys, values);                                                                     \
+    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int kv_heads, int head_dim, const int* sequences, const int* lengths, int capacity, C* keys, C* values, float* key_scales, float* value_scales)) { depend(); \
+        append<C>(k, v, sequences, lengths, capacity, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}); \
     }                                                                                                                                           \
-    KERNEL(128, attention_##suffix, (const float* q, const C* keys, const C* values, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
-        attend<C>(q, keys, values, queries, segments, heads, kv_heads, head_dim, out);                                                          \
+    KERNEL(128, attention_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
+        attend<C>(q, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}, queries, segments, heads, kv_heads, head_dim, out); \
     }                                                                                                                                           \
-    KERNEL(128, attention_decode_##suffix, (const float* q, const C* keys, const C* values, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { depend(); \
-        attend_step_any<C>(q, keys, values, lengths, capacity, heads, kv_heads, head_dim, splits, partial);                                     \
+    KERNEL(128, attention_decode_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { depend(); \
+        attend_step_any<C>(q, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}, lengths, capacity, heads, kv_heads, head_dim, splits, partial); \
     }
 
 ATTENTION(f32, float)
 ATTENTION(bf16, bf16)
+ATTENTION(f16, f16)
+ATTENTION(i8, i8)
 
 KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
     depend();

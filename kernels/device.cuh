@@ -123,5 +123,8 @@ DEVICE int minimum(int a, int b) { return a < b ? a : b; }
 DEVICE int maximum(int a, int b) { return a > b ? a : b; }
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+// f16, values beyond its largest kept there.
+DEVICE f16 narrow_f16(float x) { return narrow<f16>(fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x); }
+
 DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
 DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }

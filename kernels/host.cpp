@@ -283,6 +283,7 @@ template <> f16 narrow<f16>(float x) {
     const float magnitude = std::fabs(x);
     if (x != x) return {0x7fff};
     if (magnitude >= 65520.0f) return {static_cast<unsigned short>(sign | 0x7c00)};
+    if (magnitude == 0.0f) return {sign};
     int exponent;
     std::frexp(magnitude, &exponent);  // magnitude in [2^(exponent-1), 2^exponent)
     const int step = std::max(exponent - 11, -24);

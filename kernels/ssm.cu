@@ -1,6 +1,7 @@
 // One step of the selective recurrence: `S ← exp(dt·A)·S + dt·x ⊗ B`, `y = S·C + D·x`, dt = softplus(raw + bias) clamped.
 // State `[slots, heads, head_dim, state]` in f32, f16 or int8 with one scale a row; arithmetic in f32. A row of the state is a
-// warp's, four consecutive values a lane. y is read out before the new state is rounded to what stores it.
+// warp's, four consecutive values a lane. y is read out before the new state is rounded to what stores it. x, B, C and dt are floats
+// or codes; of codes, C·B is an integer product: `y = exp(dt·A)·S·C + (C·B)·dt·x + D·x` with the state as it was.
 #include "device.cuh"
 
 namespace {
@@ -34,8 +35,8 @@ DEVICE Four read(const i8* at, float scale) {
 DEVICE void write(float* at, const Four& x, float) { *reinterpret_cast<float4*>(at) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]); }
 
 DEVICE void write(f16* at, const Four& x, float) {
-    *reinterpret_cast<uint2*>(at) = make_uint2(narrow<f16>(x.v[0]).bits | static_cast<u32>(narrow<f16>(x.v[1]).bits) << 16,
-                                               narrow<f16>(x.v[2]).bits | static_cast<u32>(narrow<f16>(x.v[3]).bits) << 16);
+    *reinterpret_cast<uint2*>(at) = make_uint2(narrow_f16(x.v[0]).bits | static_cast<u32>(narrow_f16(x.v[1]).bits) << 16,
+                                               narrow_f16(x.v[2]).bits | static_cast<u32>(narrow_f16(x.v[3]).bits) << 16);
 }
 
 DEVICE void write(i8* at, const Four& x, float scale) {
@@ -49,22 +50,57 @@ DEVICE void write(i8* at, const Four& x, float scale) {
 template <class State> constexpr bool scaled = false;
 template <> constexpr bool scaled<i8> = true;
 
+// What a step reads of the token of a slot: floats `xbc` [slots, channels], and dt in a row of `projected` at `dt_offset`.
+struct Floats {
+    const float *xbc, *projected;
+    int channels, stride, dt_offset;
+    static constexpr bool INTEGER = false;
+    float x(int slot, int c, int) const { return xbc[static_cast<i64>(slot) * channels + c]; }
+    Four four(int slot, int c, int) const { return read(xbc + static_cast<i64>(slot) * channels + c, 1.0f); }
+    float dt(int slot, int head) const { return projected[static_cast<i64>(slot) * stride + dt_offset + head]; }
+    u32 word(int, int) const { return 0; }
+    float scale(int, int, int) const { return 1.0f; }
+};
+
+// The same as codes: scales `[slots, spans]` of x | B | C and one of dt every `dt_scale_stride`, or `fixed` ones a channel, `dt_fixed` a head.
+struct Codes {
+    const i8 *xbc, *projected;
+    int channels, stride, dt_offset, spans, dt_scale_stride;
+    const float *scales, *fixed, *dt_scales, *dt_fixed;
+    static constexpr bool INTEGER = true;
+    float scale(int slot, int c, int span) const { return fixed ? fixed[c] : scales[slot * spans + span]; }
+    float x(int slot, int c, int span) const { return __fmul_rn(static_cast<float>(xbc[static_cast<i64>(slot) * channels + c]), scale(slot, c, span)); }
+    Four four(int slot, int c, int span) const { return read(xbc + static_cast<i64>(slot) * channels + c, scale(slot, c, span)); }
+    u32 word(int slot, int c) const { return *reinterpret_cast<const u32*>(xbc + static_cast<i64>(slot) * channels + c); }
+    float dt(int slot, int head) const {
+        const float own = dt_fixed ? dt_fixed[head] : dt_scales[static_cast<i64>(slot) * dt_scale_stride];
+        return __fmul_rn(static_cast<float>(projected[static_cast<i64>(slot) * stride + dt_offset + head]), own);
+    }
+};
+
+struct Mixer {
+    const float *a, *d, *dt_bias;
+    float dt_min, dt_max;
+    int heads, head_dim, groups, size;
+};
+
 // CHUNKS: vectors of four states that a lane has of a row, 128 states each.
-template <class State, int CHUNKS>
-DEVICE void step(const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int size, State* state, float* state_scales, float* y) {
+template <class State, int CHUNKS, class Input>
+DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, float* y) {
     constexpr int OWN = ROWS / WARPS;
     const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int inner = heads * head_dim, channels = inner + 2 * groups * size, group = head / (heads / groups);
-    const float* row = xbc + static_cast<i64>(slot) * channels;
-    const i64 first = (static_cast<i64>(slot) * heads + head) * head_dim;
+    const int inner = m.heads * m.head_dim, group = head / (m.heads / m.groups), size = m.size;
+    const int b_offset = inner + group * size, c_offset = inner + (m.groups + group) * size;
+    const i64 first = (static_cast<i64>(slot) * m.heads + head) * m.head_dim;
     // Everything that is read from memory is under way before the first of it is used.
     Four s[OWN][CHUNKS], b[CHUNKS], c[CHUNKS];
     float x[OWN];
+    int product = 0;
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
         const int p = blockIdx.y * ROWS + own * WARPS + warp;
-        if (p >= head_dim) continue;
-        x[own] = row[head * head_dim + p];
+        if (p >= m.head_dim) continue;
+        x[own] = in.x(slot, head * m.head_dim + p, head);
         const float scale = scaled<State> ? state_scales[first + p] : 1.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -76,16 +112,21 @@ DEVICE void step(const float* xbc, const float* projected, int stride, const flo
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         const int n = chunk * 128 + lane * 4;
         if (n >= size) continue;
-        b[chunk] = read(row + inner + group * size + n, 1.0f);
-        c[chunk] = read(row + inner + (groups + group) * size + n, 1.0f);
+        b[chunk] = in.four(slot, b_offset + n, m.heads + group);
+        c[chunk] = in.four(slot, c_offset + n, m.heads + m.groups + group);
+        if (Input::INTEGER) product = dot4(static_cast<int>(in.word(slot, b_offset + n)), static_cast<int>(in.word(slot, c_offset + n)), product);
     }
-    const float raw = projected[static_cast<i64>(slot) * stride + inner + channels + head];
-    const float dt = fminf(fmaxf(softplus(raw + dt_bias[head]), dt_min), dt_max);
-    const float decay = expf(dt * a[head]);
+    float share = 0.0f;  // C·B
+    if (Input::INTEGER) {
+        for (int mask = 16; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
+        share = static_cast<float>(product) * (in.scale(slot, c_offset, m.heads + m.groups + group) * in.scale(slot, b_offset, m.heads + group));
+    }
+    const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
+    const float decay = expf(dt * m.a[head]);
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
         const int p = blockIdx.y * ROWS + own * WARPS + warp;
-        if (p >= head_dim) break;
+        if (p >= m.head_dim) break;
         float sum = 0.0f, largest = 0.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -93,12 +134,14 @@ DEVICE void step(const float* xbc, const float* projected, int stride, const flo
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float& value = s[own][chunk].v[i];
+                if (Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
                 value = value * decay + dt * x[own] * b[chunk].v[i];
-                sum = fmaf(value, c[chunk].v[i], sum);
+                if (!Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
                 if (scaled<State>) largest = fmaxf(largest, fabsf(value));
             }
         }
         sum = warp_sum(sum);
+        if (Input::INTEGER) sum = decay * sum + share * dt * x[own];
         const float scale = scaled<State> ? __fdiv_rn(warp_max(largest), 127.0f) : 1.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -107,23 +150,34 @@ DEVICE void step(const float* xbc, const float* projected, int stride, const flo
         }
         if (lane == 0) {
             if (scaled<State>) state_scales[first + p] = scale;
-            y[static_cast<i64>(slot) * inner + head * head_dim + p] = sum + d[head] * x[own];
+            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = sum + m.d[head] * x[own];
         }
     }
 }
 
 }  // namespace
 
-#define STEP(name, State)                                                                                                                       \
+#define STEP(name, int8_name, State)                                                                                                            \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
-                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { depend();       \
-        if (state_size <= 128) step<State, 1>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y); \
-        else step<State, 2>(xbc, projected, stride, a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size, state, state_scales, y); \
+                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { depend(); \
+        const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
+        const Floats in = {xbc, projected, channels, stride, heads * head_dim + channels};                                                      \
+        const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
+        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, y);                                                               \
+        else step<State, 2>(in, mixer, state, state_scales, y);                                                                                 \
+    }                                                                                                                                           \
+    KERNEL(128, int8_name, (const i8* xbc, const float* scales, const float* fixed, const i8* projected, int stride, const float* dt_scales, int dt_scale_stride, const float* dt_fixed, \
+                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { depend(); \
+        const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
+        const Codes in = {xbc, projected, channels, stride, heads * head_dim + channels, heads + 2 * groups, dt_scale_stride, scales, fixed, dt_scales, dt_fixed}; \
+        const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
+        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, y);                                                               \
+        else step<State, 2>(in, mixer, state, state_scales, y);                                                                                 \
     }
 
-STEP(ssm_step_f32, float)
-STEP(ssm_step_f16, f16)
-STEP(ssm_step_i8, i8)
+STEP(ssm_step_f32, ssm_step_codes_f32, float)
+STEP(ssm_step_f16, ssm_step_codes_f16, f16)
+STEP(ssm_step_i8, ssm_step_codes_i8, i8)
 
 // States between f32, in which the scan over a sequence leaves them, and what stores them. A block a row of `size`.
 #define CONVERT(name, State)                                                                                                                    \

@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last a
 /// missing barrier.
-const MUTANTS: [(&str, &str, &str); 16] = [
+const MUTANTS: [(&str, &str, &str); 24] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -54,10 +54,18 @@ const MUTANTS: [(&str, &str, &str); 16] = [
     ("gemm.cu", "row + lane % 8 + lane / 16 * 8", "row + lane % 8 + lane / 8 % 2 * 8"),
     ("gemm.cu", "const int at = part * CHUNKS + chunk;", "const int at = chunk;"),
     ("conv.cu", "kernel - 1 + at) * channels + c", "kernel - 2 + at) * channels + c"),
-    ("ssm.cu", "(groups + group) * size + n", "group * size + n"),
+    ("ssm.cu", "(m.groups + group) * size", "group * size"),
+    ("ssm.cu", "in.scale(slot, b_offset, m.heads + group)", "in.scale(slot, b_offset, group)"),
+    ("internals.cu", "(index - layout.heads) * layout.state", "(index - layout.heads) * layout.state / 2"),
+    ("internals.cu", "lane & half ? other - v[i]", "lane & half ? v[i] - other"),
+    ("internals.cu", "const int at = t - kernel + 1 + k;", "const int at = t - kernel + k;"),
+    ("internals.cu", "window[static_cast<i64>(k + 1) * channels + c]", "window[static_cast<i64>(k) * channels + c]"),
+    ("ssd.cu", "a1 = word(left_codes, row + 8, k)", "a1 = word(left_codes, row, k)"),
+    ("ssd.cu", "n / 2 <= warp", "n / 2 < warp"),
     ("ssd.cu", "s <= t ?", "s < t ?"),
     ("attention.cu", "total - (own[1] - 1 - (first + row))", "total - (own[1] - (first + row))"),
-    ("attention.cu", "tile * KEYS + i) * width + lane * 4", "tile * KEYS + i) * width + lane * 2"),
+    ("attention.cu", "rows + tile * KEYS + i;", "rows + tile * KEYS;"),
+    ("attention.cu", "return scales[row * kv_heads + head];", "return scales[row + head];"),
     ("moe.cu", "own[at - 1] > best", "own[at - 1] < best"),
     ("gptq.cu", "shares[lane + 32 * i]", "shares[lane + 16 * i]"),
     ("norm.cu", "scale) : held[i];\n    }\n    __syncthreads();", "scale) : held[i];\n    }"),

@@ -11,7 +11,7 @@ mod math;
 mod norm;
 pub mod operations;
 mod router;
-mod stored;
+pub(in crate::backend) mod stored;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 

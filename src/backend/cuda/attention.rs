@@ -37,7 +37,8 @@ impl Positions {
 
 /// Keys and values `[slots, capacity, kv_heads·head_dim]` of some sequences.
 pub struct KvCache {
-    width: usize,
+    kv_heads: usize,
+    head_dim: usize,
     format: CacheFormat,
     positions: Arc<Mutex<Positions>>,
     /// Allocated when first used.
@@ -45,22 +46,73 @@ pub struct KvCache {
 }
 
 struct Slots {
-    keys: Buffer,
-    values: Buffer,
+    keys: Rows,
+    values: Rows,
     /// `int [slots]`, as `positions` has them.
     lengths: Buffer,
+}
+
+/// Keys or values, row after row.
+struct Rows {
+    values: Buffer,
+    /// int8: `[rows, kv_heads]`.
+    scales: Option<Buffer>,
+}
+
+/// What the kernels of a format are called behind their names.
+fn suffix(format: CacheFormat) -> &'static str {
+    match format {
+        CacheFormat::F32 => "f32",
+        CacheFormat::F16 => "f16",
+        CacheFormat::Int8 => "i8",
+    }
+}
+
+/// Keys, values and their scales, where a kernel reads or writes them.
+#[derive(Clone, Copy)]
+struct Places<'a> {
+    format: CacheFormat,
+    keys: &'a Buffer,
+    values: &'a Buffer,
+    key_scales: Option<&'a Buffer>,
+    value_scales: Option<&'a Buffer>,
+}
+
+impl Places<'_> {
+    fn arguments(&self, arguments: Arguments) -> Arguments {
+        arguments.with(self.keys).with(self.values).with(self.key_scales).with(self.value_scales)
+    }
+}
+
+impl Slots {
+    fn places(&self, format: CacheFormat) -> Places<'_> {
+        let (keys, values) = (&self.keys, &self.values);
+        Places {
+            format,
+            keys: &keys.values,
+            values: &values.values,
+            key_scales: keys.scales.as_ref(),
+            value_scales: values.scales.as_ref(),
+        }
+    }
 }
 
 impl KvCache {
     pub fn new(shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> Self {
         let positions = Positions { lengths: vec![0; sequences], capacity: 0, moves: 0 };
-        let width = shape.kv_heads * shape.head_dim;
-        Self { width, format: formats.kv, positions: Arc::new(Mutex::new(positions)), buffers: None }
+        Self {
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            format: formats.kv,
+            positions: Arc::new(Mutex::new(positions)),
+            buffers: None,
+        }
     }
 
     /// Bytes on the device.
     pub fn bytes(&self) -> u64 {
-        self.buffers.as_ref().map_or(0, |slots| (slots.keys.bytes() + slots.values.bytes()) as u64)
+        let bytes = |rows: &Rows| (rows.values.bytes() + rows.scales.as_ref().map_or(0, Buffer::bytes)) as u64;
+        self.buffers.as_ref().map_or(0, |slots| bytes(&slots.keys) + bytes(&slots.values))
     }
 }
 
@@ -83,14 +135,14 @@ impl Cuda {
             segments.extend(chain.into_iter().flat_map(|index| [ranges[index].start as i32, ranges[index].end as i32]));
             queries.extend([range.start as i32, range.end as i32, first as i32, segments.len() as i32 / 2]);
         }
-        self.attend_segments(q, k.buffer(), v.buffer(), shape, &queries, &segments)
+        let places = Places { format: CacheFormat::F32, keys: k.buffer(), values: v.buffer(), key_scales: None, value_scales: None };
+        self.attend_segments(q, places, shape, &queries, &segments)
     }
 
     fn attend_segments(
         &self,
         q: &CudaTensor,
-        keys: &Buffer,
-        values: &Buffer,
+        places: Places<'_>,
         shape: &AttentionShape,
         queries: &[i32],
         segments: &[i32],
@@ -99,17 +151,15 @@ impl Cuda {
         let count = queries.len() / 4;
         let (queries, segments) = (self.upload_values(queries)?, self.upload_values(segments)?);
         let out = self.tensor(q.rows, q.cols)?;
-        let arguments = Arguments::default()
-            .with(q.buffer())
-            .with(keys)
-            .with(values)
-            .with(&queries)
-            .with(&segments)
-            .with(shape.heads)
-            .with(shape.kv_heads)
-            .with(shape.head_dim)
-            .with(out.buffer());
-        self.launch("attention_f32", [longest.div_ceil(QUERIES), shape.heads, count], 128, 65536, arguments)?;
+        let arguments = places.arguments(Arguments::default().with(q.buffer())).with(&queries).with(&segments);
+        let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(shape.head_dim).with(out.buffer());
+        self.launch(
+            &format!("attention_{}", suffix(places.format)),
+            [longest.div_ceil(QUERIES), shape.heads, count],
+            128,
+            65536,
+            arguments,
+        )?;
         Ok(out)
     }
 
@@ -122,10 +172,6 @@ impl Cuda {
         sequences: &Sequences,
         cache: &mut KvCache,
     ) -> Result<CudaTensor> {
-        if cache.format != CacheFormat::F32 {
-            return Err(Error::input("the GPU keeps keys and values in f32 only so far")
-                .hint("evaluate this variant with --device cpu, or make one without a quantized key-value cache"));
-        }
         let ranges: Vec<_> = sequences.ranges().collect();
         let longest = ranges.iter().map(std::iter::ExactSizeIterator::len).max().unwrap_or(0);
         self.reserve(cache, longest)?;
@@ -139,16 +185,10 @@ impl Cuda {
         let rows: Vec<i32> =
             ranges.iter().enumerate().flat_map(|(slot, range)| [range.start as i32, range.end as i32, slot as i32, 0]).collect();
         let table = if step { None } else { Some(self.upload_values(&rows)?) };
-        let arguments = Arguments::default()
-            .with(k.buffer())
-            .with(v.buffer())
-            .with(cache.width)
-            .with(table.as_ref())
-            .with(&slots.lengths)
-            .with(capacity)
-            .with(&slots.keys)
-            .with(&slots.values);
-        self.launch("kv_append_f32", [longest, count, 1], 128, 0, arguments)?;
+        let places = slots.places(cache.format);
+        let arguments = Arguments::default().with(k.buffer()).with(v.buffer()).with(cache.kv_heads).with(cache.head_dim);
+        let arguments = places.arguments(arguments.with(table.as_ref()).with(&slots.lengths).with(capacity));
+        self.launch(&format!("kv_append_{}", suffix(cache.format)), [longest, count, 1], 128, 0, arguments)?;
         let arguments = Arguments::default().with(&slots.lengths).with(table.as_ref()).with(count);
         self.launch("advance", [1, 1, 1], 256, 0, arguments)?;
         for (length, range) in positions.lengths.iter_mut().zip(&ranges) {
@@ -160,35 +200,34 @@ impl Cuda {
                 let moves = lock(&cache.positions).moves;
                 notes.positions.push((Arc::clone(&cache.positions), moves));
             }
-            return self.attend_step(q, slots, shape, count, capacity);
+            return self.attend_step(q, places, &slots.lengths, shape, count, capacity);
         }
         let (mut queries, mut segments) = (Vec::new(), Vec::new());
         for (slot, (range, length)) in ranges.iter().zip(&positions.lengths).enumerate() {
             queries.extend([range.start as i32, range.end as i32, slot as i32, slot as i32 + 1]);
             segments.extend([(slot * capacity) as i32, (slot * capacity + length) as i32]);
         }
-        self.attend_segments(q, &slots.keys, &slots.values, shape, &queries, &segments)
+        self.attend_segments(q, places, shape, &queries, &segments)
     }
 
     /// One query a sequence: blocks share out the keys, and their partial results are merged.
-    fn attend_step(&self, q: &CudaTensor, slots: &Slots, shape: &AttentionShape, count: usize, capacity: usize) -> Result<CudaTensor> {
+    fn attend_step(
+        &self,
+        q: &CudaTensor,
+        places: Places<'_>,
+        lengths: &Buffer,
+        shape: &AttentionShape,
+        count: usize,
+        capacity: usize,
+    ) -> Result<CudaTensor> {
         // Two blocks a multiprocessor keep the memory busy; more only add to what is merged.
         let wanted = (2 * self.device().multiprocessors()).div_ceil(shape.kv_heads * count);
         let splits = wanted.clamp(1, capacity.div_ceil(SPLIT_KEYS));
         let partial = self.buffer::<f32>(count * shape.heads * splits * (shape.head_dim + 2))?;
         let out = self.tensor(q.rows, q.cols)?;
-        let arguments = Arguments::default()
-            .with(q.buffer())
-            .with(&slots.keys)
-            .with(&slots.values)
-            .with(&slots.lengths)
-            .with(capacity)
-            .with(shape.heads)
-            .with(shape.kv_heads)
-            .with(shape.head_dim)
-            .with(splits)
-            .with(&partial);
-        self.launch("attention_decode_f32", [shape.kv_heads, splits, count], 128, 0, arguments)?;
+        let arguments = places.arguments(Arguments::default().with(q.buffer())).with(lengths).with(capacity);
+        let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(shape.head_dim).with(splits).with(&partial);
+        self.launch(&format!("attention_decode_{}", suffix(places.format)), [shape.kv_heads, splits, count], 128, 0, arguments)?;
         let arguments = Arguments::default().with(&partial).with(shape.heads).with(shape.head_dim).with(splits).with(out.buffer());
         self.launch("attention_merge", [shape.heads, count, 1], 128, 0, arguments)?;
         Ok(out)
@@ -211,18 +250,31 @@ impl Cuda {
             capacity *= 2;
         }
         let count = positions.lengths.len();
-        let size = |capacity: usize| 4 * capacity * cache.width;
-        let moved = Slots {
-            keys: self.buffer::<u8>(count * size(capacity))?,
-            values: self.buffer::<u8>(count * size(capacity))?,
-            lengths: self.buffer::<i32>(count)?,
+        // Bytes of so many tokens' values, and of their scales.
+        let size = |tokens: usize| {
+            let rows = tokens * cache.kv_heads;
+            match cache.format {
+                CacheFormat::F32 => (4 * rows * cache.head_dim, 0),
+                CacheFormat::F16 => (2 * rows * cache.head_dim, 0),
+                CacheFormat::Int8 => (rows * cache.head_dim, 4 * rows),
+            }
         };
+        let rows = || -> Result<Rows> {
+            let (values, scales) = size(count * capacity);
+            Ok(Rows { values: self.buffer::<u8>(values)?, scales: if scales > 0 { Some(self.buffer::<u8>(scales)?) } else { None } })
+        };
+        let moved = Slots { keys: rows()?, values: rows()?, lengths: self.buffer::<i32>(count)? };
         match &cache.buffers {
             Some(old) => {
+                let (new_size, old_size) = (size(capacity), size(positions.capacity));
                 for (slot, length) in positions.lengths.iter().enumerate() {
-                    let (to, from) = (slot * size(capacity), slot * size(positions.capacity));
-                    moved.keys.copy_from(to, &old.keys, from, size(*length))?;
-                    moved.values.copy_from(to, &old.values, from, size(*length))?;
+                    let (values, scales) = size(*length);
+                    for (to, from) in [(&moved.keys, &old.keys), (&moved.values, &old.values)] {
+                        to.values.copy_from(slot * new_size.0, &from.values, slot * old_size.0, values)?;
+                        if let (Some(to), Some(from)) = (&to.scales, &from.scales) {
+                            to.copy_from(slot * new_size.1, from, slot * old_size.1, scales)?;
+                        }
+                    }
                 }
                 moved.lengths.copy_from(0, &old.lengths, 0, 4 * count)?;
             }

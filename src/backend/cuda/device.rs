@@ -339,7 +339,7 @@ pub fn as_bytes<T: Plain>(values: &[T]) -> &[u8] {
 }
 
 /// A kernel's arguments in order.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Arguments {
     /// Each value in eight bytes of its own, where its address stays.
     values: Vec<u64>,
@@ -399,6 +399,13 @@ impl Arguments {
     #[allow(clippy::needless_pass_by_value, reason = "arguments are references and numbers")]
     pub fn with(mut self, argument: impl Argument) -> Self {
         self.values.push(argument.bits());
+        self
+    }
+
+    /// These arguments, then `more`.
+    #[must_use]
+    pub fn then(mut self, more: &Self) -> Self {
+        self.values.extend(&more.values);
         self
     }
 

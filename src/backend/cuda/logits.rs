@@ -14,6 +14,7 @@ impl Cuda {
             Arguments::default().with(logits.buffer()).with(logits.cols).with(&rows).with(&tokens).with(&probabilities).with(&tops);
         self.launch("log_probability", [targets.len(), 1, 1], 256, 0, arguments)?;
         let tops = tops.download::<i32>(targets.len())?;
+        self.check_fault()?;
         Ok(probabilities.download::<f64>(targets.len())?.into_iter().zip(tops).map(|(value, top)| (value, top != 0)).collect())
     }
 
@@ -23,6 +24,7 @@ impl Cuda {
         let arguments = Arguments::default().with(reference.buffer()).with(logits.buffer()).with(logits.cols).with(&kl).with(&tops);
         self.launch("divergence", [rows, 1, 1], 256, 0, arguments)?;
         let tops = tops.download::<i32>(rows)?;
+        self.check_fault()?;
         let both = kl.download::<f64>(rows)?.into_iter().zip(tops);
         Ok(both.map(|(kl, top)| Divergence { kl, same_top: top != 0 }).collect())
     }
@@ -31,6 +33,8 @@ impl Cuda {
         let out = self.buffer::<u32>(logits.rows)?;
         let arguments = Arguments::default().with(logits.buffer()).with(logits.cols).with(&out);
         self.launch("argmax", [logits.rows, 1, 1], 256, 0, arguments)?;
-        out.download(logits.rows)
+        let tops = out.download(logits.rows)?;
+        self.check_fault()?;
+        Ok(tops)
     }
 }

@@ -1,19 +1,30 @@
-//! The Mamba-2 mixer on the device: convolution, chunked scan for sequences, state update for a step.
+//! The Mamba-2 mixer on the device: convolution, chunked scan for sequences, state update for a step; in floats, or with
+//! int8 internals ([`crate::backend::SsmInternals`]).
+//!
+//! [`spans`] rounds and rotates slices, [`cache`] is what is kept between calls, [`tables`] what kernels know of a batch.
 
-use std::sync::Arc;
+mod cache;
+mod spans;
+mod tables;
 
+pub use cache::SsmCache;
+pub use tables::Tables;
+
+use self::cache::{Slots, Windows};
+use self::spans::{SPANS, Spans};
 use super::device::{Arguments, Buffer};
-use super::{Cuda, CudaTensor, lock};
-use crate::backend::{MambaParameters, MambaShape, Sequences, SsmInternals};
+use super::{Cuda, CudaTensor};
+use crate::backend::{MambaParameters, MambaShape, Sequences, SsmInternals, StateRotation};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormat, CacheFormats};
 
-/// Tokens of a chunk of the scan.
-const CHUNK: usize = 64;
-/// Tokens that a block of the convolution goes through.
+/// Tokens that a block of the convolution goes through, of floats and of codes.
 const CONV_TOKENS: usize = 16;
+const CODE_TOKENS: usize = 8;
 /// Channels of the convolution that a block takes.
 const CONV_CHANNELS: usize = 128;
+/// Channels of a span at most.
+const SPAN_CHANNELS: usize = 256;
 
 /// Parameters of a mixer on the device.
 pub struct Parameters {
@@ -22,338 +33,363 @@ pub struct Parameters {
     a: Buffer,
     d: Buffer,
     dt_bias: Buffer,
+    internals: Internals,
+    rotation: Option<StateRotation>,
 }
 
-/// Convolution windows `[slots, kernel − 1, channels]` and SSM states `[slots, heads, head_dim, state]` of some sequences.
-pub struct SsmCache {
-    sequences: usize,
-    window: usize,
-    /// Values of a sequence's state, and how many of them share a scale in int8.
-    state: usize,
-    run: usize,
-    formats: CacheFormats,
-    /// Allocated when first used.
-    buffers: Option<Slots>,
+/// In which form z, x, B, C and dt pass through a mixer.
+enum Internals {
+    Float,
+    Int8(Taps),
 }
 
-struct Slots {
-    windows: Buffer,
-    states: States,
+/// What int8 internals need.
+struct Taps {
+    /// The convolution's weights, `[channels, kernel]`.
+    codes: Buffer,
+    /// `[channels]`: what a sum is multiplied by, the input's static scale in it where there is one.
+    scales: Buffer,
+    /// Static scales: of z | x | B | C | dt, and of x | B | C behind the convolution.
+    fixed: Option<(Buffer, Buffer)>,
 }
 
-/// SSM states `[slots, heads, head_dim, state]` as they are kept.
-struct States {
-    format: CacheFormat,
-    values: Buffer,
-    /// int8: a scale for each head and channel.
+/// `in_proj`'s output z | x | B | C | dt.
+pub enum Projection {
+    /// `[tokens, projected]`.
+    Float(CudaTensor),
+    Int8(Slices),
+}
+
+/// Codes `[tokens, projected]` with scales `[tokens, spans]`, or static ones.
+pub struct Slices {
+    tokens: usize,
+    codes: Buffer,
     scales: Option<Buffer>,
 }
 
-impl SsmCache {
-    pub fn new(shape: &MambaShape, sequences: usize, formats: CacheFormats) -> Self {
-        let (window, state) = ((shape.kernel - 1) * shape.conv_channels(), shape.inner() * shape.state);
-        Self { sequences, window, state, run: shape.state, formats, buffers: None }
-    }
-
-    /// Bytes on the device.
-    pub fn bytes(&self) -> u64 {
-        self.buffers.as_ref().map_or(0, |slots| {
-            (slots.windows.bytes() + slots.states.values.bytes() + slots.states.scales.as_ref().map_or(0, Buffer::bytes)) as u64
-        })
-    }
-}
-
-/// What the kernels must know of a batch's sequences, on the device.
-pub struct Tables {
-    sequences: Sequences,
-    cached: bool,
-    /// Sequences that depend on none of the same level, levels in order.
-    levels: Vec<Level>,
-    /// Slots for what sequences continue from, where some do.
-    slots: usize,
-}
-
-struct Level {
-    count: usize,
-    longest: usize,
-    /// `[count, 4]`: first token, end token, slot in or −1, slot out or −1.
-    sequences: Buffer,
-    /// `[chunks, 2]`: first token, end token.
-    chunks: Buffer,
-    chunk_count: usize,
-    /// `[count, 4]`: first chunk, end chunk, slot in or −1, slot out or −1.
-    sequence_chunks: Buffer,
+/// x | B | C behind the convolution as codes.
+struct Convolved {
+    codes: Buffer,
+    scales: Option<Buffer>,
 }
 
 impl Cuda {
     pub(super) fn mamba_parameters(&self, parameters: &MambaParameters) -> Result<Parameters> {
-        if parameters.internals != SsmInternals::Float || parameters.rotation.is_some() {
-            return Err(Error::input("the GPU computes the inside of Mamba-2 mixers in float and without rotate-state only so far")
-                .hint("run this variant with --device cpu, or make one with float SSM activations"));
-        }
         Ok(Parameters {
             conv_weight: self.upload_values(&parameters.conv_weight)?,
             conv_bias: self.upload_values(&parameters.conv_bias)?,
             a: self.upload_values(&parameters.a)?,
             d: self.upload_values(&parameters.d)?,
             dt_bias: self.upload_values(&parameters.dt_bias)?,
+            internals: self.internals(parameters)?,
+            rotation: parameters.rotation,
         })
     }
 
-    /// Empty slots for `count` sequences.
-    fn slots(&self, count: usize, window: usize, state: usize, run: usize, format: CacheFormat) -> Result<Slots> {
-        let size = match format {
-            CacheFormat::F32 => 4,
-            CacheFormat::F16 => 2,
-            CacheFormat::Int8 => 1,
+    fn internals(&self, parameters: &MambaParameters) -> Result<Internals> {
+        let fixed = match &parameters.internals {
+            SsmInternals::Float => return Ok(Internals::Float),
+            SsmInternals::Int8PerToken => None,
+            SsmInternals::Int8Static(scales) => Some(scales),
         };
-        let scales = if format == CacheFormat::Int8 { Some(self.buffer::<f32>(count * state / run)?) } else { None };
-        let states = States { format, values: self.buffer::<u8>(count * state * size)?, scales };
-        let slots = Slots { windows: self.buffer::<f32>(count * window)?, states };
-        slots.windows.zero()?;
-        slots.states.values.zero()?;
-        slots.states.scales.iter().try_for_each(Buffer::zero)?;
-        Ok(slots)
+        // Made here, and not while a step is recorded.
+        self.fault()?;
+        let mut weights = parameters.conv_codes();
+        if let Some(fixed) = fixed {
+            weights.scales.iter_mut().zip(&fixed.conv_in).for_each(|(weight, input)| *weight *= input);
+        }
+        let fixed = match fixed {
+            Some(scales) => {
+                let in_front = [&scales.z, &scales.conv_in, &scales.dt].into_iter().flatten().copied().collect::<Vec<f32>>();
+                Some((self.upload_values(&in_front)?, self.upload_values(&scales.conv_out)?))
+            }
+            None => None,
+        };
+        Ok(Internals::Int8(Taps { codes: self.upload_values(&weights.codes)?, scales: self.upload_values(&weights.scales)?, fixed }))
     }
 
-    /// Runs `scan` over the states in f32, which is what the chunked scan reads and writes.
-    fn widened(&self, states: &States, rows: usize, run: usize, scan: impl FnOnce(&Buffer) -> Result<CudaTensor>) -> Result<CudaTensor> {
-        let (from, to) = match states.format {
-            CacheFormat::F32 => return scan(&states.values),
-            CacheFormat::F16 => ("state_from_f16", "state_to_f16"),
-            CacheFormat::Int8 => ("state_from_i8", "state_to_i8"),
-        };
-        let wide = self.buffer::<f32>(rows * run)?;
-        let arguments = Arguments::default().with(&states.values).with(states.scales.as_ref()).with(run).with(&wide);
-        self.launch(from, [rows, 1, 1], 64, 0, arguments)?;
-        let y = scan(&wide)?;
-        let arguments = Arguments::default().with(&wide).with(run).with(&states.values).with(states.scales.as_ref());
-        self.launch(to, [rows, 1, 1], 64, 0, arguments)?;
-        Ok(y)
+    /// See [`crate::backend::Backend::project`]: `projected` in the form that the mixer reads.
+    pub(super) fn slices(&self, projected: CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Result<Projection> {
+        let Internals::Int8(taps) = &parameters.internals else { return Ok(Projection::Float(projected)) };
+        if shape.head_dim.max(shape.state).max(shape.heads) > SPAN_CHANNELS {
+            return Err(Error::input(format!(
+                "int8 SSM internals on the GPU take heads, head dimension and state up to {SPAN_CHANNELS}; this model has {}, {} and {}",
+                shape.heads, shape.head_dim, shape.state
+            ))
+            .hint("run this variant with --device cpu"));
+        }
+        let (tokens, spans) = (projected.rows, Spans::projection(shape));
+        let codes = self.buffer::<i8>(tokens * spans.width())?;
+        let scales = if taps.fixed.is_none() { Some(self.buffer::<f32>(tokens * spans.count())?) } else { None };
+        let fixed = taps.fixed.as_ref().map(|(in_front, _)| in_front);
+        self.round_spans(spans, tokens, projected.buffer(), &codes, fixed, scales.as_ref())?;
+        Ok(Projection::Int8(Slices { tokens, codes, scales }))
+    }
+
+    /// A tensor that holds z in its first columns.
+    pub(super) fn gate(&self, projection: &Projection, parameters: &Parameters, shape: &MambaShape) -> Result<CudaTensor> {
+        match projection {
+            Projection::Float(projected) => Ok(projected.clone()),
+            Projection::Int8(slices) => {
+                let z = self.tensor(slices.tokens, shape.inner())?;
+                let scales = slices.scales.as_ref().map(|scales| (scales, Spans::projection(shape).count()));
+                let codes = (&slices.codes, shape.projected());
+                self.widen_spans(
+                    Spans::heads(shape),
+                    slices.tokens,
+                    codes,
+                    scales,
+                    parameters.fixed().map(|(fixed, _)| fixed),
+                    z.buffer(),
+                )?;
+                Ok(z)
+            }
+        }
     }
 
     /// See [`crate::backend::Backend::mamba_scan`].
     pub(super) fn scan(
         &self,
-        projected: &CudaTensor,
+        projection: &Projection,
         parameters: &Parameters,
         shape: &MambaShape,
         sequences: &Sequences,
         cache: Option<&mut SsmCache>,
     ) -> Result<CudaTensor> {
-        let Some(cache) = cache else {
-            let tables = self.tables(sequences, false)?;
-            let (window, state) = ((shape.kernel - 1) * shape.conv_channels(), shape.inner() * shape.state);
-            let slots = if tables.slots > 0 { Some(self.slots(tables.slots, window, state, shape.state, CacheFormat::F32)?) } else { None };
-            let slots = slots.as_ref().map(|slots| (&slots.windows, &slots.states.values));
-            return self.scan_sequences(projected, parameters, shape, &tables, slots);
-        };
-        if cache.formats.conv != CacheFormat::F32 {
-            return Err(Error::input("the GPU keeps the convolution's inputs in f32 only so far")
-                .hint("evaluate this variant with --device cpu, or make one with a float convolution cache"));
-        }
-        if cache.sequences != sequences.count() {
-            return Err(Error::run(format!("a cache of {} sequences was given {}", cache.sequences, sequences.count())));
-        }
-        if cache.buffers.is_none() {
-            cache.buffers = Some(self.slots(cache.sequences, cache.window, cache.state, cache.run, cache.formats.state)?);
-        }
-        let slots = cache.buffers.as_ref().ok_or_else(|| Error::run("a cache lost its buffers"))?;
-        if sequences.tokens() == sequences.count() {
-            return self.scan_step(projected, parameters, shape, sequences.count(), slots);
-        }
-        let tables = self.tables(sequences, true)?;
-        let rows = cache.sequences * cache.state / cache.run;
-        self.widened(&slots.states, rows, cache.run, |states| {
-            self.scan_sequences(projected, parameters, shape, &tables, Some((&slots.windows, states)))
-        })
+        let y = match cache {
+            None => {
+                let tables = self.tables(sequences, false)?;
+                let slots =
+                    if tables.slots > 0 { Some(self.slots(tables.slots, shape, parameters, CacheFormats::default())?) } else { None };
+                let slots = slots.as_ref().map(|Slots { windows, states }| (windows, &windows.values, &states.values));
+                self.scan_sequences(projection, parameters, shape, &tables, slots)
+            }
+            Some(cache) if cache.sequences != sequences.count() => {
+                Err(Error::run(format!("a cache of {} sequences was given {}", cache.sequences, sequences.count())))
+            }
+            Some(cache) => {
+                let slots = cache.slots(self, parameters)?;
+                if sequences.tokens() == sequences.count() {
+                    self.scan_step(projection, parameters, shape, sequences.count(), slots)
+                } else {
+                    let tables = self.tables(sequences, true)?;
+                    let scan = |windows: &Buffer| {
+                        self.widened_states(&slots.states, |states| {
+                            self.scan_sequences(projection, parameters, shape, &tables, Some((&slots.windows, windows, states)))
+                        })
+                    };
+                    if slots.windows.format.is_some() { self.widened_windows(&slots.windows, scan) } else { scan(&slots.windows.values) }
+                }
+            }
+        }?;
+        self.rotate_spans(Spans::heads(shape), &y, parameters)?;
+        Ok(y)
     }
 
     /// One token a sequence.
     fn scan_step(
         &self,
-        projected: &CudaTensor,
+        projection: &Projection,
         parameters: &Parameters,
         shape: &MambaShape,
         count: usize,
         slots: &Slots,
     ) -> Result<CudaTensor> {
-        let (channels, inner) = (shape.conv_channels(), shape.inner());
-        let (xbc, y) = (self.tensor(count, channels)?, self.tensor(count, inner)?);
-        let arguments = Arguments::default()
-            .with(projected.buffer())
-            .with(projected.cols)
-            .with(inner)
-            .with(&parameters.conv_weight)
-            .with(&parameters.conv_bias)
-            .with(channels)
-            .with(shape.kernel)
-            .with(&slots.windows)
-            .with(xbc.buffer());
-        self.launch("conv_step", [channels.div_ceil(CONV_CHANNELS), count, 1], 128, 0, arguments)?;
-        let arguments = Arguments::default()
-            .with(xbc.buffer())
-            .with(projected.buffer())
-            .with(projected.cols)
-            .with(&parameters.a)
-            .with(&parameters.d)
-            .with(&parameters.dt_bias)
-            .with(shape.dt_min)
-            .with(shape.dt_max)
-            .with(shape.heads)
-            .with(shape.head_dim)
-            .with(shape.groups)
-            .with(shape.state)
-            .with(&slots.states.values)
-            .with(slots.states.scales.as_ref())
-            .with(y.buffer());
-        let kernel = match slots.states.format {
-            CacheFormat::F32 => "ssm_step_f32",
-            CacheFormat::F16 => "ssm_step_f16",
-            CacheFormat::Int8 => "ssm_step_i8",
+        let y = self.tensor(count, shape.inner())?;
+        let states = &slots.states;
+        let mixer = |arguments: Arguments| {
+            let arguments =
+                arguments.with(&parameters.a).with(&parameters.d).with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max);
+            let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
+            arguments.with(&states.values).with(states.scales.as_ref()).with(y.buffer())
         };
+        let (kernels, arguments) = match projection {
+            Projection::Float(projected) => {
+                let xbc = self.tensor(count, shape.conv_channels())?;
+                self.widened_windows(&slots.windows, |windows| {
+                    let arguments = conv_arguments(projected, parameters, shape).with(windows).with(xbc.buffer());
+                    self.launch("conv_step", [shape.conv_channels().div_ceil(CONV_CHANNELS), count, 1], 128, 0, arguments)
+                })?;
+                self.rotate_spans(Spans::conv(shape), &xbc, parameters)?;
+                let arguments = Arguments::default().with(xbc.buffer()).with(projected.buffer()).with(projected.cols);
+                (["ssm_step_f32", "ssm_step_f16", "ssm_step_i8"], mixer(arguments))
+            }
+            Projection::Int8(slices) => {
+                let convolved = self.convolve_codes(slices, parameters, shape, None, Some(&slots.windows))?;
+                let (scales, stride, fixed) = slices.dt_scales(parameters, shape);
+                let arguments =
+                    convolved.arguments(parameters).with(&slices.codes).with(shape.projected()).with(scales).with(stride).with(fixed);
+                (["ssm_step_codes_f32", "ssm_step_codes_f16", "ssm_step_codes_i8"], mixer(arguments))
+            }
+        };
+        let kernel = kernels[match states.format {
+            CacheFormat::F32 => 0,
+            CacheFormat::F16 => 1,
+            CacheFormat::Int8 => 2,
+        }];
         self.launch(kernel, [shape.heads, shape.head_dim.div_ceil(16), count], 128, 0, arguments)?;
         Ok(y)
     }
 
-    fn scan_sequences(
+    /// x | B | C of the sequences of a batch, level after level.
+    fn convolve(
         &self,
         projected: &CudaTensor,
         parameters: &Parameters,
         shape: &MambaShape,
         tables: &Tables,
-        slots: Option<(&Buffer, &Buffer)>,
+        windows: Option<&Buffer>,
     ) -> Result<CudaTensor> {
-        let (channels, inner, tokens) = (shape.conv_channels(), shape.inner(), projected.rows);
-        let (xbc, y) = (self.tensor(tokens, channels)?, self.tensor(tokens, inner)?);
-        let (dt, decay) = (self.tensor(tokens, shape.heads)?, self.tensor(tokens, shape.heads)?);
-        let states_size = shape.head_dim * shape.state;
+        let (channels, kernel) = (shape.conv_channels(), shape.kernel);
+        let xbc = self.tensor(projected.rows, channels)?;
         for level in &tables.levels {
-            let arguments = Arguments::default()
-                .with(projected.buffer())
-                .with(projected.cols)
-                .with(inner)
-                .with(&parameters.conv_weight)
-                .with(&parameters.conv_bias)
-                .with(channels)
-                .with(shape.kernel)
-                .with(&level.sequences)
-                .with(slots.map(|(windows, _)| windows))
-                .with(xbc.buffer());
+            let arguments = conv_arguments(projected, parameters, shape).with(&level.sequences).with(windows).with(xbc.buffer());
             let blocks = [channels.div_ceil(CONV_CHANNELS), level.longest.div_ceil(CONV_TOKENS), level.count];
             self.launch("conv", blocks, 128, 0, arguments)?;
-            if let Some((windows, _)) = slots {
-                let arguments = Arguments::default()
-                    .with(projected.buffer())
-                    .with(projected.cols)
-                    .with(inner)
-                    .with(channels)
-                    .with(shape.kernel)
-                    .with(&level.sequences)
-                    .with(windows);
+            if let Some(windows) = windows {
+                let arguments = Arguments::default().with(projected.buffer()).with(projected.cols).with(shape.inner());
+                let arguments = arguments.with(channels).with(kernel).with(&level.sequences).with(windows);
                 self.launch("conv_window", [channels.div_ceil(CONV_CHANNELS), level.count, 1], 128, 0, arguments)?;
             }
-            let arguments = Arguments::default()
-                .with(projected.buffer())
-                .with(projected.cols)
-                .with(inner + channels)
-                .with(&parameters.a)
-                .with(&parameters.dt_bias)
-                .with(shape.dt_min)
-                .with(shape.dt_max)
-                .with(shape.heads)
-                .with(&level.chunks)
-                .with(dt.buffer())
-                .with(decay.buffer());
-            self.launch("ssd_decay", [shape.heads.div_ceil(32), level.chunk_count, 1], 32, 0, arguments)?;
+        }
+        self.rotate_spans(Spans::conv(shape), &xbc, parameters)?;
+        Ok(xbc)
+    }
+
+    /// The same of codes, rotated and rounded again. Without tables it is a step of every slot, and the windows move on.
+    fn convolve_codes(
+        &self,
+        slices: &Slices,
+        parameters: &Parameters,
+        shape: &MambaShape,
+        tables: Option<&Tables>,
+        windows: Option<&Windows>,
+    ) -> Result<Convolved> {
+        let Internals::Int8(taps) = &parameters.internals else { return Err(Error::run("a mixer in float was given codes")) };
+        let (spans, behind) = (Spans::projection(shape), Spans::conv(shape));
+        let codes = self.buffer::<i8>(slices.tokens * behind.width())?;
+        let scales = if taps.fixed.is_none() { Some(self.buffer::<f32>(slices.tokens * behind.count())?) } else { None };
+        let (values, window_scales) = (windows.map(|windows| &windows.values), windows.and_then(|windows| windows.scales.as_ref()));
+        let inputs = || {
+            let arguments = Arguments::default().with(&slices.codes).with(spans.width()).with(shape.inner());
+            arguments.with(slices.scales.as_ref()).with(spans.count()).with(shape.heads)
+        };
+        let fault = self.fault()?;
+        let convolve = |sequences: Option<&Buffer>, longest: usize, count: usize| {
+            let arguments = inputs().with(&taps.codes).with(&taps.scales).with(&parameters.conv_bias).with(shape.kernel);
+            let arguments = behind.rotated(parameters.rotation).arguments(arguments);
+            let arguments = arguments.with(sequences).with(values).with(window_scales);
+            let arguments = arguments.with(parameters.fixed().map(|(_, behind)| behind)).with(&codes).with(scales.as_ref()).with(&*fault);
+            self.launch("conv_i8", [behind.count().div_ceil(SPANS), longest.div_ceil(CODE_TOKENS), count], 128, 0, arguments)
+        };
+        let Some(tables) = tables else {
+            convolve(None, 1, slices.tokens)?;
+            return Ok(Convolved { codes, scales });
+        };
+        for level in &tables.levels {
+            convolve(Some(&level.sequences), level.longest, level.count)?;
+            if values.is_some() {
+                let arguments = inputs().with(shape.kernel).with(shape.heads).with(shape.head_dim).with(2 * shape.groups).with(shape.state);
+                let arguments = arguments.with(&level.sequences).with(values).with(window_scales);
+                self.launch("conv_window_i8", [behind.count().div_ceil(SPANS), level.count, 1], 128, 0, arguments)?;
+            }
+        }
+        Ok(Convolved { codes, scales })
+    }
+
+    /// Whole sequences; slots give windows, and states in f32.
+    fn scan_sequences(
+        &self,
+        projection: &Projection,
+        parameters: &Parameters,
+        shape: &MambaShape,
+        tables: &Tables,
+        slots: Option<(&Windows, &Buffer, &Buffer)>,
+    ) -> Result<CudaTensor> {
+        let states = slots.map(|(_, _, states)| states);
+        match projection {
+            Projection::Float(projected) => {
+                let windows = slots.map(|(_, windows, _)| windows);
+                let xbc = self.convolve(projected, parameters, shape, tables, windows)?;
+                let raw = Arguments::default().with(projected.buffer()).with(projected.cols).with(shape.projected() - shape.heads);
+                let inputs = || Arguments::default().with(xbc.buffer());
+                self.scan_chunks(["ssd_decay", "ssd_state", "ssd_output"], &raw, &inputs, projected.rows, parameters, shape, tables, states)
+            }
+            Projection::Int8(slices) => {
+                let windows = slots.map(|(windows, _, _)| windows);
+                let convolved = self.convolve_codes(slices, parameters, shape, Some(tables), windows)?;
+                let (scales, stride, fixed) = slices.dt_scales(parameters, shape);
+                let raw = Arguments::default().with(&slices.codes).with(shape.projected()).with(shape.projected() - shape.heads);
+                let raw = raw.with(scales).with(stride).with(fixed);
+                let inputs = || convolved.arguments(parameters);
+                let kernels = ["ssd_decay_i8", "ssd_state_i8", "ssd_output_i8"];
+                self.scan_chunks(kernels, &raw, &inputs, slices.tokens, parameters, shape, tables, states)
+            }
+        }
+    }
+
+    /// The scan itself, level after level: `raw` is where dt comes from, `inputs` where x | B | C do.
+    #[allow(clippy::too_many_arguments, reason = "what the kernels of a scan read and write")]
+    fn scan_chunks(
+        &self,
+        [decay_kernel, state_kernel, output_kernel]: [&str; 3],
+        raw: &Arguments,
+        inputs: &dyn Fn() -> Arguments,
+        tokens: usize,
+        parameters: &Parameters,
+        shape: &MambaShape,
+        tables: &Tables,
+        cache: Option<&Buffer>,
+    ) -> Result<CudaTensor> {
+        let (y, dt, decay) = (self.tensor(tokens, shape.inner())?, self.tensor(tokens, shape.heads)?, self.tensor(tokens, shape.heads)?);
+        let sizes = |arguments: Arguments| arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
+        let states_size = shape.head_dim * shape.state;
+        for level in &tables.levels {
+            let arguments = raw.clone().with(&parameters.a).with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max);
+            let arguments = arguments.with(shape.heads).with(&level.chunks).with(dt.buffer()).with(decay.buffer());
+            self.launch(decay_kernel, [shape.heads.div_ceil(32), level.chunk_count, 1], 32, 0, arguments)?;
             let states = self.buffer::<f32>(level.chunk_count * shape.heads * states_size)?;
-            let arguments = Arguments::default()
-                .with(xbc.buffer())
-                .with(dt.buffer())
-                .with(decay.buffer())
-                .with(&level.chunks)
-                .with(shape.heads)
-                .with(shape.head_dim)
-                .with(shape.groups)
-                .with(shape.state)
-                .with(&states);
-            self.launch("ssd_state", [shape.heads, level.chunk_count, 1], 128, 49408, arguments)?;
-            let arguments = Arguments::default()
-                .with(&states)
-                .with(decay.buffer())
-                .with(&level.chunks)
-                .with(&level.sequence_chunks)
-                .with(shape.heads)
-                .with(shape.head_dim)
-                .with(shape.state)
-                .with(slots.map(|(_, states)| states));
+            let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&level.chunks);
+            self.launch(state_kernel, [shape.heads, level.chunk_count, 1], 128, 49408, sizes(arguments).with(&states))?;
+            let arguments = Arguments::default().with(&states).with(decay.buffer()).with(&level.chunks).with(&level.sequence_chunks);
+            let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.state).with(cache);
             self.launch("ssd_pass", [states_size.div_ceil(256), shape.heads, level.count], 256, 0, arguments)?;
-            let arguments = Arguments::default()
-                .with(xbc.buffer())
-                .with(dt.buffer())
-                .with(decay.buffer())
-                .with(&states)
-                .with(&parameters.d)
-                .with(&level.chunks)
-                .with(shape.heads)
-                .with(shape.head_dim)
-                .with(shape.groups)
-                .with(shape.state)
-                .with(y.buffer());
-            self.launch("ssd_output", [shape.heads, level.chunk_count, 1], 128, 81920, arguments)?;
+            let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&states).with(&parameters.d).with(&level.chunks);
+            self.launch(output_kernel, [shape.heads, level.chunk_count, 1], 128, 81920, sizes(arguments).with(y.buffer()))?;
         }
         Ok(y)
     }
+}
 
-    /// The tables of `sequences`, which the layers of a forward pass share. `cached`: sequence i goes on from slot i.
-    fn tables(&self, sequences: &Sequences, cached: bool) -> Result<Arc<Tables>> {
-        let mut kept = lock(&self.tables);
-        if let Some(tables) = kept.as_ref().filter(|tables| tables.cached == cached && tables.sequences == *sequences) {
-            return Ok(Arc::clone(tables));
+/// What the float convolutions begin with.
+fn conv_arguments(projected: &CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Arguments {
+    let arguments = Arguments::default().with(projected.buffer()).with(projected.cols).with(shape.inner());
+    arguments.with(&parameters.conv_weight).with(&parameters.conv_bias).with(shape.conv_channels()).with(shape.kernel)
+}
+
+impl Parameters {
+    /// Static scales in front of and behind the convolution.
+    fn fixed(&self) -> Option<(&Buffer, &Buffer)> {
+        match &self.internals {
+            Internals::Float => None,
+            Internals::Int8(taps) => taps.fixed.as_ref().map(|(in_front, behind)| (in_front, behind)),
         }
-        let ranges: Vec<_> = sequences.ranges().collect();
-        let mut depth: Vec<usize> = Vec::with_capacity(ranges.len());
-        let mut slot = vec![-1; ranges.len()];
-        let mut slots = 0;
-        for index in 0..ranges.len() {
-            depth.push(sequences.parent(index).map_or(0, |parent| depth[parent] + 1));
-            if let Some(parent) = sequences.parent(index)
-                && slot[parent] < 0
-            {
-                slot[parent] = slots;
-                slots += 1;
-            }
-        }
-        let mut levels = Vec::new();
-        for level in 0..=depth.iter().copied().max().unwrap_or(0) {
-            let (mut rows, mut chunks, mut sequence_chunks) = (Vec::new(), Vec::new(), Vec::new());
-            let mut longest = 0;
-            for (index, range) in ranges.iter().enumerate().filter(|(index, _)| depth[*index] == level) {
-                let (from, to) = if cached {
-                    (index as i32, index as i32)
-                } else {
-                    (sequences.parent(index).map_or(-1, |parent| slot[parent]), slot[index])
-                };
-                rows.extend([range.start as i32, range.end as i32, from, to]);
-                let first = chunks.len() as i32 / 2;
-                for start in range.clone().step_by(CHUNK) {
-                    chunks.extend([start as i32, range.end.min(start + CHUNK) as i32]);
-                }
-                sequence_chunks.extend([first, chunks.len() as i32 / 2, from, to]);
-                longest = longest.max(range.len());
-            }
-            levels.push(Level {
-                count: rows.len() / 4,
-                longest,
-                chunk_count: chunks.len() / 2,
-                sequences: self.upload_values(&rows)?,
-                chunks: self.upload_values(&chunks)?,
-                sequence_chunks: self.upload_values(&sequence_chunks)?,
-            });
-        }
-        let slots = if cached { 0 } else { slots as usize };
-        let tables = Arc::new(Tables { sequences: sequences.clone(), cached, levels, slots });
-        *kept = Some(Arc::clone(&tables));
-        Ok(tables)
+    }
+}
+
+impl Slices {
+    /// Of dt: address of the first token's scale, distance to the next token's, address of the static scales of the heads; 0 for none.
+    fn dt_scales(&self, parameters: &Parameters, shape: &MambaShape) -> (u64, usize, u64) {
+        let at = |buffer: Option<&Buffer>, index: usize| buffer.map_or(0, |buffer| buffer.address() + 4 * index as u64);
+        let spans = Spans::projection(shape).count();
+        let fixed = parameters.fixed().map(|(in_front, _)| in_front);
+        (at(self.scales.as_ref(), spans - 1), spans, at(fixed, shape.projected() - shape.heads))
+    }
+}
+
+impl Convolved {
+    /// Codes, scales, static scales: where kernels of codes read x | B | C.
+    fn arguments(&self, parameters: &Parameters) -> Arguments {
+        Arguments::default().with(&self.codes).with(self.scales.as_ref()).with(parameters.fixed().map(|(_, behind)| behind))
     }
 }

@@ -40,6 +40,8 @@ pub struct Cuda {
     recording: Arc<Mutex<Option<recording::Notes>>>,
     /// Static scales on the device, by their bits.
     scales: Arc<Mutex<HashMap<u32, Arc<Buffer>>>>,
+    /// An `int` that kernels set where codes hide a value that is not finite.
+    fault: Arc<Mutex<Option<Arc<Buffer>>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -58,7 +60,13 @@ impl Cuda {
     }
 
     pub fn on(device: Arc<dyn Device>) -> Self {
-        Self { memory: Memory::new(device), tables: Arc::default(), recording: Arc::default(), scales: Arc::default() }
+        Self {
+            memory: Memory::new(device),
+            tables: Arc::default(),
+            recording: Arc::default(),
+            scales: Arc::default(),
+            fault: Arc::default(),
+        }
     }
 
     pub fn device(&self) -> &dyn Device {
@@ -100,6 +108,28 @@ impl Cuda {
         Ok(buffer)
     }
 
+    /// Where kernels that round to codes say that a value was not finite.
+    fn fault(&self) -> Result<Arc<Buffer>> {
+        let mut kept = lock(&self.fault);
+        if let Some(buffer) = &*kept {
+            return Ok(Arc::clone(buffer));
+        }
+        let buffer = Arc::new(self.buffer::<i32>(1)?);
+        buffer.zero()?;
+        *kept = Some(Arc::clone(&buffer));
+        Ok(buffer)
+    }
+
+    /// An error when a value that was rounded to a code since the last call was not finite. Called wherever results come to the host.
+    fn check_fault(&self) -> Result<()> {
+        let Some(buffer) = lock(&self.fault).clone() else { return Ok(()) };
+        if buffer.download::<i32>(1)? == [0] {
+            return Ok(());
+        }
+        buffer.zero()?;
+        Err(Error::run("values inside a state-space block are not finite"))
+    }
+
     /// Copies through page-locked memory that a recording may read again.
     fn copy_pinned<T: Plain>(&self, buffer: &Buffer, values: &[T]) -> Result<Arc<dyn Pinned>> {
         let bytes = device::as_bytes(values);
@@ -133,7 +163,7 @@ impl Backend for Cuda {
     type Recording = CudaRecording;
     type Activation = CudaActivation;
     type Mamba = mamba::Parameters;
-    type Projection = CudaTensor;
+    type Projection = mamba::Projection;
     type SsmCache = mamba::SsmCache;
     type KvCache = attention::KvCache;
 
@@ -146,7 +176,9 @@ impl Backend for Cuda {
     }
 
     fn download(&self, tensor: &CudaTensor) -> Result<Vec<f32>> {
-        tensor.buffer().download(tensor.rows * tensor.cols)
+        let values = tensor.buffer().download(tensor.rows * tensor.cols)?;
+        self.check_fault()?;
+        Ok(values)
     }
 
     fn floats(&self, activation: &CudaActivation) -> Result<Vec<f32>> {
@@ -229,35 +261,42 @@ impl Backend for Cuda {
         cache.bytes()
     }
 
-    fn project(&self, in_proj: &CudaLinear, x: &CudaActivation, _: &mamba::Parameters, _: &MambaShape) -> Result<CudaTensor> {
-        self.product(in_proj, x, None)
+    fn project(
+        &self,
+        in_proj: &CudaLinear,
+        x: &CudaActivation,
+        parameters: &mamba::Parameters,
+        shape: &MambaShape,
+    ) -> Result<mamba::Projection> {
+        self.slices(self.product(in_proj, x, None)?, parameters, shape)
     }
 
     fn mamba_scan(
         &self,
-        projected: &CudaTensor,
+        projection: &mamba::Projection,
         parameters: &mamba::Parameters,
         shape: &MambaShape,
         sequences: &Sequences,
         cache: Option<&mut mamba::SsmCache>,
     ) -> Result<CudaTensor> {
-        self.scan(projected, parameters, shape, sequences, cache)
+        self.scan(projection, parameters, shape, sequences, cache)
     }
 
     fn gated_norm(
         &self,
         y: &CudaTensor,
-        projected: &CudaTensor,
-        _: &mamba::Parameters,
+        projection: &mamba::Projection,
+        parameters: &mamba::Parameters,
         weight: &Buffer,
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
     ) -> Result<CudaActivation> {
+        let gate = self.gate(projection, parameters, shape)?;
         let arguments = Arguments::default()
             .with(y.buffer())
-            .with(projected.buffer())
-            .with(projected.cols)
+            .with(gate.buffer())
+            .with(gate.cols)
             .with(weight)
             .with(eps)
             .with(y.cols)

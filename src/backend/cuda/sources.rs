@@ -24,6 +24,7 @@ pub const KERNELS: &[Source] = &[
     source!("embedding.cu"),
     source!("gemm.cu"),
     source!("gptq.cu"),
+    source!("internals.cu"),
     source!("linear_few.cu"),
     source!("logits.cu"),
     source!("moe.cu"),

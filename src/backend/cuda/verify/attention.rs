@@ -1,9 +1,10 @@
 //! Attention over whole sequences, trees and caches, and routing of experts.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, difference, mismatches, worse};
 use crate::backend::AttentionShape;
+use crate::backend::cpu::stored::{round_span, to_f16};
 use crate::backend::cuda::device::{Arguments, Buffer};
 use crate::error::Result;
 
@@ -20,7 +21,7 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     let mut all = Vec::new();
     for shape in shapes {
         let text = format!("{}/{} heads x {}", shape.heads, shape.kv_heads, shape.head_dim);
-        for kernel in ["attention_f32", "attention_bf16"] {
+        for kernel in ["attention_f32", "attention_bf16", "attention_f16", "attention_i8"] {
             all.push(Check::new(kernel, format!("{text}, sequences"), HALVES, move |lab| {
                 prefill(lab, kernel, &shape, &[33, 1, 70], &[&[0], &[1], &[2]])
             }));
@@ -28,15 +29,17 @@ pub fn checks(extent: Extent) -> Vec<Check> {
                 prefill(lab, kernel, &shape, &[40, 3, 35], &[&[0], &[0, 1], &[0, 1, 2]])
             }));
         }
-        for kernel in ["attention_decode_f32", "attention_decode_bf16"] {
+        for kernel in ["attention_decode_f32", "attention_decode_bf16", "attention_decode_f16", "attention_decode_i8"] {
             for lengths in [[1, 2], [33, 300], [32, 129]] {
                 let name = format!("{text}, keys {lengths:?}");
                 all.push(Check::new(kernel, name, FLOAT, move |lab| decode(lab, kernel, &shape, &lengths)));
             }
         }
     }
-    all.push(Check::new("kv_append_f32", "sequences", EXACT, |lab| append(lab, false)));
-    all.push(Check::new("kv_append_bf16", "steps", EXACT, |lab| append(lab, true)));
+    for kernel in ["kv_append_f32", "kv_append_bf16", "kv_append_f16", "kv_append_i8"] {
+        all.push(Check::new(kernel, "sequences", EXACT, move |lab| append(lab, kernel, false)));
+        all.push(Check::new(kernel, "steps", EXACT, move |lab| append(lab, kernel, true)));
+    }
     for (experts, chosen, groups, top_groups) in [(4, 2, 1, 1), (6, 2, 1, 1), (128, 6, 1, 1), (64, 4, 8, 3), (33, 5, 1, 1)] {
         let name = format!("{experts} experts, {chosen} chosen, {top_groups} of {groups} groups");
         all.push(Check::new("route", name, FLOAT, move |lab| route(lab, experts, chosen, groups, top_groups)));
@@ -45,13 +48,58 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     all
 }
 
-/// Keys or values on the device in f32 or bf16, and what they then are.
-fn stored(lab: &Lab, values: Vec<f32>, narrow: bool) -> Result<(Buffer, Vec<f32>)> {
-    if !narrow {
-        return Ok((lab.put(&values)?, values));
+/// Keys or values on the device as `kernel` reads them, and what they then are.
+struct Stored {
+    values: Buffer,
+    /// int8: a scale a head.
+    scales: Option<Buffer>,
+    floats: Vec<f32>,
+}
+
+impl Stored {
+    fn new(lab: &Lab, values: &[f32], kernel: &str, head_dim: usize) -> Result<Self> {
+        let halves = |bits: Vec<u16>, widen: fn(u16) -> f32| -> Result<Self> {
+            Ok(Self { values: lab.put(&bits)?, scales: None, floats: bits.into_iter().map(widen).collect() })
+        };
+        if kernel.ends_with("bf16") {
+            return halves(values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect(), |bits| bf16::from_bits(bits).to_f32());
+        }
+        if kernel.ends_with("f16") {
+            return halves(to_f16(values).map(f16::to_bits).collect(), |bits| f16::from_bits(bits).to_f32());
+        }
+        if kernel.ends_with("i8") {
+            let mut codes = vec![0; values.len()];
+            let heads = values.chunks_exact(head_dim).zip(codes.chunks_exact_mut(head_dim));
+            let scales: Vec<f32> = heads.map(|(values, codes)| round_span(values, codes)).collect();
+            let floats = codes.iter().enumerate().map(|(i, code)| f32::from(*code) * scales[i / head_dim]).collect();
+            return Ok(Self { values: lab.put(&codes)?, scales: Some(lab.put(&scales)?), floats });
+        }
+        Ok(Self { values: lab.put(values)?, scales: None, floats: values.to_vec() })
     }
-    let bits: Vec<u16> = values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect();
-    Ok((lab.put(&bits)?, bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect()))
+
+    /// What is there now.
+    fn read(&self, kernel: &str, head_dim: usize) -> Result<Vec<f32>> {
+        let count = self.floats.len();
+        match &self.scales {
+            Some(scales) => {
+                let scales = scales.download::<f32>(count / head_dim)?;
+                let codes = self.values.download::<i8>(count)?;
+                Ok(codes.iter().enumerate().map(|(i, code)| f32::from(*code) * scales[i / head_dim]).collect())
+            }
+            None if kernel.ends_with("bf16") => {
+                Ok(self.values.download::<u16>(count)?.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect())
+            }
+            None if kernel.ends_with("f16") => {
+                Ok(self.values.download::<u16>(count)?.iter().map(|bits| f16::from_bits(*bits).to_f32()).collect())
+            }
+            None => self.values.download(count),
+        }
+    }
+}
+
+/// Keys and values where kernels expect them.
+fn places(arguments: Arguments, keys: &Stored, values: &Stored) -> Arguments {
+    arguments.with(&keys.values).with(&values.values).with(keys.scales.as_ref()).with(values.scales.as_ref())
 }
 
 /// One query over the rows `seen` of keys and values, all heads, in f64.
@@ -77,9 +125,8 @@ fn prefill(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize], c
     let (tokens, q_width, width) = (lengths.iter().sum::<usize>(), shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let starts: Vec<usize> = lengths.iter().scan(0, |start, length| Some(std::mem::replace(start, *start + length))).collect();
     let q = lab.normal(60, tokens * q_width);
-    let narrow = kernel.ends_with("bf16");
-    let (keys, k) = stored(lab, lab.normal(61, tokens * width), narrow)?;
-    let (values, v) = stored(lab, lab.normal(62, tokens * width), narrow)?;
+    let keys = Stored::new(lab, &lab.normal(61, tokens * width), kernel, shape.head_dim)?;
+    let values = Stored::new(lab, &lab.normal(62, tokens * width), kernel, shape.head_dim)?;
     let (mut queries, mut segments, mut expected) = (Vec::new(), Vec::new(), Vec::new());
     for (index, chain) in chains.iter().enumerate() {
         let range = |index: &usize| starts[*index]..starts[*index] + lengths[*index];
@@ -89,12 +136,12 @@ fn prefill(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize], c
         let rows: Vec<usize> = chain.iter().flat_map(range).collect();
         for t in range(&index) {
             let visible = rows.len() - (range(&index).end - 1 - t);
-            expected.extend(attend(&q[t * q_width..(t + 1) * q_width], &k, &v, &rows[..visible], shape));
+            expected.extend(attend(&q[t * q_width..(t + 1) * q_width], &keys.floats, &values.floats, &rows[..visible], shape));
         }
     }
-    let (input, places, ranges) = (lab.put(&q)?, lab.put(queries.as_flattened())?, lab.put(segments.as_flattened())?);
+    let (input, own, ranges) = (lab.put(&q)?, lab.put(queries.as_flattened())?, lab.put(segments.as_flattened())?);
     let out = lab.poisoned::<f32>(tokens * q_width)?;
-    let arguments = Arguments::default().with(&input).with(&keys).with(&values).with(&places).with(&ranges);
+    let arguments = places(Arguments::default().with(&input), &keys, &values).with(&own).with(&ranges);
     let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(shape.head_dim).with(&out);
     let longest = lengths.iter().max().copied().unwrap_or(0);
     lab.launch(kernel, [longest.div_ceil(64), shape.heads, lengths.len()], 128, 65536, arguments)?;
@@ -105,13 +152,12 @@ fn decode(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize]) ->
     let (capacity, splits, d) = (320, 5, shape.head_dim);
     let (q_width, width, count) = (shape.heads * d, shape.kv_heads * d, lengths.len());
     let q = lab.normal(63, count * q_width);
-    let narrow = kernel.ends_with("bf16");
-    let (keys, k) = stored(lab, lab.normal(64, count * capacity * width), narrow)?;
-    let (values, v) = stored(lab, lab.normal(65, count * capacity * width), narrow)?;
+    let keys = Stored::new(lab, &lab.normal(64, count * capacity * width), kernel, d)?;
+    let values = Stored::new(lab, &lab.normal(65, count * capacity * width), kernel, d)?;
     let held: Vec<i32> = lengths.iter().map(|length| *length as i32).collect();
     let (input, held) = (lab.put(&q)?, lab.put(&held)?);
     let (partial, out) = (lab.poisoned::<f32>(count * shape.heads * splits * (d + 2))?, lab.poisoned::<f32>(count * q_width)?);
-    let arguments = Arguments::default().with(&input).with(&keys).with(&values).with(&held).with(capacity);
+    let arguments = places(Arguments::default().with(&input), &keys, &values).with(&held).with(capacity);
     let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(d).with(splits).with(&partial);
     lab.launch(kernel, [shape.kv_heads, splits, count], 128, 0, arguments)?;
     let arguments = Arguments::default().with(&partial).with(shape.heads).with(d).with(splits).with(&out);
@@ -119,46 +165,44 @@ fn decode(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize]) ->
     let mut expected = Vec::new();
     for (slot, length) in lengths.iter().enumerate() {
         let seen: Vec<usize> = (slot * capacity..slot * capacity + length).collect();
-        expected.extend(attend(&q[slot * q_width..(slot + 1) * q_width], &k, &v, &seen, shape));
+        expected.extend(attend(&q[slot * q_width..(slot + 1) * q_width], &keys.floats, &values.floats, &seen, shape));
     }
     Ok(difference(&out.download::<f32>(count * q_width)?, &expected))
 }
 
 /// Appends to caches that hold something, then moves the lengths on.
-fn append(lab: &Lab, steps: bool) -> Result<f64> {
-    let (width, capacity, slots) = (48, 10, 3);
+fn append(lab: &Lab, kernel: &str, steps: bool) -> Result<f64> {
+    let (heads, head_dim, capacity, slots) = (3, 16, 10, 3);
+    let width = heads * head_dim;
     let before = [4, 0, 7];
     // Slots 2 and 0 get three and two tokens; as steps every slot gets one.
     let table = [[0, 3, 2, 0], [3, 5, 0, 0]];
     let tokens = if steps { slots } else { 5 };
-    let (k, v) = (lab.normal(66, tokens * width), lab.normal(67, tokens * width));
+    let (mut k, v) = (lab.normal(66, tokens * width), lab.normal(67, tokens * width));
+    // One beyond f16, and a head of zeros.
+    k[0] = 1e6;
+    k[width..width + head_dim].fill(0.0);
     let (new_keys, new_values, lengths) = (lab.put(&k)?, lab.put(&v)?, lab.put(&before)?);
     let sequences = if steps { None } else { Some(lab.put(table.as_flattened())?) };
     let size = slots * capacity * width;
-    let (old_keys, old_values) = (lab.normal(68, size), lab.normal(69, size));
-    let ((keys, mut expected_keys), (values, mut expected_values)) = (stored(lab, old_keys, steps)?, stored(lab, old_values, steps)?);
-    let arguments = Arguments::default().with(&new_keys).with(&new_values).with(width).with(sequences.as_ref()).with(&lengths);
-    let (kernel, blocks, count) = if steps { ("kv_append_bf16", [1, slots, 1], slots) } else { ("kv_append_f32", [3, 2, 1], 2) };
-    lab.launch(kernel, blocks, 128, 0, arguments.with(capacity).with(&keys).with(&values))?;
+    let keys = Stored::new(lab, &lab.normal(68, size), kernel, head_dim)?;
+    let values = Stored::new(lab, &lab.normal(69, size), kernel, head_dim)?;
+    let arguments = Arguments::default().with(&new_keys).with(&new_values).with(heads).with(head_dim).with(sequences.as_ref());
+    let (blocks, count) = if steps { ([1, slots, 1], slots) } else { ([3, 2, 1], 2) };
+    lab.launch(kernel, blocks, 128, 0, places(arguments.with(&lengths).with(capacity), &keys, &values))?;
     lab.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&lengths).with(sequences.as_ref()).with(count))?;
     let rows: Vec<(usize, usize)> = if steps { vec![(0, 4), (1, 0), (2, 7)] } else { vec![(2, 7), (2, 8), (2, 9), (0, 4), (0, 5)] };
-    let round = |x: &f32| if steps { bf16::from_f32(*x).to_f32() } else { *x };
+    let (k, v) = (Stored::new(lab, &k, kernel, head_dim)?.floats, Stored::new(lab, &v, kernel, head_dim)?.floats);
+    let (mut expected_keys, mut expected_values) = (keys.floats.clone(), values.floats.clone());
     for (token, (slot, position)) in rows.iter().enumerate() {
         let to = (slot * capacity + position) * width;
         let from = token * width..(token + 1) * width;
-        expected_keys[to..to + width].copy_from_slice(&k[from.clone()].iter().map(round).collect::<Vec<_>>());
-        expected_values[to..to + width].copy_from_slice(&v[from].iter().map(round).collect::<Vec<_>>());
+        expected_keys[to..to + width].copy_from_slice(&k[from.clone()]);
+        expected_values[to..to + width].copy_from_slice(&v[from]);
     }
-    let read = |buffer: &Buffer| -> Result<Vec<f32>> {
-        if steps {
-            Ok(buffer.download::<u16>(size)?.iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect())
-        } else {
-            buffer.download(size)
-        }
-    };
     let after = if steps { [5, 1, 8] } else { [6, 0, 10] };
-    Ok(mismatches(&read(&keys)?, &expected_keys)
-        + mismatches(&read(&values)?, &expected_values)
+    Ok(mismatches(&keys.read(kernel, head_dim)?, &expected_keys)
+        + mismatches(&values.read(kernel, head_dim)?, &expected_values)
         + mismatches(&lengths.download::<i32>(slots)?, &after))
 }
 

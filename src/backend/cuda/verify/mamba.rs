@@ -4,6 +4,7 @@ use half::f16;
 
 use super::{Check, Extent, FLOAT, HALVES, Lab, STORED, difference, mismatches, wide, worse};
 use crate::backend::MambaShape;
+use crate::backend::cpu::stored::{round_each, round_span};
 use crate::backend::cuda::device::{Arguments, Buffer};
 use crate::error::Result;
 
@@ -14,16 +15,23 @@ fn shape(heads: usize, head_dim: usize, groups: usize, state: usize) -> MambaSha
     MambaShape { heads, head_dim, groups, state, kernel: 4, dt_min: 0.0, dt_max: f32::INFINITY }
 }
 
-pub fn checks(extent: Extent) -> Vec<Check> {
+/// Sizes of mixers.
+pub(super) fn shapes(extent: Extent) -> Vec<MambaShape> {
     // The demo's and golden's heads; the published models' with their number of heads in a group but fewer groups.
     let mut shapes = vec![shape(8, 64, 2, 64), shape(8, 24, 2, 16), shape(16, 64, 1, 128), shape(12, 80, 1, 128)];
-    let mut sequences = vec![vec![1], vec![5, 2], vec![64], vec![130, 1, 65]];
     if extent == Extent::Published {
         shapes.extend([shape(128, 64, 8, 128), shape(128, 80, 8, 128), shape(96, 80, 8, 128), shape(64, 64, 8, 128)]);
+    }
+    shapes
+}
+
+pub fn checks(extent: Extent) -> Vec<Check> {
+    let mut sequences = vec![vec![1], vec![5, 2], vec![64], vec![130, 1, 65]];
+    if extent == Extent::Published {
         sequences.push(vec![2048, 777]);
     }
     let mut all = Vec::new();
-    for shape in shapes {
+    for shape in shapes(extent) {
         let text = format!("{}x{} heads, {} groups, state {}", shape.heads, shape.head_dim, shape.groups, shape.state);
         let large = shape.heads * shape.head_dim * shape.state > 1 << 16;
         for lengths in &sequences {
@@ -35,19 +43,28 @@ pub fn checks(extent: Extent) -> Vec<Check> {
             let name = format!("{text}, tokens {lengths:?}");
             let copy = lengths.clone();
             all.push(Check::new("conv", name.clone(), FLOAT, move |lab| conv(lab, &shape, &copy)));
-            all.push(Check::new("ssd_output", name, HALVES, move |lab| scan(lab, &shape, &lengths)));
+            for form in [Form::Float, Form::PerToken, Form::Static] {
+                let (kernel, lengths) = (if form == Form::Float { "ssd_output" } else { "ssd_output_i8" }, lengths.clone());
+                all.push(Check::new(kernel, format!("{name}, {form:?}"), HALVES, move |lab| scan(lab, &shape, &lengths, form)));
+            }
         }
         all.push(Check::new("conv_step", text.clone(), FLOAT, move |lab| conv_step(lab, &shape)));
-        all.push(Check::new("ssm_step_f32", text.clone(), FLOAT, move |lab| step_f32(lab, &shape)));
-        all.push(Check::new("ssm_step_f16", text.clone(), FLOAT, move |lab| step_f16(lab, &shape)));
-        all.push(Check::new("ssm_step_i8", text, STORED, move |lab| step_i8(lab, &shape)));
+        all.push(Check::new("ssm_step_f32", text.clone(), FLOAT, move |lab| step_f32(lab, &shape, Form::Float)));
+        all.push(Check::new("ssm_step_f16", text.clone(), FLOAT, move |lab| step_f16(lab, &shape, Form::Float)));
+        all.push(Check::new("ssm_step_i8", text.clone(), STORED, move |lab| step_i8(lab, &shape, Form::Float)));
+        for form in [Form::PerToken, Form::Static] {
+            let text = format!("{text}, {form:?}");
+            all.push(Check::new("ssm_step_codes_f32", text.clone(), FLOAT, move |lab| step_f32(lab, &shape, form)));
+            all.push(Check::new("ssm_step_codes_f16", text.clone(), FLOAT, move |lab| step_f16(lab, &shape, form)));
+            all.push(Check::new("ssm_step_codes_i8", text, STORED, move |lab| step_i8(lab, &shape, form)));
+        }
     }
     all.push(Check::new("state_to_i8", "3x16", 0.0, |lab| convert(lab, 3, 16)));
     all.push(Check::new("state_to_i8", "5x256", 0.0, |lab| convert(lab, 5, 256)));
     all
 }
 
-fn silu(x: f64) -> f64 {
+pub(super) fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
@@ -75,7 +92,7 @@ impl Mixer {
 }
 
 /// Begin, end, slot in, slot out of each sequence: odd ones start from a slot, all end in their own.
-fn table(lengths: &[usize]) -> Vec<[i32; 4]> {
+pub(super) fn table(lengths: &[usize]) -> Vec<[i32; 4]> {
     let mut begin = 0;
     let row = |(index, length): (usize, &usize)| {
         let start = begin;
@@ -174,40 +191,132 @@ fn recur(shape: &MambaShape, mixer: &Mixer, raw: &[f32], xbc: &[f32], state: &mu
     y
 }
 
-/// The parameters that steps and scans share.
-struct Parameters {
+/// In which form a mixer's slices are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Float,
+    PerToken,
+    Static,
+}
+
+/// What steps and scans read: x | B | C, and dt among the slices of `in_proj`.
+struct Inputs {
+    form: Form,
+    /// x | B | C as floats, whatever they are kept as; the mixer's slices are replaced by theirs.
+    xbc: Vec<f32>,
+    convolved: Arguments,
+    /// The slices and the distance between their rows.
+    projected: Arguments,
+    /// Of codes: scales of dt.
+    dt_scales: Arguments,
     a: Buffer,
     d: Buffer,
     dt_bias: Buffer,
-    projected: Buffer,
-    xbc: Buffer,
+    /// Keeps what the arguments point to.
+    _buffers: Vec<Buffer>,
 }
 
-impl Parameters {
-    fn new(lab: &Lab, mixer: &Mixer, xbc: &[f32]) -> Result<Self> {
+impl Inputs {
+    fn new(lab: &Lab, shape: &MambaShape, mixer: &mut Mixer, stream: u64, form: Form) -> Result<Self> {
+        let tokens = mixer.projected.len() / shape.projected();
+        let mut xbc = lab.normal(stream, tokens * shape.conv_channels());
         let (a, d, dt_bias) = (lab.put(&mixer.a)?, lab.put(&mixer.d)?, lab.put(&mixer.dt_bias)?);
-        Ok(Self { a, d, dt_bias, projected: lab.put(&mixer.projected)?, xbc: lab.put(xbc)? })
+        let (inputs, slices, scales, buffers) = if form == Form::Float {
+            let buffers = vec![lab.put(&xbc)?, lab.put(&mixer.projected)?];
+            let inputs = Arguments::default().with(&buffers[0]);
+            (inputs, Arguments::default().with(&buffers[1]), Arguments::default(), buffers)
+        } else {
+            let fixed = form == Form::Static;
+            let behind = Rounded::new(&xbc, &conv_spans(shape), fixed);
+            let spans = projection_spans(shape);
+            let in_front = Rounded::new(&mixer.projected, &spans, fixed);
+            (xbc, mixer.projected) = (behind.floats(), in_front.floats());
+            let buffers = vec![lab.put(&behind.codes)?, lab.put(&behind.scales)?, lab.put(&in_front.codes)?, lab.put(&in_front.scales)?];
+            let none = None::<&Buffer>;
+            let given = |index: usize| Some(&buffers[index]);
+            let inputs =
+                Arguments::default().with(&buffers[0]).with(if fixed { none } else { given(1) }).with(if fixed { given(1) } else { none });
+            let at = |index: usize| buffers[3].address() + 4 * index as u64;
+            let dt = if fixed { (0, at(shape.projected() - shape.heads)) } else { (at(spans.len() - 1), 0) };
+            let scales = Arguments::default().with(dt.0).with(spans.len()).with(dt.1);
+            (inputs, Arguments::default().with(&buffers[2]), scales, buffers)
+        };
+        let projected = slices.with(shape.projected());
+        Ok(Self { form, xbc, convolved: inputs, projected, dt_scales: scales, a, d, dt_bias, _buffers: buffers })
     }
 }
 
-/// Runs one step of `count` sequences from `state` (as stored) and returns y and the kernel's state buffers.
-fn step(
-    lab: &Lab,
-    kernel: &str,
-    shape: &MambaShape,
-    mixer: &Mixer,
-    xbc: &[f32],
-    state: &Buffer,
-    scales: Option<&Buffer>,
-) -> Result<Vec<f32>> {
-    let count = xbc.len() / shape.conv_channels();
-    let parameters = Parameters::new(lab, mixer, xbc)?;
+/// Widths of the spans of x | B | C, and of z | x | B | C | dt.
+pub(super) fn conv_spans(shape: &MambaShape) -> Vec<usize> {
+    let mut spans = vec![shape.head_dim; shape.heads];
+    spans.resize(shape.heads + 2 * shape.groups, shape.state);
+    spans
+}
+
+pub(super) fn projection_spans(shape: &MambaShape) -> Vec<usize> {
+    let mut spans = vec![shape.head_dim; shape.heads];
+    spans.extend(conv_spans(shape));
+    spans.push(shape.heads);
+    spans
+}
+
+/// Codes of rows of spans.
+pub(super) struct Rounded {
+    pub codes: Vec<i8>,
+    /// `[rows, spans]`, or `[width]` where they are fixed.
+    pub scales: Vec<f32>,
+    spans: Vec<usize>,
+    fixed: bool,
+}
+
+impl Rounded {
+    pub fn new(values: &[f32], spans: &[usize], fixed: bool) -> Self {
+        let width = spans.iter().sum();
+        let mut codes = vec![0; values.len()];
+        let mut scales = Vec::new();
+        if fixed {
+            scales.extend(spans.iter().enumerate().flat_map(|(i, span)| std::iter::repeat_n(0.01 + 0.004 * (i % 5) as f32, *span)));
+        }
+        for (values, codes) in values.chunks_exact(width).zip(codes.chunks_exact_mut(width)) {
+            if fixed {
+                round_each(values, &scales, codes);
+                continue;
+            }
+            let mut start = 0;
+            for span in spans {
+                scales.push(round_span(&values[start..start + span], &mut codes[start..start + span]));
+                start += span;
+            }
+        }
+        Self { codes, scales, spans: spans.to_vec(), fixed }
+    }
+
+    /// Other codes and scales of the same spans.
+    pub fn with(&self, codes: Vec<i8>, scales: Vec<f32>) -> Self {
+        Self { codes, scales, spans: self.spans.clone(), fixed: self.fixed }
+    }
+
+    pub fn floats(&self) -> Vec<f32> {
+        let width: usize = self.spans.iter().sum();
+        let of_channel: Vec<usize> = self.spans.iter().enumerate().flat_map(|(i, span)| std::iter::repeat_n(i, *span)).collect();
+        let scale = |i: usize| {
+            let (row, c) = (i / width, i % width);
+            if self.fixed { self.scales[c] } else { self.scales[row * self.spans.len() + of_channel[c]] }
+        };
+        self.codes.iter().enumerate().map(|(i, code)| f32::from(*code) * scale(i)).collect()
+    }
+}
+
+/// Runs one step from `state` (as stored in `format`) and returns y.
+fn step(lab: &Lab, format: &str, shape: &MambaShape, inputs: &Inputs, state: &Buffer, scales: Option<&Buffer>) -> Result<Vec<f32>> {
+    let count = inputs.xbc.len() / shape.conv_channels();
     let y = lab.poisoned::<f32>(count * shape.inner())?;
-    let arguments = Arguments::default().with(&parameters.xbc).with(&parameters.projected).with(shape.projected());
-    let arguments = arguments.with(&parameters.a).with(&parameters.d).with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max);
+    let kernel = if inputs.form == Form::Float { format!("ssm_step_{format}") } else { format!("ssm_step_codes_{format}") };
+    let arguments = inputs.convolved.clone().then(&inputs.projected).then(&inputs.dt_scales);
+    let arguments = arguments.with(&inputs.a).with(&inputs.d).with(&inputs.dt_bias).with(shape.dt_min).with(shape.dt_max);
     let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
     let blocks = [shape.heads, shape.head_dim.div_ceil(16), count];
-    lab.launch(kernel, blocks, 128, 0, arguments.with(state).with(scales).with(&y))?;
+    lab.launch(&kernel, blocks, 128, 0, arguments.with(state).with(scales).with(&y))?;
     y.download(count * shape.inner())
 }
 
@@ -221,23 +330,25 @@ fn expected_step(shape: &MambaShape, mixer: &Mixer, xbc: &[f32], state: &mut [f6
 
 const STEPS: usize = 2;
 
-fn step_f32(lab: &Lab, shape: &MambaShape) -> Result<f64> {
-    let (mixer, xbc) = (Mixer::new(lab, shape, STEPS), lab.normal(48, STEPS * shape.conv_channels()));
+fn step_f32(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
+    let mut mixer = Mixer::new(lab, shape, STEPS);
+    let inputs = Inputs::new(lab, shape, &mut mixer, 48, form)?;
     let before = lab.normal(49, STEPS * shape.inner() * shape.state);
     let state = lab.put(&before)?;
-    let y = step(lab, "ssm_step_f32", shape, &mixer, &xbc, &state, None)?;
+    let y = step(lab, "f32", shape, &inputs, &state, None)?;
     let mut expected = wide(&before);
-    let expected_y = expected_step(shape, &mixer, &xbc, &mut expected);
+    let expected_y = expected_step(shape, &mixer, &inputs.xbc, &mut expected);
     Ok(worse(difference(&y, &expected_y), difference(&state.download::<f32>(before.len())?, &expected)))
 }
 
-fn step_f16(lab: &Lab, shape: &MambaShape) -> Result<f64> {
-    let (mixer, xbc) = (Mixer::new(lab, shape, STEPS), lab.normal(50, STEPS * shape.conv_channels()));
+fn step_f16(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
+    let mut mixer = Mixer::new(lab, shape, STEPS);
+    let inputs = Inputs::new(lab, shape, &mut mixer, 50, form)?;
     let before: Vec<u16> = lab.normal(51, STEPS * shape.inner() * shape.state).iter().map(|x| f16::from_f32(*x).to_bits()).collect();
     let state = lab.put(&before)?;
-    let y = step(lab, "ssm_step_f16", shape, &mixer, &xbc, &state, None)?;
+    let y = step(lab, "f16", shape, &inputs, &state, None)?;
     let mut expected: Vec<f64> = before.iter().map(|bits| f16::from_bits(*bits).to_f64()).collect();
-    let expected_y = expected_step(shape, &mixer, &xbc, &mut expected);
+    let expected_y = expected_step(shape, &mixer, &inputs.xbc, &mut expected);
     // Within half a unit in the last place of f16, and a little for f32's own rounding.
     let found = state.download::<u16>(before.len())?;
     let near = |found: &u16, expected: &f64| (f16::from_bits(*found).to_f64() - expected).abs() <= expected.abs() * 5.0e-4 + 1e-6;
@@ -245,19 +356,20 @@ fn step_f16(lab: &Lab, shape: &MambaShape) -> Result<f64> {
     Ok(worse(difference(&y, &expected_y), wrong as f64))
 }
 
-fn step_i8(lab: &Lab, shape: &MambaShape) -> Result<f64> {
-    let (mixer, xbc) = (Mixer::new(lab, shape, STEPS), lab.normal(52, STEPS * shape.conv_channels()));
+fn step_i8(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
+    let mut mixer = Mixer::new(lab, shape, STEPS);
+    let inputs = Inputs::new(lab, shape, &mut mixer, 52, form)?;
     let rows = STEPS * shape.inner();
     let codes: Vec<i8> = lab.normal(53, rows * shape.state).iter().map(|x| (x * 60.0).clamp(-127.0, 127.0) as i8).collect();
     let scales: Vec<f32> = lab.normal(54, rows).iter().map(|x| x.abs() * 0.02).collect();
     let (state, held) = (lab.put(&codes)?, lab.put(&scales)?);
-    let y = step(lab, "ssm_step_i8", shape, &mixer, &xbc, &state, Some(&held))?;
+    let y = step(lab, "i8", shape, &inputs, &state, Some(&held))?;
     let mut expected: Vec<f64> = codes
         .chunks_exact(shape.state)
         .zip(&scales)
         .flat_map(|(row, scale)| row.iter().map(move |code| f64::from(*code) * f64::from(*scale)))
         .collect();
-    let expected_y = expected_step(shape, &mixer, &xbc, &mut expected);
+    let expected_y = expected_step(shape, &mixer, &inputs.xbc, &mut expected);
     // Codes are within half a step, and the largest of a row is 127.
     let (found, scales) = (state.download::<i8>(codes.len())?, held.download::<f32>(rows)?);
     let mut wrong = 0;
@@ -270,10 +382,12 @@ fn step_i8(lab: &Lab, shape: &MambaShape) -> Result<f64> {
 }
 
 /// The chunked scan of some sequences, from and to states.
-fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize]) -> Result<f64> {
+fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form) -> Result<f64> {
     let (tokens, size) = (lengths.iter().sum::<usize>(), shape.inner() * shape.state);
-    let (mixer, table) = (Mixer::new(lab, shape, tokens), table(lengths));
-    let xbc = lab.normal(55, tokens * shape.conv_channels());
+    let (mut mixer, table) = (Mixer::new(lab, shape, tokens), table(lengths));
+    let inputs = Inputs::new(lab, shape, &mut mixer, 55, form)?;
+    let xbc = &inputs.xbc;
+    let kernel = |name: &str| if form == Form::Float { name.to_owned() } else { format!("{name}_i8") };
     let cache = lab.normal(56, lengths.len() * size);
     let (mut chunks, mut sequence_chunks) = (Vec::new(), Vec::new());
     for row in &table {
@@ -282,22 +396,21 @@ fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize]) -> Result<f64> {
         chunks.extend(begins.map(|begin| [begin, row[1].min(begin + CHUNK as i32)]));
         sequence_chunks.push([first, chunks.len() as i32, row[2], row[3]]);
     }
-    let parameters = Parameters::new(lab, &mixer, &xbc)?;
     let (places, own, held) = (lab.put(chunks.as_flattened())?, lab.put(sequence_chunks.as_flattened())?, lab.put(&cache)?);
     let (dt, decay) = (lab.poisoned::<f32>(tokens * shape.heads)?, lab.poisoned::<f32>(tokens * shape.heads)?);
     let (states, y) = (lab.poisoned::<f32>(chunks.len() * size)?, lab.poisoned::<f32>(tokens * shape.inner())?);
     let offset = shape.projected() - shape.heads;
-    let arguments = Arguments::default().with(&parameters.projected).with(shape.projected()).with(offset).with(&parameters.a);
-    let arguments = arguments.with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max).with(shape.heads).with(&places);
-    lab.launch("ssd_decay", [shape.heads.div_ceil(32), chunks.len(), 1], 32, 0, arguments.with(&dt).with(&decay))?;
+    let arguments = inputs.projected.clone().with(offset).then(&inputs.dt_scales).with(&inputs.a);
+    let arguments = arguments.with(&inputs.dt_bias).with(shape.dt_min).with(shape.dt_max).with(shape.heads).with(&places);
+    lab.launch(&kernel("ssd_decay"), [shape.heads.div_ceil(32), chunks.len(), 1], 32, 0, arguments.with(&dt).with(&decay))?;
     let sizes = |arguments: Arguments| arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
-    let arguments = sizes(Arguments::default().with(&parameters.xbc).with(&dt).with(&decay).with(&places));
-    lab.launch("ssd_state", [shape.heads, chunks.len(), 1], 128, 49408, arguments.with(&states))?;
+    let arguments = sizes(inputs.convolved.clone().with(&dt).with(&decay).with(&places));
+    lab.launch(&kernel("ssd_state"), [shape.heads, chunks.len(), 1], 128, 49408, arguments.with(&states))?;
     let arguments = Arguments::default().with(&states).with(&decay).with(&places).with(&own).with(shape.heads).with(shape.head_dim);
     let blocks = [(shape.head_dim * shape.state).div_ceil(256), shape.heads, lengths.len()];
     lab.launch("ssd_pass", blocks, 256, 0, arguments.with(shape.state).with(&held))?;
-    let arguments = Arguments::default().with(&parameters.xbc).with(&dt).with(&decay).with(&states).with(&parameters.d).with(&places);
-    lab.launch("ssd_output", [shape.heads, chunks.len(), 1], 128, 81920, sizes(arguments).with(&y))?;
+    let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&states).with(&inputs.d).with(&places);
+    lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 128, 81920, sizes(arguments).with(&y))?;
 
     let (mut expected_y, mut expected_states) = (Vec::new(), Vec::new());
     for row in &table {

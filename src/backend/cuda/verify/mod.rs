@@ -4,6 +4,7 @@
 
 mod attention;
 mod calibration;
+mod internals;
 mod linears;
 mod mamba;
 mod rows;
@@ -69,10 +70,9 @@ pub enum Extent {
 
 /// Every check.
 pub fn checks(extent: Extent) -> Vec<Check> {
-    [rows::checks(extent), linears::checks(extent), mamba::checks(extent), attention::checks(extent), calibration::checks(extent)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let kernels: [fn(Extent) -> Vec<Check>; 6] =
+        [rows::checks, linears::checks, mamba::checks, internals::checks, attention::checks, calibration::checks];
+    kernels.into_iter().flat_map(|checks| checks(extent)).collect()
 }
 
 /// Where a check runs.

@@ -1,0 +1,197 @@
+// What passes through a Mamba-2 mixer as int8, and its rotation. A *span* is the channels that share a run-time scale: a head of z, x
+// or y, a state group of B or C, or all of dt. A row has `heads` spans of `head_dim` channels, then `groups` of `state`, then one of
+// `rest` (0: none). A warp takes a span, lane l its channels l, l + 32, …; scales are `[rows, spans]`, or `fixed`, one a channel.
+#include "device.cuh"
+
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int COUNT = 8;   // channels of a lane at most: spans have up to 256
+constexpr int TOKENS = 8;  // of a block of the convolution
+
+struct Layout {
+    int heads, head_dim, head_block, groups, state, state_block, rest;
+};
+
+struct Span {
+    int first, width, block;  // block: of its rotation, 1 where there is none
+};
+
+DEVICE int spans_of(const Layout& layout) { return layout.heads + layout.groups + (layout.rest > 0); }
+
+DEVICE Span span_of(const Layout& layout, int index) {
+    if (index < layout.heads) return {index * layout.head_dim, layout.head_dim, layout.head_block};
+    const int behind = layout.heads * layout.head_dim;
+    if (index < layout.heads + layout.groups) return {behind + (index - layout.heads) * layout.state, layout.state, layout.state_block};
+    return {behind + layout.groups * layout.state, layout.rest, 1};
+}
+
+// Orthonormal Hadamard transform of each `block` channels, Sylvester's order.
+DEVICE void rotate(float (&v)[COUNT], int block) {
+    const int lane = threadIdx.x % 32;
+    for (int half = 1; half < minimum(block, 32); half *= 2)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const float other = shuffle_xor(v[i], half);
+            v[i] = lane & half ? other - v[i] : v[i] + other;
+        }
+#pragma unroll
+    for (int step = 1; step < COUNT; step *= 2) {
+        if (32 * step >= block) break;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (i & step) continue;
+            const float a = v[i], b = v[i + step];
+            v[i] = a + b;
+            v[i + step] = a - b;
+        }
+    }
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(block)));
+    if (block > 1)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) v[i] = __fmul_rn(v[i], scale);
+}
+
+// round-half-even(x / scale) within ±127, 0 where the scale is 0.
+DEVICE i8 code_of(float x, float scale) {
+    return scale > 0.0f ? static_cast<i8>(round_even(fminf(fmaxf(__fdiv_rn(x, scale), -127.0f), 127.0f))) : static_cast<i8>(0);
+}
+
+// Rounds a span to `codes` under `fixed`, both of its first channel, or under absmax / 127, which it leaves in `scale`. Codes cannot
+// say that something is not a number: `fault` does.
+DEVICE void round_span(const float (&v)[COUNT], int width, const float* fixed, i8* codes, float* scale, int* fault) {
+    const int lane = threadIdx.x % 32;
+    float largest = 0.0f;
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (lane + 32 * i < width) {
+            largest = fmaxf(largest, fabsf(v[i]));
+            finite = finite && fabsf(v[i]) < INFINITY;
+        }
+    if (!finite) *fault = 1;
+    const float found = __fdiv_rn(warp_max(largest), 127.0f);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const int c = lane + 32 * i;
+        if (c < width) codes[c] = code_of(v[i], fixed ? fixed[c] : found);
+    }
+    if (!fixed && lane == 0) *scale = found;
+}
+
+struct Sequence {
+    int begin, end, from, to;
+};
+
+// Without a table, token i is a step of the sequence in slot i.
+DEVICE Sequence sequence(const int* sequences, int index) {
+    if (!sequences) return {index, index + 1, index, index};
+    return {sequences[4 * index], sequences[4 * index + 1], sequences[4 * index + 2], sequences[4 * index + 3]};
+}
+
+}  // namespace
+
+KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int groups, int state, int state_block, int rest, float* out, i8* codes, const float* fixed, float* scales, int* fault)) {
+    depend();
+    const Layout layout = {heads, head_dim, head_block, groups, state, state_block, rest};
+    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
+    if (index >= count) return;
+    const Span span = span_of(layout, index);
+    const i64 row = blockIdx.y, at = row * (heads * head_dim + groups * state + rest) + span.first;
+    float v[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] = lane + 32 * i < span.width ? x[at + lane + 32 * i] : 0.0f;
+    rotate(v, span.block);
+    if (out)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) if (lane + 32 * i < span.width) out[at + lane + 32 * i] = v[i];
+    if (codes) round_span(v, span.width, fixed ? fixed + span.first : nullptr, codes + at, scales + row * count + index, fault);
+}
+
+// The floats that codes stand for.
+KERNEL(128, widen_spans, (const i8* codes, int stride, const float* scales, int scale_stride, const float* fixed, int heads, int head_dim, int groups, int state, float* out)) {
+    depend();
+    const Layout layout = {heads, head_dim, 1, groups, state, 1, 0};
+    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (index >= spans_of(layout)) return;
+    const Span span = span_of(layout, index);
+    const i64 row = blockIdx.y;
+    const float scale = fixed ? 0.0f : scales[row * scale_stride + index];
+    for (int c = span.first + lane; c < span.first + span.width; c += 32)
+        out[row * (heads * head_dim + groups * state) + c] = __fmul_rn(static_cast<float>(codes[row * stride + c]), fixed ? fixed[c] : scale);
+}
+
+// The causal convolution of x | B | C in integers, SiLU, rotation, and the codes of the result. With run-time scales a tap's product is
+// scaled by its token's scale and taps are added in f32, oldest first; with static ones (`scales` null, part of `tap_scales`) in int32.
+// Without `sequences` every token is a step, and the windows move on.
+KERNEL(128, conv_i8, (const i8* projected, int stride, int inner, const float* scales, int scale_stride, int scale_offset, const i8* taps, const float* tap_scales, const float* bias, int kernel, int heads, int head_dim, int head_block, int groups, int state, int state_block, const int* sequences, i8* windows, float* window_scales, const float* fixed, i8* out, float* out_scales, int* fault)) {
+    depend();
+    const Layout layout = {heads, head_dim, head_block, groups, state, state_block, 0};
+    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
+    const Sequence own = sequence(sequences, blockIdx.z);
+    const int length = own.end - own.begin, first = blockIdx.y * TOKENS;
+    if (index >= count || first >= length) return;
+    const Span span = span_of(layout, index);
+    const int channels = heads * head_dim + groups * state;
+    const i8* tokens = projected + static_cast<i64>(own.begin) * stride + inner + span.first;
+    const float* token_scales = scales ? scales + static_cast<i64>(own.begin) * scale_stride + scale_offset + index : nullptr;
+    i8* window = own.from < 0 ? nullptr : windows + static_cast<i64>(own.from) * (kernel - 1) * channels + span.first;
+    float* window_scale = own.from < 0 || !scales ? nullptr : window_scales + static_cast<i64>(own.from) * (kernel - 1) * count + index;
+    for (int t = first; t < minimum(first + TOKENS, length); ++t) {
+        float v[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int c = lane + 32 * i;
+            v[i] = 0.0f;
+            if (c >= span.width) continue;
+            int integer = 0;
+            float sum = 0.0f;
+            for (int k = 0; k < kernel; ++k) {
+                const int at = t - kernel + 1 + k;  // negative: in the window
+                if (at < 0 && !window) continue;
+                const int code = at < 0 ? window[static_cast<i64>(kernel - 1 + at) * channels + c] : tokens[static_cast<i64>(at) * stride + c];
+                const int product = code * taps[(span.first + c) * kernel + k];
+                integer += product;
+                if (scales) sum += static_cast<float>(product) * (at < 0 ? window_scale[(kernel - 1 + at) * count] : token_scales[static_cast<i64>(at) * scale_stride]);
+            }
+            v[i] = silu((scales ? sum : static_cast<float>(integer)) * tap_scales[span.first + c] + bias[span.first + c]);
+        }
+        rotate(v, span.block);
+        const i64 row = own.begin + t;
+        round_span(v, span.width, fixed ? fixed + span.first : nullptr, out + row * channels + span.first, out_scales + row * count + index, fault);
+    }
+    if (sequences) return;
+    __syncwarp();
+    for (int c = lane; c < span.width; c += 32)
+        for (int k = 0; k < kernel - 1; ++k) window[static_cast<i64>(k) * channels + c] = k < kernel - 2 ? window[static_cast<i64>(k + 1) * channels + c] : tokens[c];
+    if (scales && lane == 0)
+        for (int k = 0; k < kernel - 1; ++k) window_scale[k * count] = k < kernel - 2 ? window_scale[(k + 1) * count] : *token_scales;
+}
+
+// The last `kernel − 1` inputs of each sequence, into its slot; behind `conv_i8`.
+KERNEL(128, conv_window_i8, (const i8* projected, int stride, int inner, const float* scales, int scale_stride, int scale_offset, int kernel, int heads, int head_dim, int groups, int state, const int* sequences, i8* windows, float* window_scales)) {
+    depend();
+    const Layout layout = {heads, head_dim, 1, groups, state, 1, 0};
+    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
+    const Sequence own = sequence(sequences, blockIdx.y);
+    if (index >= count || own.to < 0) return;
+    const Span span = span_of(layout, index);
+    const int channels = heads * head_dim + groups * state, length = own.end - own.begin;
+    const i64 size = static_cast<i64>(kernel - 1) * channels;
+    // Slots may be the same: what is read lies behind what is written.
+    for (int k = 0; k < kernel - 1; ++k) {
+        const int at = length - kernel + 1 + k;
+        for (int c = span.first + lane; c < span.first + span.width; c += 32) {
+            i8 code = 0;
+            if (at >= 0) code = projected[static_cast<i64>(own.begin + at) * stride + inner + c];
+            else if (own.from >= 0) code = windows[own.from * size + static_cast<i64>(kernel - 1 + at) * channels + c];
+            windows[own.to * size + static_cast<i64>(k) * channels + c] = code;
+        }
+        if (scales && lane == 0) {
+            float scale = 0.0f;
+            if (at >= 0) scale = scales[static_cast<i64>(own.begin + at) * scale_stride + scale_offset + index];
+            else if (own.from >= 0) scale = window_scales[(static_cast<i64>(own.from) * (kernel - 1) + kernel - 1 + at) * count + index];
+            window_scales[(static_cast<i64>(own.to) * (kernel - 1) + k) * count + index] = scale;
+        }
+    }
+}

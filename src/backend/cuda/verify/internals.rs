@@ -1,0 +1,182 @@
+//! What rounds, rotates and convolves the slices of a mixer with int8 internals. Rounding and rotation agree with the CPU
+//! backend to the bit; the convolution's sums are integers, and its codes lie within half a step of f64's result.
+
+use super::mamba::{Rounded, conv_spans, projection_spans, shapes, silu, table};
+use super::{Check, EXACT, Extent, Lab, mismatches, worse};
+use crate::backend::cpu::hadamard::transform_blocks;
+use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::{MambaShape, StateRotation};
+use crate::error::Result;
+
+/// A code's distance from the value that it stands for, in steps: a half, and the difference between two ways to compute SiLU.
+const HALF_STEP: f64 = 0.501;
+
+pub fn checks(extent: Extent) -> Vec<Check> {
+    let mut all = Vec::new();
+    for shape in shapes(extent) {
+        let text = format!("{}x{} heads, {} groups, state {}", shape.heads, shape.head_dim, shape.groups, shape.state);
+        for fixed in [false, true] {
+            let name = format!("{text}, {}", if fixed { "static" } else { "per token" });
+            all.push(Check::new("spans", name.clone(), EXACT, move |lab| round(lab, &shape, fixed)));
+            all.push(Check::new("widen_spans", name.clone(), EXACT, move |lab| widen(lab, &shape, fixed)));
+            for lengths in [vec![1], vec![2, 11, 3]] {
+                let name = format!("{name}, tokens {lengths:?}");
+                all.push(Check::new("conv_i8", name, HALF_STEP, move |lab| convolve(lab, &shape, &lengths, fixed, false)));
+            }
+            all.push(Check::new("conv_i8", format!("{name}, steps"), HALF_STEP, move |lab| convolve(lab, &shape, &[1, 1, 1], fixed, true)));
+        }
+        all.push(Check::new("spans", format!("{text}, rotated"), EXACT, move |lab| rotate(lab, &shape)));
+    }
+    all
+}
+
+/// Heads, groups and their widths; blocks of the rotation or 1.
+fn layout(arguments: Arguments, shape: &MambaShape, heads: usize, groups: usize, rotation: Option<StateRotation>) -> Arguments {
+    let (head, state) = rotation.map_or((1, 1), |rotation| (rotation.head, rotation.state));
+    arguments.with(heads).with(shape.head_dim).with(head).with(groups).with(shape.state).with(state)
+}
+
+/// The slices of some tokens, one of which is zeros.
+fn round(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
+    let (tokens, width, spans) = (3, shape.projected(), projection_spans(shape));
+    let mut values = lab.normal(80, tokens * width);
+    values[width..2 * width].fill(0.0);
+    let expected = Rounded::new(&values, &spans, fixed);
+    let (input, codes, fault) = (lab.put(&values)?, lab.poisoned::<i8>(tokens * width)?, lab.put(&[0])?);
+    let scales = if fixed { lab.put(&expected.scales)? } else { lab.poisoned::<f32>(tokens * spans.len())? };
+    let (given, found) = if fixed { (Some(&scales), None) } else { (None, Some(&scales)) };
+    let launch = |fault: &Buffer| {
+        let arguments = layout(Arguments::default().with(&input), shape, 2 * shape.heads, 2 * shape.groups, None).with(shape.heads);
+        let arguments = arguments.with(None::<&Buffer>).with(&codes).with(given).with(found).with(fault);
+        lab.launch("spans", [spans.len().div_ceil(4), tokens, 1], 128, 0, arguments)
+    };
+    launch(&fault)?;
+    let mut wrong = mismatches(&codes.download::<i8>(tokens * width)?, &expected.codes) + mismatches(&fault.download::<i32>(1)?, &[0]);
+    if !fixed {
+        wrong += mismatches(&scales.download::<f32>(expected.scales.len())?, &expected.scales);
+    }
+    // What is not a number is told apart.
+    values[width - 1] = f32::NAN;
+    input.upload(&values)?;
+    launch(&fault)?;
+    Ok(wrong + mismatches(&fault.download::<i32>(1)?, &[1]))
+}
+
+fn widen(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
+    let (tokens, width, spans) = (3, shape.projected(), projection_spans(shape));
+    let rounded = Rounded::new(&lab.normal(81, tokens * width), &spans, fixed);
+    let z: Vec<f32> = rounded.floats().chunks_exact(width).flat_map(|row| row[..shape.inner()].to_vec()).collect();
+    let (codes, scales, out) = (lab.put(&rounded.codes)?, lab.put(&rounded.scales)?, lab.poisoned::<f32>(z.len())?);
+    let (found, given) = if fixed { (None, Some(&scales)) } else { (Some(&scales), None) };
+    let arguments = Arguments::default().with(&codes).with(width).with(found).with(spans.len()).with(given);
+    let arguments = arguments.with(shape.heads).with(shape.head_dim).with(0_usize).with(shape.state).with(&out);
+    lab.launch("widen_spans", [shape.heads.div_ceil(4), tokens, 1], 128, 0, arguments)?;
+    Ok(mismatches(&out.download::<f32>(z.len())?, &z))
+}
+
+fn rotate(lab: &Lab, shape: &MambaShape) -> Result<f64> {
+    let (tokens, width, rotation) = (2, shape.conv_channels(), StateRotation::of(shape));
+    let mut values = lab.normal(82, tokens * width);
+    let (x, none) = (lab.put(&values)?, None::<&Buffer>);
+    let arguments = layout(Arguments::default().with(&x), shape, shape.heads, 2 * shape.groups, Some(rotation)).with(0_usize);
+    let arguments = arguments.with(&x).with(none).with(none).with(none).with(none);
+    lab.launch("spans", [conv_spans(shape).len().div_ceil(4), tokens, 1], 128, 0, arguments)?;
+    for row in values.chunks_exact_mut(width) {
+        let (x, bc) = row.split_at_mut(shape.inner());
+        transform_blocks(x, rotation.head);
+        transform_blocks(bc, rotation.state);
+    }
+    Ok(mismatches(&x.download::<f32>(values.len())?, &values))
+}
+
+/// The convolution of codes and the windows behind it: the largest distance of a code from its value, in steps.
+fn convolve(lab: &Lab, shape: &MambaShape, lengths: &[usize], fixed: bool, steps: bool) -> Result<f64> {
+    let (channels, kernel, inner) = (shape.conv_channels(), shape.kernel, shape.inner());
+    let (tokens, width, spans, all) = (lengths.iter().sum::<usize>(), shape.projected(), conv_spans(shape), projection_spans(shape));
+    let rotation = StateRotation::of(shape);
+    let projected = Rounded::new(&lab.normal(83, tokens * width), &all, fixed);
+    let windows = Rounded::new(&lab.normal(84, lengths.len() * (kernel - 1) * channels), &spans, fixed);
+    // A static scale is that of the inputs.
+    let windows = if fixed { windows.with(windows.codes.clone(), projected.scales[inner..inner + channels].to_vec()) } else { windows };
+    let codes: Vec<i8> = lab.normal(85, channels * kernel).iter().map(|x| (x * 90.0).clamp(-127.0, 127.0) as i8).collect();
+    let (factors, bias): (Vec<f32>, Vec<f32>) =
+        (lab.normal(86, channels).iter().map(|x| 0.01 + 0.01 * x.abs()).collect(), lab.normal(87, channels));
+    // A static scale of the input is part of the factor; behind the convolution all spans have one of their own.
+    let input_scale = |c: usize| if fixed { projected.scales[inner + c] } else { 1.0 };
+    let tap_scales: Vec<f32> = factors.iter().enumerate().map(|(c, factor)| factor * input_scale(c)).collect();
+    let behind = Rounded::new(&vec![0.0; channels], &spans, true).scales;
+    let mut table = table(lengths);
+    if steps {
+        (0..).zip(&mut table).for_each(|(slot, row)| row[2] = slot);
+    }
+    // In f64, from the floats that codes stand for.
+    let floats = projected.floats();
+    let held = windows.floats();
+    let (mut expected, mut expected_windows) = (Vec::new(), Vec::new());
+    for row in &table {
+        let size = (kernel - 1) * channels;
+        let mut inputs = if row[2] < 0 { vec![0.0; size] } else { held[row[2] as usize * size..(row[2] as usize + 1) * size].to_vec() };
+        for t in row[0] as usize..row[1] as usize {
+            inputs.extend(&floats[t * width + inner..t * width + inner + channels]);
+        }
+        for t in 0..(row[1] - row[0]) as usize {
+            let mut values: Vec<f64> = (0..channels)
+                .map(|c| {
+                    let tap =
+                        |k: usize| f64::from(codes[c * kernel + k]) * f64::from(factors[c]) * f64::from(inputs[(t + k) * channels + c]);
+                    silu((0..kernel).map(tap).sum::<f64>() + f64::from(bias[c]))
+                })
+                .collect();
+            let (x, bc) = values.split_at_mut(inner);
+            hadamard(x, rotation.head);
+            hadamard(bc, rotation.state);
+            expected.extend(values);
+        }
+        expected_windows.extend_from_slice(&inputs[inputs.len() - size..]);
+    }
+    let (input, input_scales) = (lab.put(&projected.codes)?, lab.put(&projected.scales)?);
+    let (slots, slot_scales) = (lab.put(&windows.codes)?, lab.put(&windows.scales)?);
+    let (taps, tap_scales, bias, own) = (lab.put(&codes)?, lab.put(&tap_scales)?, lab.put(&bias)?, lab.put(table.as_flattened())?);
+    let (out, given, fault) = (lab.poisoned::<i8>(tokens * channels)?, lab.put(&behind)?, lab.put(&[0])?);
+    let out_scales = lab.poisoned::<f32>(tokens * spans.len())?;
+    let some = |buffer| if fixed { None } else { Some(buffer) };
+    let begin = || {
+        let arguments = Arguments::default().with(&input).with(width).with(inner).with(some(&input_scales));
+        arguments.with(all.len()).with(shape.heads)
+    };
+    let arguments = begin().with(&taps).with(&tap_scales).with(&bias).with(kernel);
+    let arguments = layout(arguments, shape, shape.heads, 2 * shape.groups, Some(rotation)).with(if steps { None } else { Some(&own) });
+    let arguments = arguments.with(&slots).with(some(&slot_scales)).with(if fixed { Some(&given) } else { None });
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    let blocks = [spans.len().div_ceil(4), longest.div_ceil(8), lengths.len()];
+    lab.launch("conv_i8", blocks, 128, 0, arguments.with(&out).with(&out_scales).with(&fault))?;
+    if !steps {
+        let arguments = begin().with(kernel).with(shape.heads).with(shape.head_dim).with(2 * shape.groups).with(shape.state);
+        let arguments = arguments.with(&own).with(&slots).with(some(&slot_scales));
+        lab.launch("conv_window_i8", [spans.len().div_ceil(4), lengths.len(), 1], 128, 0, arguments)?;
+    }
+    let scales = if fixed { behind } else { out_scales.download::<f32>(tokens * spans.len())? };
+    let of_channel: Vec<usize> = spans.iter().enumerate().flat_map(|(i, span)| std::iter::repeat_n(i, *span)).collect();
+    let mut distance = 0.0;
+    for (i, (code, value)) in out.download::<i8>(tokens * channels)?.iter().zip(&expected).enumerate() {
+        let (row, c) = (i / channels, i % channels);
+        let scale = f64::from(if fixed { scales[c] } else { scales[row * spans.len() + of_channel[c]] });
+        // Beyond the largest code there is nothing nearer.
+        let value = value.clamp(-127.0 * scale, 127.0 * scale);
+        distance = worse(distance, (f64::from(*code) - value / scale).abs());
+    }
+    let scales = if fixed { windows.scales.clone() } else { slot_scales.download::<f32>(windows.scales.len())? };
+    let found = windows.with(slots.download::<i8>(windows.codes.len())?, scales).floats();
+    Ok(worse(distance, mismatches(&found, &expected_windows)))
+}
+
+/// The transform of each `block` values in f64.
+fn hadamard(values: &mut [f64], block: usize) {
+    for values in values.chunks_exact_mut(block) {
+        let before = values.to_vec();
+        for (i, value) in values.iter_mut().enumerate() {
+            let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+            *value = before.iter().enumerate().map(|(j, x)| sign(j) * x).sum::<f64>() / (block as f64).sqrt();
+        }
+    }
+}
