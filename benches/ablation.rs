@@ -43,6 +43,9 @@ struct Arguments {
     /// Sequences of 256 tokens of calibration text.
     #[arg(long, default_value_t = 64)]
     sequences: usize,
+    /// Where twins and variants are kept; a temporary folder without it.
+    #[arg(long)]
+    keep: Option<PathBuf>,
     /// Divergence and perplexity only.
     #[arg(long)]
     no_tasks: bool,
@@ -76,8 +79,9 @@ fn rows() -> Vec<(String, Vec<Transform>, Method)> {
 fn main() {
     let arguments = Arguments::parse();
     for model in &arguments.models {
-        let folder = tempfile::TempDir::new().unwrap();
-        let source = source(model, folder.path());
+        let temporary = tempfile::TempDir::new().unwrap();
+        let folder = arguments.keep.as_ref().map_or_else(|| temporary.path().to_owned(), |kept| kept.join(model));
+        let source = source(model, &folder);
         for format in &arguments.formats {
             println!("\n{model}, {format}, {} sequences\n", arguments.sequences);
             println!("| step | mean KLD | p99 | max | top-1 | perplexity | {} | s |", Task::ALL.map(Task::name).join(" | "));
@@ -86,7 +90,7 @@ fn main() {
                 .into_iter()
                 .filter(|(name, ..)| arguments.rows.is_empty() || arguments.rows.iter().any(|wanted| name.contains(wanted.as_str())));
             let made = rows.enumerate().map(|(index, (name, transforms, method))| {
-                let variant = folder.path().join(format!("{format}-{index}"));
+                let variant = folder.join(format!("{format}-{index}"));
                 let seconds = make(&source, &variant, Steps::new(transforms, method), format, &arguments);
                 (name, variant, seconds)
             });
