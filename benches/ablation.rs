@@ -21,11 +21,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use strata::backend::cpu::Cpu;
-use strata::checkpoint::{self, StorageLayout};
+use strata::checkpoint::{self, Checkpoint, Layout, StorageLayout};
 use strata::eval::{EvaluateRequest, Evaluated, ModelToEvaluate, Task, evaluate};
-use strata::format::{Plan, Transform};
+use strata::format::{Format, Plan, SsmActivations, Transform};
 use strata::monitor::Monitor;
-use strata::quant::{Method, QuantizeRequest, Sample, SampleSpec, Steps, quantize};
+use strata::quant::{Method, QuantizeRequest, Recipe, Sample, SampleSpec, Steps, quantize};
 
 #[derive(Parser)]
 struct Arguments {
@@ -34,6 +34,15 @@ struct Arguments {
     models: Vec<String>,
     #[arg(long, value_delimiter = ',', default_value = "w8a8,w4a8,w3a8")]
     formats: Vec<String>,
+    /// Instead of the ablation, these recipes as they ship, step by step.
+    #[arg(long, value_delimiter = ',')]
+    recipes: Vec<String>,
+    /// Divergence and perplexity over this text instead of the demo's held-out text.
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Windows of 256 tokens of that text.
+    #[arg(long, default_value_t = 24)]
+    windows: usize,
     /// Rows whose names contain one of these; all without it.
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
@@ -51,8 +60,15 @@ struct Arguments {
     no_tasks: bool,
 }
 
-/// The rows: name, transforms added to those before (or, from `=` on, in place of them), rounding.
-fn rows() -> Vec<(String, Vec<Transform>, Method)> {
+/// A variant to make: its row's name, how, and the formats.
+struct Row {
+    name: String,
+    steps: Steps,
+    plan: Plan,
+}
+
+/// The ablation at one format: transforms added to those before, then ways of rounding; block linears only.
+fn ablation(layout: &Layout, format: &str, arguments: &Arguments) -> Vec<Row> {
     use Transform::{
         FoldNorms, HadamardResidual, RotateOut, RotateQk, RotateRelu2, RotateResidual, RotateVo, SmoothOut, SmoothRelu2, SmoothVo,
     };
@@ -63,8 +79,9 @@ fn rows() -> Vec<(String, Vec<Transform>, Method)> {
         all.push(transform);
         rows.push((format!("+ {transform}"), all.clone(), Method::Rtn));
     }
-    rows.push(("+ clip".into(), all.clone(), Method::Clip));
-    rows.push(("+ gptq".into(), all.clone(), Method::Gptq));
+    for method in [Method::Clip, Method::Gptq, Method::Gptaq] {
+        rows.push((format!("+ {}", method.name()), all.clone(), method));
+    }
     let without: Vec<Transform> = all.iter().copied().filter(|transform| *transform != RotateResidual).collect();
     let plain = [FoldNorms, HadamardResidual].into_iter().chain(without[1..].iter().copied()).collect();
     rows.push(("all but rotate-residual".into(), without, Method::Rtn));
@@ -73,7 +90,27 @@ fn rows() -> Vec<(String, Vec<Transform>, Method)> {
     rows.push(("alone: gptq".into(), Vec::new(), Method::Gptq));
     rows.push(("alone: fold-norms, gptq".into(), vec![FoldNorms], Method::Gptq));
     rows.push(("alone: fold-norms, hadamard-residual".into(), vec![FoldNorms, HadamardResidual], Method::Rtn));
-    rows
+    let mut plan = Plan { blocks: vec![format.parse().unwrap(); layout.blocks.len()], ..Plan::unquantized(0) };
+    if let [embedding, head] = arguments.ends.as_slice() {
+        (plan.embedding, plan.head) = (embedding.parse().unwrap(), head.parse().unwrap());
+    }
+    let row = |(name, transforms, method)| Row { name, steps: Steps::new(transforms, method), plan: plan.clone() };
+    rows.into_iter().map(row).collect()
+}
+
+/// A recipe as it ships, step by step: the linears of the blocks, then the inside of the SSM, then embedding and head.
+fn recipe(layout: &Layout, name: &str) -> Vec<Row> {
+    let recipe = Recipe::find(name).unwrap();
+    let (shipped, steps) = (recipe.plan(layout, &[]).unwrap(), recipe.steps());
+    let blocks = Plan { embedding: Format::W16A16, head: Format::W16A16, ..shipped.clone() };
+    let mut outside = steps.clone();
+    outside.activations.ssm = SsmActivations::Float;
+    let row = |what: &str, steps: &Steps, plan: Plan| Row { name: format!("{name}: {what}"), steps: steps.clone(), plan };
+    vec![
+        row("block linears", &outside, blocks.clone()),
+        row("+ inside the SSM", &steps, blocks),
+        row("+ embedding and head", &steps, shipped),
+    ]
 }
 
 fn main() {
@@ -82,38 +119,40 @@ fn main() {
         let temporary = tempfile::TempDir::new().unwrap();
         let folder = arguments.keep.as_ref().map_or_else(|| temporary.path().to_owned(), |kept| kept.join(model));
         let source = source(model, &folder);
-        for format in &arguments.formats {
-            println!("\n{model}, {format}, {} sequences\n", arguments.sequences);
-            println!("| step | mean KLD | p99 | max | top-1 | perplexity | {} | s |", Task::ALL.map(Task::name).join(" | "));
-            println!("|---|---|---|---|---|---|{}---|", "---|".repeat(Task::ALL.len()));
-            let rows = rows()
+        let checkpoint = checkpoint::open(&source).unwrap();
+        let layout = &checkpoint.layout;
+        let tables: Vec<(String, Vec<Row>)> = if arguments.recipes.is_empty() {
+            arguments.formats.iter().map(|format| (format.clone(), ablation(layout, format, &arguments))).collect()
+        } else {
+            vec![("recipes".into(), arguments.recipes.iter().flat_map(|name| recipe(layout, name)).collect())]
+        };
+        for (table, rows) in tables {
+            println!("\n{model}, {table}, {} sequences\n", arguments.sequences);
+            println!("| step | linears | mean KLD | p99 | max | top-1 | perplexity | {} | s |", Task::ALL.map(Task::name).join(" | "));
+            println!("|---|---|---|---|---|---|---|{}---|", "---|".repeat(Task::ALL.len()));
+            let rows = rows
                 .into_iter()
-                .filter(|(name, ..)| arguments.rows.is_empty() || arguments.rows.iter().any(|wanted| name.contains(wanted.as_str())));
-            let made = rows.enumerate().map(|(index, (name, transforms, method))| {
-                let variant = folder.join(format!("{format}-{index}"));
-                let seconds = make(&source, &variant, Steps::new(transforms, method), format, &arguments);
-                (name, variant, seconds)
+                .filter(|row| arguments.rows.is_empty() || arguments.rows.iter().any(|wanted| row.name.contains(wanted.as_str())));
+            let made = rows.enumerate().map(|(index, row)| {
+                let variant = folder.join(format!("{table}-{index}"));
+                let seconds = make(&checkpoint, &variant, &row, &arguments);
+                (row.name, variant, seconds)
             });
             measure(&source, &made.collect::<Vec<_>>(), &arguments);
         }
     }
 }
 
-/// Quantizes the blocks' linears to `format`; returns the seconds it took.
-fn make(source: &str, output: &Path, steps: Steps, format: &str, arguments: &Arguments) -> u64 {
+/// Makes a variant; returns the seconds it took.
+fn make(checkpoint: &Checkpoint, output: &Path, row: &Row, arguments: &Arguments) -> u64 {
     let began = Instant::now();
-    let checkpoint = checkpoint::open(source).unwrap();
-    let mut plan = Plan { blocks: vec![format.parse().unwrap(); checkpoint.layout.blocks.len()], ..Plan::unquantized(0) };
-    if let [embedding, head] = arguments.ends.as_slice() {
-        (plan.embedding, plan.head) = (embedding.parse().unwrap(), head.parse().unwrap());
-    }
     let spec = SampleSpec { sequences: arguments.sequences, ..SampleSpec::default() };
     let request = QuantizeRequest {
-        checkpoint: &checkpoint,
+        checkpoint,
         recipe: "ablation".into(),
-        steps,
-        plan,
-        sample: Sample::load(&checkpoint, &spec).unwrap(),
+        steps: row.steps.clone(),
+        plan: row.plan.clone(),
+        sample: Sample::load(checkpoint, &spec).unwrap(),
         storage: StorageLayout::Native,
         output: output.to_owned(),
         force: true,
@@ -141,6 +180,9 @@ fn measure(source: &str, variants: &[(String, PathBuf, u64)], arguments: &Argume
         reference: Some(model("base", source.to_owned())),
         models: variants.iter().map(|(name, path, _)| model(name, path.display().to_string())).collect(),
         tasks: if arguments.no_tasks { Vec::new() } else { Task::ALL.to_vec() },
+        text: arguments.text.clone(),
+        windows: arguments.windows,
+        decode_tokens: 0,
         ..EvaluateRequest::default()
     };
     let seconds = |name: &str| variants.iter().find(|(variant, ..)| variant == name).map(|(_, _, seconds)| seconds.to_string());
@@ -152,8 +194,9 @@ fn measure(source: &str, variants: &[(String, PathBuf, u64)], arguments: &Argume
             |kld| format!("{:.2e} | {:.2e} | {:.2e} | {:.2} %", kld.mean, kld.p99, kld.max, 100.0 * kld.top1),
         );
         println!(
-            "| {} | {divergence} | {:.4} | {} | {} |",
+            "| {} | {:.3} | {divergence} | {:.4} | {} | {} |",
             result.variant,
+            result.bits_per_weight / 16.0,
             result.perplexity.unwrap(),
             Task::ALL.map(accuracy).join(" | "),
             seconds(&result.variant).unwrap_or_else(|| "–".into()),

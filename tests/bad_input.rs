@@ -108,6 +108,30 @@ fn missing_tensor_is_named() {
 }
 
 #[test]
+fn activations_that_overflow_name_block_and_linear() {
+    let folder = TempDir::new().unwrap();
+    let model = broken(folder.path(), |parts| {
+        let values = &mut parts.tensors.get_mut("backbone.layers.4.mixer.up_proj.weight").unwrap().2;
+        values.as_chunks_mut::<4>().0.iter_mut().for_each(|value| *value = (f32::from_le_bytes(*value) * 1e30).to_le_bytes());
+    });
+    let plain = folder.path().join("gptq.toml");
+    let formats = "ssm = \"w4a8\"\nmlp = \"w4a8\"\nattention = \"w4a8\"\nmoe = \"w4a8\"\nembedding = \"w16a16\"\nhead = \"w16a16\"\n";
+    std::fs::write(&plain, format!("schema = \"strata.recipe/1\"\nname = \"plain\"\nmethod = \"gptq\"\n[formats]\n{formats}")).unwrap();
+    for (recipe, expected) in [
+        (plain.to_str().unwrap(), "block 4: the input of `down_proj` is not finite"),
+        ("phase1", "the residual stream in front of block 5 is not finite"),
+        ("rtn", "behind block 4 is not finite"),
+    ] {
+        let out = folder.path().join("out");
+        let output = strata(folder.path()).args(["quantize", &model, "--recipe", recipe, "-o", out.to_str().unwrap()]).output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.lines().any(|line| line.starts_with("error: ") && line.contains(expected)), "{stderr}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn nan_in_a_weight() {
     let folder = TempDir::new().unwrap();
     let name = "backbone.layers.4.mixer.down_proj.weight";

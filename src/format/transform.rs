@@ -21,6 +21,8 @@ pub enum Transform {
     SmoothRelu2,
     /// Scales between the gated norm's weight and `out_proj` (the smoothing of MambaQuant's smooth-fused rotation).
     SmoothOut,
+    /// Scales between `in_proj`'s rows of x, B and C and the depthwise convolution (MambaQuant).
+    SmoothConv,
     /// Per-head Hadamard on queries and keys, all offline since there is no rotary embedding (QuaRot).
     RotateQk,
     /// Per-head Hadamard on values, undone in `o_proj` (QuaRot).
@@ -36,13 +38,14 @@ pub enum Transform {
 }
 
 impl Transform {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::FoldNorms,
         Self::RotateResidual,
         Self::HadamardResidual,
         Self::SmoothVo,
         Self::SmoothRelu2,
         Self::SmoothOut,
+        Self::SmoothConv,
         Self::RotateQk,
         Self::RotateVo,
         Self::RotateOut,
@@ -59,6 +62,7 @@ impl Transform {
             Self::SmoothVo => "smooth-vo",
             Self::SmoothRelu2 => "smooth-relu2",
             Self::SmoothOut => "smooth-out",
+            Self::SmoothConv => "smooth-conv",
             Self::RotateQk => "rotate-qk",
             Self::RotateVo => "rotate-vo",
             Self::RotateOut => "rotate-out",
@@ -79,7 +83,7 @@ impl Transform {
 
     /// Whether it needs the largest magnitudes of activations on the calibration text.
     pub fn smooths(self) -> bool {
-        matches!(self, Self::SmoothVo | Self::SmoothRelu2 | Self::SmoothOut)
+        matches!(self, Self::SmoothVo | Self::SmoothRelu2 | Self::SmoothOut | Self::SmoothConv)
     }
 }
 

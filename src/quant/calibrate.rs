@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{BlockSpec, Checkpoint};
@@ -26,7 +27,12 @@ pub fn second_moment<B: Backend>(
     for index in 0..stream.blocks() {
         for h in stream.boundary() {
             let x = backend.rms_norm(h, &ones, checkpoint.config.norm_eps, Emit::FLOAT)?;
-            add(&mut sum, &backend.gram(&x)?);
+            let gram = backend.gram(&x)?;
+            if gram.iter().any(|value| !value.is_finite()) {
+                return Err(Error::run(format!("the residual stream in front of block {index} is not finite on the calibration text"))
+                    .hint("the unquantized model overflows: check the checkpoint"));
+            }
+            add(&mut sum, &gram);
         }
         stream.advance(index)?;
         monitor.step(index + 1, format!("block {index}"))?;
@@ -36,26 +42,44 @@ pub fn second_moment<B: Backend>(
     Ok(sum.into_iter().map(|value| value / count).collect())
 }
 
-/// Largest magnitude of each input of each linear of a block, by the linear's name.
+/// Largest magnitude of each input of each linear of a block, by the linear's name, and of the convolution's under
+/// [`CONVOLUTION`].
 pub type Maxima = BTreeMap<String, Vec<f64>>;
 
+/// Names the depthwise convolution among [`Maxima`].
+pub const CONVOLUTION: &str = "conv1d";
+
 /// Runs `block` over the batches and returns what it adds to each, with the largest magnitudes that its linears read.
+/// Those of the convolution need a state-space block's `projection`: its `in_proj`, and where the channels of the
+/// convolution are in what that gives.
 pub fn maxima<B: Backend>(
     backend: &B,
     spec: &BlockSpec,
     block: &Block<B>,
+    projection: Option<(&B::Linear, Range<usize>)>,
     inputs: &[B::Tensor],
     sequences: &[Sequences],
 ) -> Result<(Vec<B::Tensor>, Maxima)> {
     let found: RefCell<Maxima> = RefCell::new(BTreeMap::new());
-    let tap = |name: &str, x: &B::Activation| {
-        let width = spec.linear(name).map_or(1, |linear| linear.cols);
+    let see = |name: &str, values: &[f32], width: usize, columns: Range<usize>| {
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(not_finite(spec, name));
+        }
         let mut found = found.borrow_mut();
-        let largest = found.entry(name.to_owned()).or_insert_with(|| vec![0.0; width]);
-        for row in backend.floats(x)?.chunks_exact(width) {
-            for (largest, x) in largest.iter_mut().zip(row) {
+        let largest = found.entry(name.to_owned()).or_insert_with(|| vec![0.0; columns.len()]);
+        for row in values.chunks_exact(width) {
+            for (largest, x) in largest.iter_mut().zip(&row[columns.clone()]) {
                 *largest = largest.max(f64::from(x.abs()));
             }
+        }
+        Ok(())
+    };
+    let tap = |name: &str, x: &B::Activation| {
+        let width = spec.linear(name).map_or(1, |linear| linear.cols);
+        see(name, &backend.floats(x)?, width, 0..width)?;
+        if let (Some((in_proj, channels)), "in_proj") = (&projection, name) {
+            let projected = backend.linear(in_proj, x)?;
+            see(CONVOLUTION, &backend.download(&projected)?, backend.features(&projected), channels.clone())?;
         }
         Ok(())
     };
@@ -77,8 +101,7 @@ pub fn hessians<B: Backend>(
     let tap = |name: &str, x: &B::Activation| {
         let gram = backend.gram(x)?;
         if gram.iter().any(|value| !value.is_finite()) {
-            return Err(Error::run(format!("block {}: the input of `{name}` is not finite on the calibration text", spec.index))
-                .hint("give the blocks in front of it a wider format"));
+            return Err(not_finite(spec, name));
         }
         sums.borrow_mut().entry(name.to_owned()).and_modify(|sum| add(sum, &gram)).or_insert(gram);
         Ok(())
@@ -88,6 +111,11 @@ pub fn hessians<B: Backend>(
         block.mix(backend, h, sequences, None, Some(&tap))?;
     }
     Ok(sums.into_inner())
+}
+
+fn not_finite(spec: &BlockSpec, name: &str) -> Error {
+    Error::run(format!("block {}: the input of `{name}` is not finite on the calibration text", spec.index))
+        .hint("give the blocks in front of it a wider format; if none is quantized, check the checkpoint")
 }
 
 /// Adds `values` to `sum`, element by element.

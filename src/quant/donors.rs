@@ -20,7 +20,7 @@ use serde_json::json;
 use super::calibrate;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::publish::{self, TensorOut};
-use super::recipe::{Method, Steps};
+use super::recipe::Steps;
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::{BlockWeights, FloatBlock, FloatLinear};
@@ -158,7 +158,7 @@ impl Donors {
             return Ok(());
         }
         let weights = self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())?;
-        let hessians = if self.steps.method == Method::Gptq {
+        let hessians = if self.steps.method.uses_hessians() {
             let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
             let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
             calibrate::hessians(backend, spec, &block, inputs, sequences, monitor)?
@@ -189,7 +189,7 @@ impl Donors {
             let x = backend.rms_norm(h, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
             calibrate::add(&mut hessian, &backend.gram(&x)?);
         }
-        let hessian = (self.steps.method == Method::Gptq).then_some(hessian.as_slice());
+        let hessian = self.steps.method.uses_hessians().then_some(hessian.as_slice());
         self.make(Place::Head, std::slice::from_ref(&checkpoint.layout.head), format, |_| Ok(&head), |_| hessian)
     }
 

@@ -83,7 +83,7 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         }
         WeightPart::Quantized(match (rounding.method, hessian) {
             (Method::Rtn, _) => round_to_nearest(values, count, linear.cols, scheme),
-            (Method::Gptq, Some(hessian)) => {
+            (Method::Gptq | Method::Gptaq, Some(hessian)) => {
                 let (matrix, damping) = gptq::quantize(values, count, linear.cols, scheme, hessian);
                 match damping.used {
                     None => notes.push(format!("{}: its Hessian is singular, so weights were rounded to nearest", linear.name)),
@@ -94,7 +94,7 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
                 }
                 matrix
             }
-            (Method::Clip | Method::Gptq, _) => gptq::round_clipped(values, count, linear.cols, scheme),
+            (Method::Clip | Method::Gptq | Method::Gptaq, _) => gptq::round_clipped(values, count, linear.cols, scheme),
         })
     };
     let parts = match schemes.as_slice() {

@@ -1,6 +1,7 @@
 //! Quantization: recipes, the sample text, weight methods, and the pipeline that makes a variant on disk.
 //! Start with [`quantize`].
 
+mod asymmetric;
 mod boundary;
 mod calibrate;
 mod cluster;

@@ -20,7 +20,7 @@ use super::donors::Donors;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
 use super::publish;
-use super::recipe::{Method, Steps};
+use super::recipe::Steps;
 use super::sample::Sample;
 use super::transform::Transforms;
 use crate::backend::{Backend, Divergence, Sequences};
@@ -139,7 +139,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         };
         fs::create_dir_all(&files).map_err(|error| Error::io("creating", &files, &error))?;
         let (layout, hidden) = (&request.checkpoint.layout, request.checkpoint.config.hidden_size);
-        let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method == Method::Gptq);
+        let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method.uses_hessians());
         monitor.log(need.statement());
         let mut layout = request.checkpoint.layout.clone();
         if request.storage == StorageLayout::Portable {
@@ -307,7 +307,7 @@ fn kept_second_moment<B: Backend>(
 /// block's codes takes several.
 fn announce(request: &QuantizeRequest<'_>, monitor: &Monitor) {
     let blocks = request.checkpoint.layout.blocks.len() as f64;
-    let choosing = if request.steps.method == Method::Gptq { 12.0 } else { 5.0 };
+    let choosing = if request.steps.method.uses_hessians() { 12.0 } else { 5.0 };
     let mut stages = vec![("load", 0.5), ("quantize", choosing * blocks), ("validate", blocks + 1.0), ("save", 0.1)];
     if request.steps.transforms.contains(&Transform::RotateResidual) {
         stages.insert(1, ("calibrate", 1.5 * blocks));

@@ -38,6 +38,8 @@ pub enum Method {
     Clip,
     /// GPTQ with clipped scales weighted by the Hessian's diagonal.
     Gptq,
+    /// GPTQ of weights that also make good what the quantized blocks before them lost (GPTAQ).
+    Gptaq,
 }
 
 impl Method {
@@ -47,7 +49,13 @@ impl Method {
             Self::Rtn => "rtn",
             Self::Clip => "clip",
             Self::Gptq => "gptq",
+            Self::Gptaq => "gptaq",
         }
+    }
+
+    /// Whether it rounds with the Hessians of what linears read.
+    pub fn uses_hessians(self) -> bool {
+        matches!(self, Self::Gptq | Self::Gptaq)
     }
 }
 

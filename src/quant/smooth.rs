@@ -9,7 +9,7 @@
 //! channel, no channel counts as less than a quarter of the layer's median. Being relative, the floor does not see how
 //! a checkpoint happens to divide a scale between the two matrices.
 
-use super::calibrate::Maxima;
+use super::calibrate::{CONVOLUTION, Maxima};
 use super::weights::{BlockWeights, FloatLinear};
 use crate::checkpoint::{BlockSpec, Checkpoint};
 use crate::error::Result;
@@ -17,17 +17,20 @@ use crate::error::Result;
 /// Share of the median that a channel counts for at least.
 const FLOOR: f64 = 0.25;
 
-/// Scale of each channel; `act` and `column` are its largest magnitudes, `reach` is what the weights in front can make
-/// of it, up to a common factor. A channel that is always zero, or that nothing reads, is left alone.
-fn scales(act: &[f64], column: &[f64], reach: &[f64]) -> Vec<f64> {
+/// The largest magnitude `act` of each channel, none below its floor; `reach` is what the weights in front can make of it,
+/// up to a common factor.
+fn floored(act: &[f64], reach: &[f64]) -> Vec<f64> {
     let mut shares: Vec<f64> = act.iter().zip(reach).filter(|(_, reach)| **reach > 0.0).map(|(act, reach)| act / reach).collect();
     shares.sort_by(f64::total_cmp);
     let floor = FLOOR * shares.get(shares.len() / 2).copied().unwrap_or(0.0);
-    let scale = |((act, column), reach): ((&f64, &f64), &f64)| {
-        let act = act.max(floor * reach);
-        if act > 0.0 && *column > 0.0 { (column / act).sqrt() } else { 1.0 }
-    };
-    act.iter().zip(column).zip(reach).map(scale).collect()
+    act.iter().zip(reach).map(|(act, reach)| act.max(floor * reach)).collect()
+}
+
+/// Scale of each channel; `act` and `column` are its largest magnitudes. A channel that is always zero, or that nothing
+/// reads, is left alone.
+fn scales(act: &[f64], column: &[f64], reach: &[f64]) -> Vec<f64> {
+    let scale = |(act, column): (f64, &f64)| if act > 0.0 && *column > 0.0 { (column / act).sqrt() } else { 1.0 };
+    floored(act, reach).into_iter().zip(column).map(scale).collect()
 }
 
 /// Largest magnitude of each column.
@@ -93,6 +96,23 @@ pub fn out(weights: &mut BlockWeights, maxima: &Maxima, before: &[f64], now: &mu
         *weight *= scale;
     }
     weights.linear_mut("out_proj")?.scale_inputs(&inverse(&scale));
+    Ok(())
+}
+
+/// smooth-conv: `in_proj`'s rows of x, B and C by s, the convolution's weights by 1/s. Each channel has weights, and scales of
+/// weights, of its own on both sides, so that the whole difference can move: `s = 1 / act`.
+pub fn convolution(weights: &mut BlockWeights, checkpoint: &Checkpoint, spec: &BlockSpec, maxima: &Maxima) -> Result<()> {
+    let Some(act) = maxima.get(CONVOLUTION) else { return Ok(()) };
+    let name = format!("{}mixer.conv1d.weight", spec.prefix);
+    let (inner, kernel) = (checkpoint.config.mamba.inner(), checkpoint.config.mamba.conv_kernel);
+    let reach = row_norms(weights.linear("in_proj")?);
+    let scale: Vec<f64> =
+        floored(act, &reach[inner..inner + act.len()]).into_iter().map(|act| if act > 0.0 { act.recip() } else { 1.0 }).collect();
+    let mut rows = vec![1.0; reach.len()];
+    rows[inner..inner + act.len()].copy_from_slice(&scale);
+    weights.linear_mut("in_proj")?.scale_outputs(&rows);
+    let taps = checkpoint.read(&name)?.into_iter().enumerate().map(|(i, tap)| f64::from(tap) / scale[i / kernel]);
+    weights.tensors.insert(name, taps.collect());
     Ok(())
 }
 

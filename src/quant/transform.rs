@@ -69,7 +69,12 @@ impl Transforms {
             weights.tensors.insert(name, vec![1.0; norm.len()]);
         }
         match spec.kind {
-            BlockKind::Ssm => self.gated_norm(&mut weights, checkpoint, spec, maxima)?,
+            BlockKind::Ssm => {
+                self.gated_norm(&mut weights, checkpoint, spec, maxima)?;
+                if self.has(Transform::SmoothConv) {
+                    smooth::convolution(&mut weights, checkpoint, spec, maxima)?;
+                }
+            }
             BlockKind::Attention => {
                 if self.has(Transform::SmoothVo) {
                     smooth::values(&mut weights, checkpoint, maxima)?;

@@ -8,8 +8,9 @@ use super::{Pipeline, Streams};
 use crate::backend::{Backend, SsmInternals, SsmScales};
 use crate::checkpoint::{BlockRecord, BlockSpec, Dtype, LinearSpec};
 use crate::error::Result;
-use crate::format::{BlockKind, ScaleKind, Scheme, SsmActivations};
-use crate::model::Block;
+use crate::format::{BlockKind, ScaleKind, Scheme, SsmActivations, Transform};
+use crate::model::{Block, mamba_shape};
+use crate::quant::asymmetric;
 use crate::quant::calibrate;
 use crate::quant::donors::{PartlyQuantized, Place};
 use crate::quant::method::{QuantizedLinear, quantize_linear};
@@ -23,7 +24,15 @@ impl<B: Backend> Pipeline<'_, B> {
         let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
         let float_block = Block::load(self.backend, checkpoint, index)?;
         let (mixed, maxima) = if self.request.steps.transforms.iter().any(|transform| transform.smooths()) {
-            calibrate::maxima(self.backend, spec, &float_block, &streams.reference, &streams.sequences)?
+            let in_proj = match (spec.kind, spec.linear("in_proj")) {
+                (BlockKind::Ssm, Some(linear)) if self.request.steps.transforms.contains(&Transform::SmoothConv) => {
+                    Some(self.backend.prepare(checkpoint.linear(linear, None)?)?)
+                }
+                _ => None,
+            };
+            let mamba = mamba_shape(&checkpoint.config.mamba);
+            let projection = in_proj.as_ref().map(|in_proj| (in_proj, mamba.inner()..mamba.inner() + mamba.conv_channels()));
+            calibrate::maxima(self.backend, spec, &float_block, projection, &streams.reference, &streams.sequences)?
         } else {
             let pairs = streams.reference.iter().zip(&streams.sequences);
             let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
@@ -123,8 +132,16 @@ impl<B: Backend> Pipeline<'_, B> {
     ) -> Result<BTreeMap<&'s str, QuantizedLinear>> {
         let (plan, index) = (&self.request.plan, spec.index);
         let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
-        let hessians = if self.request.steps.method == Method::Gptq && spec.linears.iter().any(quantized) {
+        let (method, any) = (self.request.steps.method, spec.linears.iter().any(quantized));
+        let hessians = if method.uses_hessians() && any {
             calibrate::hessians(self.backend, spec, transformed, &streams.quantized, &streams.sequences, self.monitor)?
+        } else {
+            BTreeMap::new()
+        };
+        let shifts = if method == Method::Gptaq && any {
+            let turned = |h| asymmetric::turned(self.backend, h, self.transforms.rotation());
+            let float = streams.reference.iter().map(turned).collect::<Result<Vec<_>>>()?;
+            asymmetric::shifts(self.backend, spec, transformed, (&float, &streams.quantized), &streams.sequences, self.monitor)?
         } else {
             BTreeMap::new()
         };
@@ -133,7 +150,10 @@ impl<B: Backend> Pipeline<'_, B> {
             self.monitor.check()?;
             let hessian = hessians.get(&linear.name).map(Vec::as_slice);
             let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
-            linears.insert(linear.name.as_str(), quantize_linear(weights.linear(&linear.name)?, linear, &rounding, hessian));
+            let float = weights.linear(&linear.name)?;
+            let corrected = shifts.get(&linear.name).filter(|_| quantized(linear)).zip(hessian);
+            let corrected = corrected.and_then(|(shift, hessian)| shift.corrected(float, hessian));
+            linears.insert(linear.name.as_str(), quantize_linear(corrected.as_ref().unwrap_or(float), linear, &rounding, hessian));
         }
         Ok(linears)
     }

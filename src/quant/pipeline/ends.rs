@@ -7,6 +7,7 @@ use crate::backend::{Backend, Emit};
 use crate::checkpoint::Dtype;
 use crate::error::Result;
 use crate::format::{Format, LinearWeights, ScaleKind, Transform};
+use crate::quant::asymmetric::{self, Shift};
 use crate::quant::boundary::FloatHash;
 use crate::quant::method::quantize_linear;
 use crate::quant::observe;
@@ -33,8 +34,9 @@ impl<B: Backend> Pipeline<'_, B> {
             Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
             None => {
                 let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
-                let hessian = self.head_hessian(&float_head, &norm, streams)?;
-                quantize_linear(&float_head, &layout.head, &rounding, hessian.as_deref())
+                let (hessian, shift) = self.head_moments(&float_head, &norm, streams)?.unzip();
+                let corrected = shift.flatten().zip(hessian.as_deref()).and_then(|(shift, hessian)| shift.corrected(&float_head, hessian));
+                quantize_linear(corrected.as_ref().unwrap_or(&float_head), &layout.head, &rounding, hessian.as_deref())
             }
         };
         head.input_scale = self.head_scale(&norm, streams)?;
@@ -103,35 +105,44 @@ impl<B: Backend> Pipeline<'_, B> {
         observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
     }
 
-    /// The Hessian of the head's input, where the method uses one. A token counts by how undecided the model is about what
+    /// The Hessian of the head's input, where the method uses one, and the shift where that is corrected too. A token counts by how undecided the model is about what
     /// follows, `1 − Σ p²`: that is the Fisher information of its logits summed over the vocabulary, so that the loss is
     /// the divergence that an error of the logits makes and not the error itself.
-    fn head_hessian(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<Vec<f64>>> {
-        if self.request.steps.method != Method::Gptq || self.request.plan.head.weight_bits() == 16 {
+    fn head_moments(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<(Vec<f64>, Option<Shift>)>> {
+        let method = self.request.steps.method;
+        if !method.uses_hessians() || self.request.plan.head.weight_bits() == 16 {
             return Ok(None);
         }
         let cols = norm.len();
         let head = self.backend.prepare(LinearWeights::float(head.values(), cols))?;
         let norm = self.backend.prepare_vector(norm.to_vec())?;
+        let normalize = |h: &B::Tensor| self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT);
         let mut sum = vec![0.0; cols * cols];
-        for h in &streams.quantized {
-            let x = self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT)?;
+        let mut shift = (method == Method::Gptaq).then(Shift::default);
+        for (float, h) in streams.reference.iter().zip(&streams.quantized) {
+            let x = normalize(h)?;
             let logits = self.backend.linear(&head, &x)?;
             let mut values = self.backend.floats(&x)?;
             let logits = self.backend.download(&logits)?;
             let vocabulary = logits.len() * cols / values.len();
-            for (x, logits) in values.chunks_exact_mut(cols).zip(logits.chunks_exact(vocabulary)) {
-                let weight = undecidedness(logits).sqrt() as f32;
-                for x in x {
-                    *x *= weight;
-                }
+            let weights: Vec<f32> = logits.chunks_exact(vocabulary).map(|logits| undecidedness(logits).sqrt() as f32).collect();
+            let weigh = |values: &mut [f32]| {
+                let rows = values.chunks_exact_mut(cols).zip(&weights);
+                rows.for_each(|(row, weight)| row.iter_mut().for_each(|x| *x *= weight));
+            };
+            weigh(&mut values);
+            if let Some(shift) = &mut shift {
+                let turned = asymmetric::turned(self.backend, float, self.transforms.rotation())?;
+                let mut float = self.backend.floats(&normalize(&turned)?)?;
+                weigh(&mut float);
+                shift.add(&float, &values, cols);
             }
             let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
             for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
                 *sum += value;
             }
         }
-        Ok(Some(sum))
+        Ok(Some((sum, shift)))
     }
 }
 
