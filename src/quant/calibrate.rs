@@ -56,7 +56,7 @@ pub fn maxima<B: Backend>(
     backend: &B,
     spec: &BlockSpec,
     block: &Block<B>,
-    projection: Option<(&B::Linear, Range<usize>)>,
+    projection: Option<&(&B::Linear, Range<usize>)>,
     inputs: &[B::Tensor],
     sequences: &[Sequences],
 ) -> Result<(Vec<B::Tensor>, Maxima)> {
@@ -77,7 +77,7 @@ pub fn maxima<B: Backend>(
     let tap = |name: &str, x: &B::Activation| {
         let width = spec.linear(name).map_or(1, |linear| linear.cols);
         see(name, &backend.floats(x)?, width, 0..width)?;
-        if let (Some((in_proj, channels)), "in_proj") = (&projection, name) {
+        if let (Some((in_proj, channels)), "in_proj") = (projection, name) {
             let projected = backend.linear(in_proj, x)?;
             see(CONVOLUTION, &backend.download(&projected)?, backend.features(&projected), channels.clone())?;
         }

@@ -32,7 +32,7 @@ impl<B: Backend> Pipeline<'_, B> {
             };
             let mamba = mamba_shape(&checkpoint.config.mamba);
             let projection = in_proj.as_ref().map(|in_proj| (in_proj, mamba.inner()..mamba.inner() + mamba.conv_channels()));
-            calibrate::maxima(self.backend, spec, &float_block, projection, &streams.reference, &streams.sequences)?
+            calibrate::maxima(self.backend, spec, &float_block, projection.as_ref(), &streams.reference, &streams.sequences)?
         } else {
             let pairs = streams.reference.iter().zip(&streams.sequences);
             let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
