@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Rows a second of strata beside lm-evaluation-harness with transformers, on the demo model's rows or those of a folder.
 
-    pip install torch transformers lm_eval
+    pip install torch transformers accelerate lm_eval
     cargo build --release
     python3 benches/harness.py                                   # the demo's 1,824 rows
     python3 benches/harness.py --data DIR --tasks arc_easy,piqa  # public rows as JSON lines, one file a task

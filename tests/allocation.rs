@@ -1,21 +1,25 @@
 //! Sensitivities end to end: measured, interrupted and resumed, invalidated; plans put together from donors.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "tests")]
 
 use std::cell::Cell;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use strata::analysis::allocate::{AllocateRequest, Budget, allocate};
-use strata::analysis::sensitivity::{self, Granularity, Request, SensitivitySpec, donors_directory};
+use strata::analysis::sensitivity::{
+    self, Granularity, Identity, Loss, Request, Sensitivities, SensitivitySpec, UnitLosses, donors_directory,
+};
 use strata::analysis::study::{ALLOCATED, StudyRequest, study};
+use strata::analysis::{Footprint, Gpu, Prediction};
 use strata::backend::cpu::Cpu;
-use strata::checkpoint::{self, Checkpoint, DEMO_HELDOUT, StorageLayout};
+use strata::checkpoint::{self, Checkpoint, Config, DEMO_HELDOUT, Layout, StorageLayout};
 use strata::error::ErrorKind;
 use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate, text};
-use strata::format::Format;
+use strata::format::{Format, Plan, SsmActivations};
 use strata::monitor::{CancelToken, Monitor, Report};
 use strata::quant::{Donors, QuantizeRequest, Recipe, SampleSpec, quantize};
+use strata::session::Session;
 
 /// A measurement that takes seconds.
 fn spec(recipe: &str) -> SensitivitySpec {
@@ -126,6 +130,8 @@ fn a_changed_checkpoint_or_calibration_invalidates_what_was_measured() {
     assert!(other(&|spec| spec.windows = 1).contains("on other tokens"));
     assert!(other(&|spec| spec.by = Granularity::Linear).contains("other units"));
     assert!(other(&|spec| spec.steps = Recipe::find("phase2").unwrap().steps()).contains("other transforms or rounding"));
+    assert!(other(&|spec| spec.steps.activations.ssm = SsmActivations::Int8Static).contains("other SSM internals"));
+    assert!(other(&|spec| spec.steps.activations.ssm = SsmActivations::Int8PerToken).contains("other SSM internals"));
 
     let weights = model.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
@@ -140,12 +146,35 @@ fn a_changed_checkpoint_or_calibration_invalidates_what_was_measured() {
     );
 }
 
+/// int8 SSM internals come with an `in_proj` that reads int8: they are in its loss, and in no other one.
+#[test]
+fn losses_contain_the_internals_that_the_recipe_ships() {
+    let demo = checkpoint::open("demo").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let measured = |ssm| {
+        let mut spec = SensitivitySpec { formats: vec![Format::W8A16, Format::W8A8], exact: 1.0, ..spec("rtn-w8a8") };
+        spec.steps.activations.ssm = ssm;
+        let request = Request::new(&demo, &spec, folder.path().to_owned()).unwrap();
+        sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap()
+    };
+    let [float, per_token, fixed] = [SsmActivations::Float, SsmActivations::Int8PerToken, SsmActivations::Int8Static].map(measured);
+    for (unit, expected) in fixed.units.iter().zip(&float.units) {
+        let differs = unit.name.ends_with("in_proj");
+        assert_eq!(unit.loss(Format::W8A16), expected.loss(Format::W8A16), "{}", unit.name);
+        assert_eq!(unit.loss(Format::W8A8) != expected.loss(Format::W8A8), differs, "{}", unit.name);
+        assert!(!differs || unit.loss(Format::W8A8).unwrap().kld > expected.loss(Format::W8A8).unwrap().kld, "{}", unit.name);
+    }
+    assert_ne!(per_token.units, fixed.units);
+}
+
 /// What a study measures in memory is what the variant that is put together on disk loses, to the bit of each logit.
 #[test]
 fn a_plan_from_donors_loses_on_disk_what_it_loses_in_memory_and_less_than_others() {
     let demo = checkpoint::open("demo").unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let spec = spec("phase3");
+    // Static scales of the SSM's inside need more text than the other tests take, or what they cut off is all that counts.
+    let sample = SampleSpec { sequences: 16, length: 128, ..SampleSpec::default() };
+    let spec = SensitivitySpec { sample, ..spec("phase3") };
     let request = Request::new(&demo, &spec, folder.path().to_owned()).unwrap();
     let losses = sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
     let tokens = text::tokenize(&demo.tokenizer().unwrap(), DEMO_HELDOUT).unwrap();
@@ -205,6 +234,89 @@ fn a_plan_from_donors_loses_on_disk_what_it_loses_in_memory_and_less_than_others
     assert!((on_disk / budget[0].kld - 1.0).abs() < 1e-9, "{on_disk} on disk, {} in memory", budget[0].kld);
 }
 
+/// Losses as models have them, without a model: they fall fourfold a bit, and int8 activations add a little.
+fn synthetic(layout: &Layout, request: &Identity) -> Sensitivities {
+    let unit = |unit: sensitivity::Unit| {
+        let loss = |format: &Format| Loss {
+            format: *format,
+            bytes: unit.bytes(layout, *format),
+            output_error: 1.0,
+            kld: 1e-3 / (1.0 + unit.block as f64) * 0.25_f64.powi(format.weight_bits().into()),
+            stderr: 0.0,
+            measured: true,
+        };
+        UnitLosses {
+            block: unit.block,
+            kind: layout.blocks[unit.block].kind,
+            linears: unit.linears.clone(),
+            weights: unit.weights(layout),
+            losses: [Format::W8A8, Format::W4A8, Format::W3A8, Format::W2A8].iter().map(loss).collect(),
+            name: unit.name,
+        }
+    };
+    Sensitivities {
+        schema: request.schema.clone(),
+        model: "synthetic".into(),
+        identity: request.clone(),
+        tokens: 1,
+        units: sensitivity::units(layout, Granularity::Linear).into_iter().map(unit).collect(),
+        ends_kld: 0.0,
+        checks: Vec::new(),
+        donors: "donors".into(),
+    }
+}
+
+/// The sessions for published models, as far as they go without their weights: every variant has a recipe and a plan for
+/// the model's shapes, and what a GPU is to hold fits on it.
+#[test]
+fn sessions_for_published_models_have_plans() {
+    let demo = checkpoint::open("demo").unwrap();
+    let identity = Request::new(&demo, &spec("phase3"), "store".into()).unwrap().identity().unwrap();
+    for (name, shape) in [("nemotron-h-8b", "nemotron-h-8b"), ("fit-24gb", "nemotron-3-nano-30b-a3b")] {
+        let session = Session::read(&Path::new("sessions").join(name).with_extension("toml")).unwrap();
+        let path = format!("../shared/configs/{shape}.json");
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            eprintln!("skipped: {path} is not there");
+            continue;
+        };
+        let config = Config::parse(&text).unwrap();
+        let layout = Layout::new(&config);
+        let footprint = Footprint::new(&config, Arc::new(layout.clone()));
+        let losses = synthetic(&layout, &identity);
+        for variant in &session.variants {
+            let (recipe, start) = variant.plan(&layout).unwrap();
+            let share = layout.total_bytes(&start) as f64 / layout.total_bytes(&Plan::unquantized(layout.blocks.len())) as f64;
+            let most = match variant.name.as_str() {
+                "phase1" => 0.505,
+                "phase2" => 0.265,
+                "phase3" | "phase3-allocated" => 0.425,
+                "fit-24gb" => 0.3,
+                other => panic!("{other} is not expected"),
+            };
+            assert!(share <= most, "{} takes {share} of 16 bits", variant.name);
+            let Some(allocate) = recipe.allocate else { continue };
+            let budget = match &allocate.gpu {
+                Some(gpu) => Budget::fitting(&config, &Gpu::find(gpu).unwrap(), allocate.context.unwrap()).unwrap(),
+                None => Budget::LinearBytes(layout.linear_bytes(&start)),
+            };
+            let request = AllocateRequest { formats: Some(allocate.formats.clone()), ..AllocateRequest::new(start.clone(), budget) };
+            let found = strata::analysis::allocate::allocate(&losses, &layout, &request).unwrap();
+            match &allocate.gpu {
+                Some(gpu) => {
+                    let prediction = Prediction::new(&config, &footprint, &found.plan, &Gpu::find(gpu).unwrap());
+                    assert!(prediction.context_tokens.unwrap() >= allocate.context.unwrap() as u64, "{prediction:?}");
+                    assert!(found.bits_per_weight > 4.5, "the card is used: {}", found.bits_per_weight);
+                }
+                None => {
+                    let (least, most) = (found.linear_bytes, layout.linear_bytes(&start));
+                    assert!(least <= most && least as f64 > 0.99 * most as f64, "{least} of {most}");
+                    assert!(found.predicted_kld <= losses.predict(&start, &layout).unwrap());
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn the_command_line_says_what_is_missing() {
     let data = tempfile::tempdir().unwrap();
@@ -220,6 +332,11 @@ fn the_command_line_says_what_is_missing() {
         (&["allocate", "demo", "--gpu", "H100", "--context", "999999999"], "caches of 999999999 tokens alone do not fit"),
         (&["allocate", "demo", "--bits", "4", "--context", "10"], "no --gpu is given"),
         (&["allocate", "demo", "--activations", "4", "--bits", "4"], "activations of `4` bits"),
+        (&["allocate", "demo", "--cost", "euros"], "plans cost `bytes` or `latency`"),
+        (&["allocate", "demo", "--cost", "latency"], "latency is predicted for a GPU"),
+        (&["allocate", "demo", "--latency", "5", "--gpu", "H100"], "the cost is bytes"),
+        (&["allocate", "demo", "--kld", "1e-4", "--gpu", "H100"], "two budgets"),
+        (&["allocate", "demo", "--bits", "4", "--gpu", "H100"], "cannot be used with"),
         (&["sensitivity", "demo", "--formats", "w5a8"], "unknown format"),
         (&["sensitivity", "demo", "--by", "row"], "by `block` or by `linear`"),
         (&["sensitivity", "demo", "--exact", "2"], "share of exact pairs between 0 and 1"),

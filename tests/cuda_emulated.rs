@@ -14,8 +14,10 @@ use strata::backend::cuda::nvrtc::Nvrtc;
 use strata::backend::cuda::{Cuda, sources};
 use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
 use strata::checkpoint::{self, Checkpoint};
+use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate};
 use strata::format::{CacheFormat, CacheFormats, LinearWeights};
 use strata::model::Hybrid;
+use strata::monitor::Monitor;
 
 /// Largest difference of a logit where both backends multiply floats in f32: sums are taken in other orders.
 const FLOAT_TOLERANCE: f32 = 2e-4;
@@ -229,6 +231,23 @@ fn values_that_are_not_finite_inside_a_block_of_codes_are_an_error() {
     };
     assert!(run(f32::INFINITY).unwrap_err().message.contains("not finite"));
     assert!(run(0.25).unwrap().iter().all(|value| value.is_finite()));
+}
+
+/// An evaluation says how much of the device's memory it took: the weights at least.
+#[test]
+fn an_evaluation_records_the_memory_of_the_device() {
+    let Some(cuda) = emulated() else { return };
+    let request = EvaluateRequest {
+        models: vec![ModelToEvaluate { name: "base".into(), path: checkpoint::DEMO.into() }],
+        tasks: Vec::new(),
+        windows: 1,
+        window_tokens: 16,
+        ..EvaluateRequest::default()
+    };
+    let mut found = None;
+    evaluate(|| cuda.clone(), &request, &Monitor::silent(), |evaluated| found = Some(evaluated.result)).unwrap();
+    let memory = found.unwrap().memory;
+    assert!(memory.device_peak_bytes.unwrap() >= memory.resident_weight_bytes && memory.resident_weight_bytes > 0, "{memory:?}");
 }
 
 /// The demo quantized on the CPU, with a sample just large enough to be one.

@@ -54,6 +54,11 @@ fn a_cancelled_evaluation_goes_on_without_repeating_finished_rows() {
     assert!(log.into_inner().unwrap().iter().any(|line| line.starts_with("piqa") && line.contains("earlier evaluation")));
     let whole = run(&EvaluateRequest { journal: None, ..request.clone() }, &Monitor::silent());
     assert_eq!(resumed[0].result.tasks, whole[0].result.tasks);
+    let memory = whole[0].result.memory;
+    assert!(
+        memory.peak_bytes > memory.resident_weight_bytes && memory.device_peak_bytes.is_none(),
+        "the processor's memory is the process's"
+    );
     for (resumed, whole) in resumed[0].samples.iter().zip(&whole[0].samples) {
         for (a, b) in resumed.loglikelihoods.iter().zip(&whole.loglikelihoods) {
             assert!((a - b).abs() < 1e-12, "{} row {}", whole.task, whole.index);

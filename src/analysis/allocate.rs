@@ -10,11 +10,11 @@ use serde::Serialize;
 
 use super::gpu::Gpu;
 use super::knapsack::{Choice, Front};
-use super::predict;
+use super::predict::{self, AnswerTime};
 use super::sensitivity::{Loss, Sensitivities, UnitLosses};
 use crate::checkpoint::{Config, Layout};
 use crate::error::{Error, Result};
-use crate::format::{Format, Plan, Selector};
+use crate::format::{BlockKind, Format, Plan, Selector};
 use crate::quant::Override;
 
 /// What a plan may take, or lose.
@@ -30,6 +30,41 @@ pub enum Budget {
     Kld(f64),
     /// A share (0…1) of the way from the cheapest plan to the dearest.
     Share(f64),
+    /// Predicted seconds of an answered token, where that is the [`Cost`].
+    Seconds(f64),
+}
+
+/// What plans are short of.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Cost {
+    /// Bytes of the blocks' linears.
+    Bytes,
+    /// Predicted time of an answered token.
+    Time(AnswerTime),
+}
+
+/// Units of cost in a second: picoseconds.
+const TICKS: f64 = 1e12;
+
+impl Cost {
+    /// Bytes, or picoseconds, of a unit in a format.
+    fn of(&self, unit: &UnitLosses, loss: &Loss) -> u64 {
+        match self {
+            Self::Bytes => loss.bytes,
+            Self::Time(_) => (self.seconds(unit, loss).unwrap_or(0.0) * TICKS).ceil() as u64,
+        }
+    }
+
+    /// Seconds of a unit in a format, where they count.
+    fn seconds(&self, unit: &UnitLosses, loss: &Loss) -> Option<f64> {
+        match self {
+            Self::Bytes => None,
+            Self::Time(time) => {
+                let routed = unit.kind == BlockKind::Moe && unit.linears.iter().all(|name| name.starts_with("experts."));
+                Some(time.linears(loss.bytes, unit.weights, loss.format, routed))
+            }
+        }
+    }
 }
 
 impl Budget {
@@ -88,6 +123,7 @@ pub struct AllocateRequest {
     /// Gives the formats of embedding and head.
     pub base: Plan,
     pub budget: Budget,
+    pub cost: Cost,
     /// Formats that plans may use; `None`: all that were measured.
     pub formats: Option<Vec<Format>>,
     pub activations: Activations,
@@ -104,6 +140,7 @@ impl AllocateRequest {
         Self {
             base,
             budget,
+            cost: Cost::Bytes,
             formats: None,
             activations: Activations::Int8,
             pins: Vec::new(),
@@ -173,12 +210,16 @@ pub struct Exchange {
     /// Bytes and nats that it takes and loses more (or less).
     pub bytes: i64,
     pub kld: f64,
+    /// Seconds of an answered token that it takes more, where that is the cost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
 impl Exchange {
-    /// Nats that a megabyte is worth in this exchange.
+    /// Nats that a megabyte is worth in this exchange, or a microsecond a token where that is the cost.
     pub fn price(&self) -> f64 {
-        if self.bytes == 0 { 0.0 } else { -self.kld / (self.bytes as f64 / 1e6) }
+        let cost = self.seconds.unwrap_or(self.bytes as f64) * if self.seconds.is_some() { 1e6 } else { 1e-6 };
+        if cost == 0.0 { 0.0 } else { -self.kld / cost }
     }
 }
 
@@ -195,8 +236,11 @@ pub struct Allocation {
     pub corrected_kld: f64,
     /// How much less the best plan of the same bytes may lose at most, as a share; 0 where the solution is exact.
     pub gap: f64,
-    /// Nats that a further megabyte is worth.
+    /// Nats that a further megabyte is worth, or a further microsecond a token where that is the cost.
     pub price: f64,
+    /// Predicted seconds of an answered token, where that is the cost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
     pub units: Vec<UnitChoice>,
 }
 
@@ -207,16 +251,23 @@ pub struct FrontPoint {
     pub bits_per_weight: f64,
     pub predicted_kld: f64,
     pub corrected_kld: f64,
+    /// Predicted seconds of an answered token, where that is the cost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
 /// Units that take a format together, with what they may take.
 struct Item<'a> {
     units: Vec<&'a UnitLosses>,
-    /// Formats by ascending bytes.
+    /// Formats by ascending cost.
     formats: Vec<Format>,
 }
 
 impl Item<'_> {
+    fn cost(&self, format: Format, cost: &Cost) -> u64 {
+        self.units.iter().filter_map(|unit| Some(cost.of(unit, unit.loss(format)?))).sum()
+    }
+
     fn sum(&self, format: Format) -> Option<Loss> {
         let mut losses = self.units.iter().map(|unit| unit.loss(format).copied());
         let first = losses.next()??;
@@ -233,6 +284,7 @@ pub struct Solution<'a> {
     base: Plan,
     ends_kld: f64,
     objective: Objective,
+    cost: Cost,
     items: Vec<Item<'a>>,
     front: Front,
     correction: Option<Correction>,
@@ -249,7 +301,8 @@ impl<'a> Solution<'a> {
         let choices: Vec<Vec<Choice>> = items
             .iter()
             .map(|item| {
-                let choice = |format: &Format| item.sum(*format).map(|sum| Choice { cost: sum.bytes, loss: loss(sum) });
+                let choice =
+                    |format: &Format| item.sum(*format).map(|sum| Choice { cost: item.cost(*format, &request.cost), loss: loss(sum) });
                 item.formats.iter().filter_map(choice).collect()
             })
             .collect();
@@ -259,6 +312,7 @@ impl<'a> Solution<'a> {
             base: request.base.clone(),
             ends_kld: losses.ends_kld,
             objective: request.objective,
+            cost: request.cost.clone(),
             items,
             front,
             correction: Correction::learn(losses),
@@ -274,20 +328,31 @@ impl<'a> Solution<'a> {
         self.correction.map_or(predicted, |correction| correction.apply(predicted))
     }
 
-    /// The plans by ascending bytes.
+    /// The plans by ascending cost.
     pub fn front(&self) -> Vec<FrontPoint> {
         let weights = self.layout.linear_weights() as f64;
         let point = |index: usize| {
             let cost = self.front.points()[index].cost;
             let predicted = self.ends_kld + self.front.points()[index].loss;
+            let (bytes, seconds) = match &self.cost {
+                Cost::Bytes => (cost, None),
+                Cost::Time(time) => (self.bytes(index), Some(time.fixed() + cost as f64 / TICKS)),
+            };
             FrontPoint {
-                linear_bytes: cost,
-                bits_per_weight: 8.0 * cost as f64 / weights,
+                linear_bytes: bytes,
+                bits_per_weight: 8.0 * bytes as f64 / weights,
                 predicted_kld: predicted,
                 corrected_kld: self.corrected(predicted),
+                seconds,
             }
         };
         (0..self.front.points().len()).map(point).collect()
+    }
+
+    /// Bytes of the linears of the plan at `index`.
+    fn bytes(&self, index: usize) -> u64 {
+        let chosen = self.items.iter().zip(self.front.options(index));
+        chosen.filter_map(|(item, option)| item.sum(item.formats[option])).map(|sum| sum.bytes).sum()
     }
 
     /// Bytes that the model takes beside the blocks' linears.
@@ -300,7 +365,15 @@ impl<'a> Solution<'a> {
         let points = self.front.points();
         let (least, most) = (self.front.least_cost(), points.last().map_or(0, |point| point.cost));
         let weights = self.layout.linear_weights() as f64;
+        match (&self.cost, budget) {
+            (Cost::Bytes, Budget::Seconds(_)) => return Err(Error::input("a budget of time needs time as the cost")),
+            (Cost::Time(_), Budget::Bits(_) | Budget::LinearBytes(_) | Budget::ModelBytes(_)) => {
+                return Err(Error::input("a budget of bytes needs bytes as the cost"));
+            }
+            _ => {}
+        }
         let allowed = match budget {
+            Budget::Seconds(seconds) => ((seconds - self.fixed_seconds()) * TICKS).max(0.0) as u64,
             Budget::Bits(bits) => (bits * weights / 8.0).max(0.0) as u64,
             Budget::LinearBytes(bytes) => bytes,
             Budget::ModelBytes(bytes) => bytes.saturating_sub(self.other_bytes()),
@@ -322,18 +395,29 @@ impl<'a> Solution<'a> {
             let asked = match budget {
                 Budget::Bits(bits) => format!("{bits} bits a weight"),
                 Budget::ModelBytes(bytes) => format!("a model of {bytes} bytes"),
+                Budget::Seconds(seconds) => format!("{:.4} ms a token", 1e3 * seconds),
                 _ => format!("linears of {allowed} bytes"),
             };
             let smallest = match budget {
                 Budget::ModelBytes(_) => format!("{} bytes", least + self.other_bytes()),
+                Budget::Seconds(_) => format!("{:.4} ms", 1e3 * (self.fixed_seconds() + least as f64 / TICKS)),
                 Budget::Bits(_) => {
                     format!("{:.3} bits a weight ({least} bytes of linears)", (8000.0 * least as f64 / weights).ceil() / 1000.0)
                 }
                 _ => format!("{least} bytes"),
             };
-            Error::input(format!("no plan takes {asked}: the smallest that is possible takes {smallest}"))
+            let least = if matches!(budget, Budget::Seconds(_)) { "fastest" } else { "smallest" };
+            Error::input(format!("no plan takes {asked}: the {least} that is possible takes {smallest}"))
                 .hint("raise the budget, allow narrower formats, or remove pins")
         })
+    }
+
+    /// Predicted seconds of an answered token that no linear is the reason of; 0 where time does not count.
+    fn fixed_seconds(&self) -> f64 {
+        match &self.cost {
+            Cost::Bytes => 0.0,
+            Cost::Time(time) => time.fixed(),
+        }
     }
 
     /// The plan at `index` of the front.
@@ -347,7 +431,7 @@ impl<'a> Solution<'a> {
         write_plan(&mut plan, self.layout, &units);
         let predicted: f64 = self.ends_kld + units.iter().filter_map(|(format, unit)| unit.loss(*format)).map(|loss| loss.kld).sum::<f64>();
         let cost = self.front.points()[index].cost;
-        let choices = self.items.iter().zip(&options).flat_map(|(item, option)| explain(item, *option)).collect();
+        let choices = self.items.iter().zip(&options).flat_map(|(item, option)| explain(item, *option, &self.cost)).collect();
         Allocation {
             linear_bytes: self.layout.linear_bytes(&plan),
             total_bytes: self.layout.total_bytes(&plan),
@@ -356,7 +440,8 @@ impl<'a> Solution<'a> {
             predicted_kld: predicted,
             corrected_kld: self.corrected(predicted),
             gap: if self.objective == Objective::Kld { self.front.gap(index, cost) } else { 0.0 },
-            price: 1e6 * self.front.price(cost),
+            price: if matches!(self.cost, Cost::Bytes) { 1e6 } else { TICKS / 1e6 } * self.front.price(cost),
+            seconds: matches!(self.cost, Cost::Time(_)).then(|| self.fixed_seconds() + cost as f64 / TICKS),
             units: choices,
         }
     }
@@ -424,9 +509,8 @@ fn items<'a>(losses: &'a Sensitivities, layout: &Layout, request: &AllocateReque
         }
     }
     for item in &mut items {
-        let bytes = |format: &Format| item.units.iter().filter_map(|unit| unit.loss(*format)).map(|loss| loss.bytes).sum::<u64>();
         let mut formats = std::mem::take(&mut item.formats);
-        formats.sort_by_key(|format| (bytes(format), *format));
+        formats.sort_by_key(|format| (item.cost(*format, &request.cost), *format));
         item.formats = formats;
     }
     Ok(items)
@@ -445,10 +529,15 @@ fn selects(selector: &Selector, unit: &UnitLosses, layout: &Layout) -> bool {
 }
 
 /// What the units of an item take, and the exchanges with the formats beside theirs.
-fn explain(item: &Item<'_>, option: usize) -> Vec<UnitChoice> {
+fn explain(item: &Item<'_>, option: usize, cost: &Cost) -> Vec<UnitChoice> {
     let exchange = |unit: &UnitLosses, to: Option<&Format>| {
         let (own, other) = (unit.loss(item.formats[option])?, unit.loss(*to?)?);
-        Some(Exchange { format: other.format, bytes: other.bytes as i64 - own.bytes as i64, kld: other.kld - own.kld })
+        Some(Exchange {
+            format: other.format,
+            bytes: other.bytes as i64 - own.bytes as i64,
+            kld: other.kld - own.kld,
+            seconds: cost.seconds(unit, other).zip(cost.seconds(unit, own)).map(|(other, own)| other - own),
+        })
     };
     let choice = |unit: &&UnitLosses| {
         let own = unit.loss(item.formats[option])?;
@@ -470,6 +559,7 @@ fn explain(item: &Item<'_>, option: usize) -> Vec<UnitChoice> {
 mod tests {
     use super::*;
     use crate::analysis::sensitivity::{CANDIDATES, Check, Granularity, Identity, SENSITIVITY_SCHEMA, units};
+    use crate::analysis::{Footprint, Prediction};
 
     /// Losses that fall fourfold with each bit and rise with the block's number; int8 activations add a little.
     fn losses(layout: &Layout) -> Sensitivities {
@@ -479,6 +569,7 @@ mod tests {
             source: String::new(),
             method: "gptq".into(),
             transforms: Vec::new(),
+            internals: crate::quant::Internals::default(),
             embedding: Format::W8A16,
             head: Format::W8A8,
             by: Granularity::Linear,
@@ -552,6 +643,41 @@ mod tests {
         let plan = allocate(&losses, &layout, &whole).unwrap().plan;
         assert!(plan.linears.is_empty());
         assert!(plan.blocks.iter().all(|format| !format.quantizes_activations()), "at equal bytes 16-bit activations lose less");
+    }
+
+    /// Where time is short and not bytes, int8 activations are taken where they are worth it, and a narrow budget is met.
+    #[test]
+    fn time_as_the_cost_chooses_activations_too() {
+        let demo = crate::checkpoint::open("demo").unwrap();
+        let (layout, losses) = (&demo.layout, losses(&demo.layout));
+        let gpu = Gpu::find("H100").unwrap();
+        let base = request(layout, Budget::Share(0.0)).base;
+        let footprint = Footprint::new(&demo.config, std::sync::Arc::new(layout.clone()));
+        let cost = Cost::Time(AnswerTime::new(&demo.config, &footprint, &base, &gpu));
+        let timed =
+            |budget| AllocateRequest { activations: Activations::Any, cost: cost.clone(), ..AllocateRequest::new(base.clone(), budget) };
+        let solution = Solution::new(&losses, layout, &timed(Budget::Share(0.0))).unwrap();
+        let front = solution.front();
+        assert!(front.windows(2).all(|pair| pair[0].seconds < pair[1].seconds && pair[0].predicted_kld >= pair[1].predicted_kld));
+        let (fastest, slowest) = (front[0].seconds.unwrap(), front[front.len() - 1].seconds.unwrap());
+        for share in [0.0, 0.3, 0.7] {
+            let budget = fastest + share * (slowest - fastest) + 1e-12;
+            let found = solution.at(solution.find(Budget::Seconds(budget)).unwrap());
+            let predicted = Prediction::new(&demo.config, &footprint, &found.plan, &gpu).answer_seconds();
+            assert!(
+                found.seconds.unwrap() <= budget && predicted <= found.seconds.unwrap() * (1.0 + 1e-9),
+                "{predicted} {:?}",
+                found.seconds
+            );
+            assert_eq!(found.linear_bytes, found.units.iter().map(|unit| unit.bytes).sum::<u64>());
+        }
+        let ends = [solution.at(0), solution.at(front.len() - 1)];
+        assert!(ends[0].units.iter().all(|unit| unit.format == Format::W2A8), "the fastest");
+        assert!(ends[1].units.iter().all(|unit| unit.format == Format::W8A16), "what loses least");
+        let refused = |budget| solution.find(budget).unwrap_err().message;
+        assert!(refused(Budget::Seconds(fastest / 2.0)).contains("the fastest that is possible takes"));
+        assert!(refused(Budget::Bits(4.0)).contains("needs bytes as the cost"));
+        assert!(allocate(&losses, layout, &request(layout, Budget::Seconds(1.0))).unwrap_err().message.contains("needs time as the cost"));
     }
 
     #[test]

@@ -51,10 +51,8 @@ impl Footprint {
     pub fn linears(&self, plan: &Plan, index: usize) -> BlockBytes {
         let block = &self.layout.blocks[index];
         let column = Format::ALL.iter().position(|format| *format == plan.blocks[index]);
-        // Names sort by block, so that the first one that could be of this block tells.
-        let named = plan.linears.range(block.prefix.clone()..).next().is_some_and(|(name, _)| name.starts_with(&block.prefix));
         match column {
-            Some(column) if !named => self.tables[index].formats[column],
+            Some(column) if !names_a_linear(plan, block) => self.tables[index].formats[column],
             _ => sum(block, self.routed, |linear| linear.bytes_in(&linear.planned_schemes(plan, index), self.layout.float_bytes)),
         }
     }
@@ -62,6 +60,21 @@ impl Footprint {
     /// Weights of the linears of block `index`; stored, and met by one token.
     pub fn weights(&self, index: usize) -> BlockBytes {
         self.tables[index].weights
+    }
+
+    /// Weights of block `index` that a token meets, by what their linears read under `plan`: int8, float.
+    pub fn weights_by_activations(&self, plan: &Plan, index: usize) -> (u64, u64) {
+        let block = &self.layout.blocks[index];
+        let whole = self.weights(index).active;
+        let int8 = if names_a_linear(plan, block) {
+            sum(block, self.routed, |linear| if plan.linear(index, &linear.stem).quantizes_activations() { linear.weights() } else { 0 })
+                .active
+        } else if plan.blocks[index].quantizes_activations() {
+            whole
+        } else {
+            0
+        };
+        (int8, whole - int8)
     }
 
     /// Bytes of block `index` that stay in float.
@@ -91,6 +104,12 @@ impl Footprint {
     pub fn bits_per_weight(&self, plan: &Plan) -> f64 {
         8.0 * self.linear_bytes(plan) as f64 / self.weights as f64
     }
+}
+
+/// Whether `plan` gives some linear of `block` a format of its own: names sort by block, so that the first one that could
+/// be of this block tells.
+fn names_a_linear(plan: &Plan, block: &BlockSpec) -> bool {
+    plan.linears.range(block.prefix.clone()..).next().is_some_and(|(name, _)| name.starts_with(&block.prefix))
 }
 
 /// Sums over a block's linears.
@@ -133,6 +152,11 @@ mod tests {
             assert_eq!(footprint.linear_bytes(&plan), layout.linear_bytes(&plan));
             assert!((footprint.bits_per_weight(&plan) - layout.bits_per_weight(&plan)).abs() < 1e-12);
         }
+        let mut plan = Plan { blocks: vec![Format::W4A8; 4], ..Plan::unquantized(4) };
+        plan.linears.insert("layers.1.mixer.down_proj".into(), Format::W4A16);
+        assert_eq!(footprint.weights_by_activations(&plan, 0), (footprint.weights(0).active, 0));
+        assert_eq!(footprint.weights_by_activations(&plan, 1), (320 * 256, 320 * 256));
+        assert_eq!(footprint.weights_by_activations(&Plan::unquantized(4), 3), (0, footprint.weights(3).active));
         // Two of eight experts of 2·80·256 weights, and the shared one of 2·64·256.
         assert_eq!(footprint.weights(3).active, 2 * 2 * 80 * 256 + 2 * 64 * 256);
         assert_eq!(footprint.weights(0).active, footprint.weights(0).stored);

@@ -19,5 +19,5 @@ pub mod transitions;
 pub use footprint::{BlockBytes, Footprint};
 pub use gpu::Gpu;
 pub use inventory::{BlockRow, FormatFit, Inventory, Sensitivity, Totals};
-pub use predict::Prediction;
+pub use predict::{AnswerTime, Prediction};
 pub use transitions::Transitions;

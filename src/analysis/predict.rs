@@ -26,6 +26,9 @@ pub const DECODE_CONTEXT: usize = 2048;
 /// Tokens of the prompt that prefill is predicted for; it runs as one batch.
 pub const PROMPT_TOKENS: usize = 2048;
 
+/// Tokens of an answer over which the time to read the prompt is spread when time is the cost of a plan.
+pub const ANSWER_TOKENS: usize = 256;
+
 /// Memory that is not there for weights and caches: the CUDA context, kernels, buffers.
 pub const RESERVED_BYTES: u64 = 1 << 30;
 
@@ -57,10 +60,14 @@ pub struct Prediction {
 }
 
 impl Prediction {
+    /// Seconds of a token of an answer of [`ANSWER_TOKENS`], its share of reading the prompt included.
+    pub fn answer_seconds(&self) -> f64 {
+        self.decode_seconds + PROMPT_TOKENS as f64 / self.prefill_tokens_per_s / ANSWER_TOKENS as f64
+    }
+
     /// Predicts `plan` for the model of `config`, whose bytes are in `footprint`.
     pub fn new(config: &Config, footprint: &Footprint, plan: &Plan, gpu: &Gpu) -> Self {
         let bandwidth = gpu.bandwidth * BANDWIDTH_EFFICIENCY;
-        let rate = |format: Format| COMPUTE_EFFICIENCY * if format.quantizes_activations() { gpu.int8_ops } else { gpu.bf16_ops };
         let (mut decode, mut prefill) = (0.0, 0.0);
         let prompt = PROMPT_TOKENS as f64;
         for (index, (kind, format)) in config.blocks.iter().zip(&plan.blocks).enumerate() {
@@ -69,7 +76,8 @@ impl Prediction {
             decode += (linears.active + float + caches) as f64 / bandwidth + BLOCK_SECONDS;
             // In a long prompt every expert is met by some token.
             let moved = (linears.stored + float + activation_bytes(config, *format) * PROMPT_TOKENS as u64) as f64 / bandwidth;
-            let linears = 2.0 * footprint.weights(index).active as f64 * prompt / rate(*format);
+            let (int8, float) = footprint.weights_by_activations(plan, index);
+            let linears = product_seconds(gpu, int8, true) + product_seconds(gpu, float, false);
             let mixing = mixing_operations(config, *kind) * prompt / (COMPUTE_EFFICIENCY * gpu.bf16_ops);
             prefill += moved.max(linears + mixing) + BLOCK_SECONDS;
         }
@@ -97,6 +105,56 @@ impl Prediction {
             transition_seconds: converted as f64 * 1000.0 / bandwidth,
         }
     }
+}
+
+/// [`Prediction::answer_seconds`] as a sum over linears. Where a prompt is bound by arithmetic in some linears of a block
+/// and by memory in others, the sum is the larger of the two.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AnswerTime {
+    gpu: Gpu,
+    /// Seconds that no linear of a block is the reason of.
+    fixed: f64,
+    /// Experts that a token is sent to, of so many.
+    routed: (u64, u64),
+}
+
+impl AnswerTime {
+    /// For the model of `config` with embedding and head as in `ends`.
+    pub fn new(config: &Config, footprint: &Footprint, ends: &Plan, gpu: &Gpu) -> Self {
+        let bandwidth = gpu.bandwidth * BANDWIDTH_EFFICIENCY;
+        let (mut decode, mut prefill) = (0.0, 0.0);
+        for (index, kind) in config.blocks.iter().enumerate() {
+            let float = footprint.float(index);
+            decode += (float + cache_bytes(config, *kind, DECODE_CONTEXT)) as f64 / bandwidth + BLOCK_SECONDS;
+            let moved = float + activation_bytes(config, Format::W16A16) * PROMPT_TOKENS as u64;
+            let mixing = mixing_operations(config, *kind) * PROMPT_TOKENS as f64 / (COMPUTE_EFFICIENCY * gpu.bf16_ops);
+            prefill += moved as f64 / bandwidth + mixing + BLOCK_SECONDS;
+        }
+        let head = footprint.head(ends.head) as f64 / bandwidth + BLOCK_SECONDS;
+        let fixed = decode + head + (prefill + head) / ANSWER_TOKENS as f64;
+        let routed = (config.moe.experts_per_token as u64, config.moe.experts.max(1) as u64);
+        Self { gpu: *gpu, fixed, routed }
+    }
+
+    /// Seconds of an answered token without the blocks' linears.
+    pub fn fixed(&self) -> f64 {
+        self.fixed
+    }
+
+    /// Seconds of an answered token that linears of `weights` weights take which store `bytes` bytes and read what `format`
+    /// says; of `routed` ones a token meets the experts it is sent to.
+    pub fn linears(&self, bytes: u64, weights: u64, format: Format, routed: bool) -> f64 {
+        let (chosen, experts) = if routed { self.routed } else { (1, 1) };
+        let bandwidth = self.gpu.bandwidth * BANDWIDTH_EFFICIENCY;
+        let products = product_seconds(&self.gpu, weights * chosen / experts, format.quantizes_activations());
+        (bytes * chosen / experts) as f64 / bandwidth + products.max(bytes as f64 / bandwidth) / ANSWER_TOKENS as f64
+    }
+}
+
+/// Seconds of multiplying a prompt of [`PROMPT_TOKENS`] with `weights` weights.
+fn product_seconds(gpu: &Gpu, weights: u64, int8: bool) -> f64 {
+    let rate = COMPUTE_EFFICIENCY * if int8 { gpu.int8_ops } else { gpu.bf16_ops };
+    2.0 * weights as f64 * PROMPT_TOKENS as f64 / rate
 }
 
 /// Bytes of weights that fit on `gpu` beside [`RESERVED_BYTES`] and the states and caches of one sequence of `context`
@@ -208,6 +266,25 @@ mod tests {
         assert!(eight.prefill_tokens_per_s > 1.6 * float.prefill_tokens_per_s, "int8 products take half the time");
         let per_token = 2.0 * (0..52).map(|index| footprint.weights(index).stored).sum::<u64>() as f64;
         assert!(float.prefill_tokens_per_s * per_token < gpu.bf16_ops, "no faster than the tensor cores");
+    }
+
+    /// The sum that allocation minimises is the prediction, or a little more.
+    #[test]
+    fn the_time_of_an_answer_is_the_sum_of_its_linears() {
+        let (config, footprint) = shape();
+        let layout = Layout::new(&config);
+        let gpu = Gpu::find("H100").unwrap();
+        for format in [Format::W8A8, Format::W4A8, Format::W4A16] {
+            let plan = uniform(format);
+            let time = AnswerTime::new(&config, &footprint, &plan, &gpu);
+            let linears = layout.blocks.iter().flat_map(|block| &block.linears);
+            let sum: f64 = linears.map(|linear| time.linears(linear.stored_bytes(format, 2), linear.weights(), format, false)).sum();
+            let predicted = Prediction::new(&config, &footprint, &plan, &gpu).answer_seconds();
+            let excess = (time.fixed() + sum) / predicted;
+            assert!((1.0..1.02).contains(&excess), "{format} {excess}");
+        }
+        let time = |format| Prediction::new(&config, &footprint, &uniform(format), &gpu).answer_seconds();
+        assert!(time(Format::W4A8) < time(Format::W4A16), "int8 activations shorten the prompt");
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! `strata allocate`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
-use strata::analysis::Gpu;
-use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Solution};
+use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Cost, Solution};
+use strata::analysis::predict::{ANSWER_TOKENS, PROMPT_TOKENS};
 use strata::analysis::sensitivity::{Request, Sensitivities, SensitivitySpec, donors_directory, load};
+use strata::analysis::{AnswerTime, Footprint, Gpu};
 use strata::checkpoint::{self, Checkpoint, Config, StorageLayout};
 use strata::engine::{Event, Job, QuantizeJob, StudyJob};
 use strata::error::{Error, Result};
@@ -35,9 +37,13 @@ pub struct Allocate {
     /// Formats that the plan may use, separated by commas; all that were measured unless given.
     #[arg(long, value_name = "F,F", value_delimiter = ',', value_parser = parse_format)]
     formats: Option<Vec<Format>>,
-    /// Activation bits that the plan may use: 8, 16 or any.
-    #[arg(long, value_name = "BITS", default_value = "8")]
-    activations: String,
+    /// Activation bits that the plan may use: 8, 16 or any. 8 unless given; any where the cost is latency.
+    #[arg(long, value_name = "BITS")]
+    activations: Option<String>,
+    /// What plans are short of: `bytes`, or `latency`, the predicted time of a token on `--gpu`, its share of reading the
+    /// prompt included.
+    #[arg(long, value_name = "COST", default_value = "bytes")]
+    cost: String,
     /// Keep a part at a format: `kind:attention=w8a8`, `block:3=w4a8`, `name:*.out_proj=w8a8`. May be given several times.
     #[arg(long = "pin", value_name = "MATCH=FORMAT")]
     pins: Vec<String>,
@@ -71,38 +77,40 @@ pub struct Allocate {
 }
 
 #[derive(Args)]
-#[group(multiple = false)]
 struct BudgetOptions {
     /// Stored bits a weight of the blocks' linears, scales included.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["size", "linears", "kld", "latency"])]
     bits: Option<f64>,
     /// Bytes of the whole model: 6GiB, 900MB, 4000000.
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", conflicts_with_all = ["linears", "kld", "latency"])]
     size: Option<String>,
     /// Bytes of the blocks' linears.
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", conflicts_with_all = ["kld", "latency"])]
     linears: Option<String>,
-    /// The smallest plan that is predicted to lose at most so many nats a token.
-    #[arg(long, value_name = "NATS")]
+    /// The cheapest plan that is predicted to lose at most so many nats a token.
+    #[arg(long, value_name = "NATS", conflicts_with = "latency")]
     kld: Option<f64>,
-    /// What fits on a GPU beside states and caches: `RTX 4090`, `H100`.
-    #[arg(long, value_name = "NAME")]
+    /// What fits on a GPU beside states and caches: `RTX 4090`, `H100`. With `--cost latency`: where it is to be fast.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["bits", "size", "linears"])]
     gpu: Option<String>,
+    /// Milliseconds of a token, predicted, where the cost is latency.
+    #[arg(long, value_name = "MS", requires = "gpu")]
+    latency: Option<f64>,
 }
 
 /// Tokens that have to fit on a GPU beside the weights unless `--context` says how many.
 const CONTEXT: usize = 8192;
 
 impl BudgetOptions {
-    /// The budget for a model of this configuration, with `context` tokens in its caches.
-    fn budget(&self, config: &Config, context: usize) -> Result<Option<Budget>> {
+    /// The budget for a model of this configuration, with `context` tokens in its caches where it has to fit on the GPU.
+    fn budget(&self, config: &Config, context: usize, timed: bool) -> Result<Option<Budget>> {
         Ok(match (self.bits, &self.size, &self.linears, self.kld, &self.gpu) {
             (Some(bits), ..) => Some(Budget::Bits(bits)),
             (_, Some(size), ..) => Some(Budget::ModelBytes(parse_bytes(size)?)),
             (_, _, Some(size), ..) => Some(Budget::LinearBytes(parse_bytes(size)?)),
             (_, _, _, Some(kld), _) => Some(Budget::Kld(kld)),
-            (_, _, _, _, Some(name)) => Some(Budget::fitting(config, &Gpu::find(name)?, context)?),
-            (None, None, None, None, None) => None,
+            (_, _, _, _, Some(name)) if !timed => Some(Budget::fitting(config, &Gpu::find(name)?, context)?),
+            _ => self.latency.map(|ms| Budget::Seconds(1e-3 * ms)),
         })
     }
 }
@@ -132,13 +140,18 @@ impl Allocate {
         if self.context.is_some() && self.budget.gpu.is_none() {
             return Err(Error::input("--context says what has to fit on a GPU, and no --gpu is given").hint("add `--gpu H100`"));
         }
-        let activations = self.activations.parse::<Activations>()?;
+        let timed = self.timed()?;
+        let activations = match &self.activations {
+            Some(bits) => bits.parse::<Activations>()?,
+            None if timed => Activations::Any,
+            None => Activations::Int8,
+        };
         let checkpoint = checkpoint::open(&self.model)?;
         let spec = self.measured.spec(&checkpoint.layout, common)?;
         if self.study {
             return self.study(spec, common);
         }
-        let budget = self.budget.budget(&checkpoint.config, self.context.unwrap_or(CONTEXT))?;
+        let budget = self.budget.budget(&checkpoint.config, self.context.unwrap_or(CONTEXT), timed)?;
         let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
         let losses = load(&measurement)?;
         let request = AllocateRequest {
@@ -146,12 +159,20 @@ impl Allocate {
             activations,
             pins: self.pins.iter().map(|pin| parse_override(pin)).collect::<Result<_>>()?,
             whole_blocks: self.whole_blocks,
+            cost: match &self.budget.gpu {
+                Some(name) if timed => {
+                    let footprint = Footprint::new(&checkpoint.config, Arc::new(checkpoint.layout.clone()));
+                    Cost::Time(AnswerTime::new(&checkpoint.config, &footprint, &measurement.ends_plan(), &Gpu::find(name)?))
+                }
+                _ => Cost::Bytes,
+            },
             ..AllocateRequest::new(measurement.ends_plan(), Budget::Share(1.0))
         };
         let solution = Solution::new(&losses, &checkpoint.layout, &request)?;
         let Some(budget) = budget else {
             if self.output.is_some() || self.session.is_some() || self.explain {
-                return Err(Error::input("a plan needs a budget").hint("give --bits, --size, --linears, --kld or --gpu"));
+                let hint = if timed { "give --latency or --kld" } else { "give --bits, --size, --linears, --kld or --gpu" };
+                return Err(Error::input("a plan needs a budget").hint(hint));
             }
             return front(&solution, &losses, common);
         };
@@ -177,6 +198,23 @@ impl Allocate {
         self.print(&allocation, &solution)
     }
 
+    /// Whether time is the cost.
+    fn timed(&self) -> Result<bool> {
+        let timed = match self.cost.as_str() {
+            "bytes" => false,
+            "latency" => true,
+            other => return Err(Error::input(format!("plans cost `bytes` or `latency`, not `{other}`"))),
+        };
+        match (timed, self.budget.latency, &self.budget.gpu) {
+            (false, Some(_), _) => Err(Error::input("--latency is a budget of time, and the cost is bytes").hint("add `--cost latency`")),
+            (false, None, Some(_)) if self.budget.kld.is_some() => {
+                Err(Error::input("--kld and --gpu are two budgets").hint("leave one out, or add `--cost latency`"))
+            }
+            (true, _, None) => Err(Error::input("latency is predicted for a GPU, and none is given").hint("add `--gpu H100`")),
+            _ => Ok(timed),
+        }
+    }
+
     fn print(&self, allocation: &Allocation, solution: &Solution<'_>) -> Result<()> {
         output::table(&report::allocation(allocation, self.explain))?;
         output::line("")?;
@@ -191,11 +229,19 @@ impl Allocate {
             report::bytes(allocation.total_bytes),
             allocation.predicted_kld,
         ))?;
+        let cost = if allocation.seconds.is_some() { "as fast" } else { "of these bytes" };
         output::line(&match allocation.gap {
-            0.0 => "no plan of these bytes is predicted to lose less".to_owned(),
-            gap => format!("the best plan of these bytes may be predicted to lose up to {:.2}% less", 100.0 * gap),
+            0.0 => format!("no plan {cost} is predicted to lose less"),
+            gap => format!("the best plan {cost} may be predicted to lose up to {:.2}% less", 100.0 * gap),
         })?;
-        output::line(&format!("a further megabyte would save {:.1e} nats", allocation.price))
+        let Some(seconds) = allocation.seconds else {
+            return output::line(&format!("a further megabyte would save {:.1e} nats", allocation.price));
+        };
+        output::line(&format!("a further microsecond a token would save {:.1e} nats", allocation.price))?;
+        output::line(&format!(
+            "~ {:.4} ms a token of an answer of {ANSWER_TOKENS} to a prompt of {PROMPT_TOKENS}: predicted from bytes and operations, not measured",
+            1e3 * seconds
+        ))
     }
 
     /// A session with one variant: the recipe, and an override a block or linear.
@@ -300,7 +346,9 @@ fn front(solution: &Solution<'_>, losses: &Sensitivities, common: &Common) -> Re
     }
     output::table(&report::front(&front))?;
     output::line("")?;
-    output::line(&format!("{} plans in all; --bits, --size, --linears, --kld or --gpu picks one, --json lists them", front.len()))
+    let timed = front.iter().any(|point| point.seconds.is_some());
+    let budgets = if timed { "--latency or --kld" } else { "--bits, --size, --linears, --kld or --gpu" };
+    output::line(&format!("{} plans in all; {budgets} picks one, --json lists them", front.len()))
 }
 
 #[cfg(test)]

@@ -116,7 +116,7 @@ enum Command {
     /// Measure what each part of a model loses in each format; goes on where it stopped.
     Sensitivity(sensitivity::Sensitivity),
     /// The plan that loses least within a budget, from measured sensitivities.
-    Allocate(allocate::Allocate),
+    Allocate(Box<allocate::Allocate>),
     /// Run a session file headless.
     Replay(replay::Replay),
     /// List, follow, cancel and remove runs: every replay and every job of the workbench is one.

@@ -109,6 +109,9 @@ pub struct Memory {
     pub peak_bytes: u64,
     /// Weights as the backend holds them.
     pub resident_weight_bytes: u64,
+    /// Most memory of the device in buffers while the model was there; `null` on the CPU, where it is the process's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_peak_bytes: Option<u64>,
 }
 
 /// Where the figures come from.

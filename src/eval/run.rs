@@ -119,7 +119,9 @@ pub fn evaluate<B: Backend>(
         let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
         let host_memory = request.host_memory.or_else(memory::available_bytes).unwrap_or(u64::MAX);
         let batch_tokens = if heldout.is_some() { BATCH_TOKENS.max(request.window_tokens) } else { BATCH_TOKENS };
-        let reader = Reader::load(backend(), &checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
+        let backend = backend();
+        backend.reset_peak()?;
+        let reader = Reader::load(backend, &checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let sha256 = checkpoint.sha256()?;
         let mut journal = None;
@@ -282,7 +284,11 @@ impl<B: Backend> Evaluation<'_, B> {
             caches: memory::CONTEXTS
                 .map(|context| memory::predict_caches(&checkpoint.config, &checkpoint.layout, formats, context))
                 .to_vec(),
-            memory: Memory { peak_bytes: memory::peak_bytes().unwrap_or(0), resident_weight_bytes: self.reader.resident_bytes() },
+            memory: Memory {
+                peak_bytes: memory::peak_bytes().unwrap_or(0),
+                resident_weight_bytes: self.reader.resident_bytes(),
+                device_peak_bytes: self.reader.backend().peak_bytes(),
+            },
             provenance: Evidence {
                 tool: TOOL.into(),
                 sha256: self.sha256.clone(),

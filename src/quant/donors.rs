@@ -19,20 +19,24 @@ use serde_json::json;
 
 use super::calibrate;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
+use super::observe::{self, Wanted};
 use super::publish::{self, TensorOut};
 use super::recipe::Steps;
 use super::sample::Sample;
 use super::transform::Transforms;
 use super::weights::{BlockWeights, FloatBlock, FloatLinear};
-use crate::backend::{Backend, Emit, Sequences, SsmInternals};
+use crate::backend::{Backend, Emit, Sequences, SsmInternals, SsmScales};
 use crate::checkpoint::{BlockSpec, Checkpoint, Dtype, LinearSpec, TOOL, sha256_hex};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::format::{Format, LinearWeights, QuantizedMatrix, Scheme, Transform, WeightPart, packing};
+use crate::format::{BlockKind, Format, LinearWeights, QuantizedMatrix, Scheme, SsmActivations, Transform, WeightPart, packing};
 use crate::model::{Block, BlockSource};
 use crate::monitor::Monitor;
 
 const INDEX: &str = "donors.json";
+
+/// Tensors of a file of static scales: [`SsmScales`].
+const SCALES: [&str; 4] = ["z", "conv_in", "conv_out", "dt"];
 const MOMENT: &str = "second-moment.bin";
 
 /// What the folder's index holds.
@@ -77,6 +81,11 @@ impl Place {
     }
 }
 
+/// The file of static scales of the inside of block `spec`.
+fn scales_file(spec: &BlockSpec) -> String {
+    format!("block-{:05}.scales.safetensors", spec.index)
+}
+
 /// The format of the same weights with 16-bit activations: what a donor is named by.
 pub fn weights_of(format: Format) -> Format {
     let same = |candidate: &Format| candidate.weight_bits() == format.weight_bits() && !candidate.quantizes_activations();
@@ -84,11 +93,18 @@ pub fn weights_of(format: Format) -> Format {
 }
 
 impl Donors {
-    /// Hash of everything that decides the donors' bytes. How activations are read is not among it, and donors are not
+    /// Hash of everything that decides the donors' bytes. How linears read activations is not among it, and donors are not
     /// smoothed: smoothing follows a block's inputs, which a plan's other choices change.
     pub fn key(source: &str, steps: &Steps, sample: &Sample) -> String {
-        let (transforms, method) = (steps.without_smoothing().transforms, steps.method);
-        let identity = json!({ "tool": TOOL, "source": source, "transforms": transforms, "method": method, "sample": sample.sha256() });
+        let (transforms, method, internals) = (steps.without_smoothing().transforms, steps.method, steps.internals());
+        let identity = json!({
+            "tool": TOOL,
+            "source": source,
+            "transforms": transforms,
+            "method": method,
+            "internals": internals,
+            "sample": sample.sha256(),
+        });
         sha256_hex(identity.to_string().as_bytes())
     }
 
@@ -135,13 +151,39 @@ impl Donors {
         format.weight_bits() == 16 || self.index.files.contains_key(&place.file(weights_of(format)))
     }
 
+    /// Whether block `spec` has all that plans of `formats` need of it.
+    pub fn has_block(&self, spec: &BlockSpec, formats: &[Format]) -> bool {
+        let scales = self.keeps_scales(spec).then(|| scales_file(spec));
+        formats.iter().all(|format| self.has(Place::Block(spec.index), *format))
+            && scales.is_none_or(|file| self.index.files.contains_key(&file))
+    }
+
+    /// Whether static scales are kept for the inside of block `spec`.
+    fn keeps_scales(&self, spec: &BlockSpec) -> bool {
+        spec.kind == BlockKind::Ssm && self.steps.activations.ssm == SsmActivations::Int8Static
+    }
+
+    /// The inside of block `spec` where it reads int8.
+    pub(super) fn internals(&self, spec: &BlockSpec) -> Result<SsmInternals> {
+        Ok(match self.steps.activations.ssm {
+            _ if spec.kind != BlockKind::Ssm => SsmInternals::Float,
+            SsmActivations::Float => SsmInternals::Float,
+            SsmActivations::Int8PerToken => SsmInternals::Int8PerToken,
+            SsmActivations::Int8Static => {
+                let file = self.read(&scales_file(spec))?;
+                let [z, conv_in, conv_out, dt] = SCALES.map(|name| file.floats(name));
+                SsmInternals::Int8Static(SsmScales { z: z?, conv_in: conv_in?, conv_out: conv_out?, dt: dt? })
+            }
+        })
+    }
+
     /// The transformed weights of block `spec`.
     pub fn block<'a>(&'a self, checkpoint: &'a Checkpoint, spec: &'a BlockSpec) -> Result<DonorBlock<'a>> {
         Ok(DonorBlock { donors: self, checkpoint, spec, weights: self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())? })
     }
 
-    /// Makes the donors of block `spec` that are missing among those for `formats`. `inputs` is the sample's residual
-    /// stream in front of the block, in the transforms' basis.
+    /// Makes the donors of block `spec` that are missing among those for `formats`, and the static scales of its inside.
+    /// `inputs` is the sample's residual stream in front of the block, in the transforms' basis.
     pub fn make_block<B: Backend>(
         &mut self,
         backend: &B,
@@ -152,15 +194,26 @@ impl Donors {
         sequences: &[Sequences],
         monitor: &Monitor,
     ) -> Result<()> {
-        let place = Place::Block(spec.index);
-        let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
-        if missing.is_empty() {
+        if self.has_block(spec, formats) {
             return Ok(());
         }
+        let place = Place::Block(spec.index);
+        let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
         let weights = self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())?;
-        let hessians = if self.steps.method.uses_hessians() {
-            let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
-            let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
+        let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
+        let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
+        if self.keeps_scales(spec) {
+            let wanted = Wanted { linears: false, internals: true };
+            let (observers, config) = (&self.steps.observers, &checkpoint.config);
+            let scales = observe::static_scales(backend, config, spec, (&block, &source), (inputs, sequences), observers, wanted)?;
+            if let Some(SsmScales { z, conv_in, conv_out, dt }) = scales.internals {
+                let values = [z, conv_in, conv_out, dt];
+                let tensors: Vec<TensorOut> =
+                    SCALES.iter().zip(&values).map(|(name, values)| publish::float_vector((*name).to_owned(), values)).collect();
+                self.keep(scales_file(spec), &tensors, BTreeMap::new())?;
+            }
+        }
+        let hessians = if self.steps.method.uses_hessians() && !missing.is_empty() {
             calibrate::hessians(backend, spec, &block, inputs, sequences, monitor)?
         } else {
             BTreeMap::new()
@@ -236,9 +289,13 @@ impl Donors {
                 notes.insert(linear.name.clone(), quantized.notes);
             }
         }
-        let name = place.file(format);
+        self.keep(place.file(format), &tensors, notes)
+    }
+
+    /// Writes a file and notes it in the index.
+    fn keep(&mut self, name: String, tensors: &[TensorOut], notes: BTreeMap<String, Vec<String>>) -> Result<()> {
         let path = self.directory.join(&name);
-        publish::write_tensors(&path, &tensors)?;
+        publish::write_tensors(&path, tensors)?;
         let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
         self.index.files.insert(name, DonorFile { sha256: sha256_hex(&bytes), notes });
         let index = serde_json::to_vec(&self.index).map_err(|error| Error::run(format!("the donors' index cannot be written: {error}")))?;
@@ -336,18 +393,16 @@ pub struct DonorBlock<'a> {
 }
 
 impl DonorBlock<'_> {
-    /// The block on the device with every linear to which `formats` gives a format for (linear, slice) quantized.
+    /// The block on the device with every linear to which `formats` gives a format for (linear, slice) quantized, and the
+    /// inside of a state-space block too where its `in_proj` reads int8.
     pub fn prepare<B: Backend>(&self, backend: &B, formats: impl Fn(&LinearSpec, &str) -> Option<Format>) -> Result<Block<B>> {
         let quantized: Vec<&LinearSpec> = self.spec.linears.iter().filter(|linear| formats(linear, "").is_some()).collect();
         let format = |linear: &LinearSpec, slice: &str| formats(linear, slice).unwrap_or(Format::W16A16);
         let linears = self.donors.assemble(Place::Block(self.spec.index), quantized, format, |name| self.weights.linear(name))?;
         let float = FloatBlock { checkpoint: self.checkpoint, weights: &self.weights, transforms: &self.donors.steps.transforms };
-        Block::assemble(
-            backend,
-            &self.checkpoint.config,
-            self.spec,
-            &PartlyQuantized { float, linears: &linears, internals: SsmInternals::Float },
-        )
+        let reads_int8 = linears.get("in_proj").is_some_and(|in_proj| in_proj.int8_activations);
+        let internals = if reads_int8 { self.donors.internals(self.spec)? } else { SsmInternals::Float };
+        Block::assemble(backend, &self.checkpoint.config, self.spec, &PartlyQuantized { float, linears: &linears, internals })
     }
 }
 
@@ -387,6 +442,13 @@ struct File {
 }
 
 impl File {
+    /// The floats of tensor `name`.
+    fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        let tensors = SafeTensors::deserialize(&self.bytes).map_err(|error| damaged(&self.path, &error))?;
+        let tensor = tensors.tensor(name).map_err(|error| damaged(&self.path, &error))?;
+        Ok(tensor.data().as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
+    }
+
     /// Rows `rows` of `linear` in the weights of `format`; they lie within one stored part.
     fn rows(&self, linear: &LinearSpec, format: Format, rows: Range<usize>) -> Result<QuantizedMatrix> {
         let tensors = SafeTensors::deserialize(&self.bytes).map_err(|error| damaged(&self.path, &error))?;

@@ -25,5 +25,5 @@ pub use gptq::round_clipped;
 pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub use publish::{lock, work_directory};
-pub use recipe::{AllocateSpec, Formats, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
+pub use recipe::{AllocateSpec, Formats, Internals, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};

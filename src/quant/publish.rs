@@ -41,6 +41,12 @@ pub fn lock(work: &Path) -> Result<File> {
     }
 }
 
+/// A vector of f32 to write.
+pub fn float_vector(name: String, values: &[f32]) -> TensorOut<'static> {
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    (name, Dtype::F32, vec![values.len()], std::borrow::Cow::Owned(bytes))
+}
+
 /// Writes a safetensors file atomically.
 pub fn write_tensors(path: &Path, tensors: &[TensorOut<'_>]) -> Result<()> {
     let views = tensors

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::observe::Observers;
 use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
-use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, Selector, Transform};
+use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, Selector, SsmActivations, Transform};
 
 /// Schema of a recipe file.
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
@@ -84,6 +84,21 @@ impl Steps {
         steps.transforms.retain(|transform| !transform.smooths());
         steps
     }
+
+    /// How the inside of state-space mixers is rounded, with all that its scales depend on.
+    pub fn internals(&self) -> Internals {
+        let ssm = self.activations.ssm;
+        Internals { ssm, observers: (ssm == SsmActivations::Int8Static).then_some(Observers { linears: 100.0, ..self.observers }) }
+    }
+}
+
+/// The inside of state-space mixers whose block reads int8.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Internals {
+    pub ssm: SsmActivations,
+    /// How their scales are found where they are static.
+    pub observers: Option<Observers>,
 }
 
 /// Formats by kind of block.

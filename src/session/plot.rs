@@ -119,7 +119,11 @@ pub fn size(results: &[ModelResult]) -> Option<String> {
     let mut points: Vec<(usize, String, f64, f64)> = results.iter().enumerate().filter_map(known).collect();
     points.sort_by(|a, b| a.2.total_cmp(&b.2).then(a.3.total_cmp(&b.3)));
     let largest = 1.1 * points.last()?.2;
-    let (low, high) = points.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), point| (low.min(point.3), high.max(point.3)));
+    // What the unquantized model is from itself when it rounds: below, differences are noise.
+    let floors = results.iter().filter_map(|result| result.noise_floor.as_ref()).map(|floor| floor.kld.mean);
+    let floor = floors.filter(|kld| *kld > 0.0).map(f64::log10).next();
+    let heights = || points.iter().map(|point| point.3).chain(floor);
+    let (low, high) = (heights().fold(f64::INFINITY, f64::min), heights().fold(f64::NEG_INFINITY, f64::max));
     let (low, high) = (low.floor(), (high.floor() + 1.0).max(low.floor() + 1.0));
     let place = |bytes: f64, log: f64| (Plot::x(bytes / largest), BOTTOM - (log - low) / (high - low) * (BOTTOM - TOP));
     let mut plot = Plot::new(BOTTOM + 44.0);
@@ -138,9 +142,7 @@ pub fn size(results: &[ModelResult]) -> Option<String> {
         "middle",
         "bytes of the linears; upwards: mean KLD in nats a token; line: nothing is both smaller and closer",
     );
-    // What the unquantized model is from itself when it rounds: below, differences are noise.
-    let floor = results.iter().find_map(|result| Some(result.noise_floor.as_ref()?.kld.mean.log10()));
-    if let Some(floor) = floor.filter(|floor| (low..=high).contains(floor)) {
+    if let Some(floor) = floor {
         let (_, y) = place(0.0, floor);
         plot.line("floor", (Plot::x(0.0), y), (Plot::x(1.0), y));
         plot.text(Plot::x(0.0) + 6.0, y - 5.0, "start", "noise floor of the reference");
@@ -282,6 +284,12 @@ mod tests {
         assert!(size.contains("a: 500 B, KLD 1.00e-2"));
         assert_eq!((block_errors(&results), speed(&results)), (None, None));
         let mut results = results;
+        // The floor is on the page wherever it lies.
+        let kld = statistics::summarize_divergence(&[Divergence { kl: 3e-7, same_top: true }]);
+        results[0].noise_floor = Some(statistics::NoiseFloor { rounding: "bf16".into(), kld });
+        let size = super::size(&results).unwrap();
+        assert!(size.contains("noise floor") && size.contains("1e-7"), "{size}");
+        results[0].noise_floor = None;
         for (index, result) in results[1..].iter_mut().enumerate() {
             let block = |block, error| BlockError { index: block, kind: BlockKind::Mlp, format: Format::W4A8, error };
             result.blocks = vec![block(0, 1e-3), block(1, 0.0), block(2, 2e-2)];

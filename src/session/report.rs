@@ -232,13 +232,17 @@ pub fn speed(results: &[ModelResult]) -> Table {
     table
 }
 
-/// Memory: measured for weights and process, predicted for the caches of one sequence.
+/// Memory: measured for weights, process and device, predicted for the caches of one sequence.
 pub fn memory(results: &[ModelResult]) -> Table {
     let contexts: Vec<u64> =
         results.iter().map(|result| &result.caches).max_by_key(|caches| caches.len()).into_iter().flatten().map(|c| c.context).collect();
     let name = |context: &u64| if *context < 1 << 20 { format!("{}K", context >> 10) } else { format!("{}M", context >> 20) };
     let mut heads: Vec<String> =
         ["variant", "on disk", "weights", "peak of process", "SSM state", "conv state"].map(str::to_owned).to_vec();
+    let on_device = results.iter().any(|result| result.memory.device_peak_bytes.is_some());
+    if on_device {
+        heads.insert(4, "peak of device".into());
+    }
     heads.extend(contexts.iter().map(|context| format!("KV at {}", name(context))));
     let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
     for result in results {
@@ -251,6 +255,9 @@ pub fn memory(results: &[ModelResult]) -> Table {
             cache(|cache| cache.state),
             cache(|cache| cache.conv),
         ];
+        if on_device {
+            row.insert(4, result.memory.device_peak_bytes.map_or_else(|| "-".to_owned(), bytes));
+        }
         let kv =
             |context: &u64| result.caches.iter().find(|cache| cache.context == *context).map_or_else(|| "-".to_owned(), |c| bytes(c.kv));
         row.extend(contexts.iter().map(kv));
@@ -340,7 +347,8 @@ pub fn checks(checks: &[Check]) -> Table {
 pub fn allocation(allocation: &Allocation, explain: bool) -> Table {
     let mut heads = vec!["unit", "format", "bytes", "KLD"];
     if explain {
-        heads.extend(["cheaper", "saves", "loses", "nats/MB", "dearer", "takes", "gains", "nats/MB"]);
+        let price = if allocation.seconds.is_some() { "nats/us" } else { "nats/MB" };
+        heads.extend(["cheaper", "saves", "loses", price, "dearer", "takes", "gains", price]);
     }
     let mut table = Table::new(&heads);
     for unit in &allocation.units {
@@ -348,7 +356,8 @@ pub fn allocation(allocation: &Allocation, explain: bool) -> Table {
         for exchange in [&unit.cheaper, &unit.dearer].into_iter().filter(|_| explain) {
             row.extend(match exchange {
                 Some(to) => {
-                    [to.format.to_string(), bytes(to.bytes.unsigned_abs()), format!("{:.1e}", to.kld.abs()), format!("{:.1e}", to.price())]
+                    let cost = to.seconds.map_or_else(|| bytes(to.bytes.unsigned_abs()), |s| format!("{:.3} us", 1e6 * s.abs()));
+                    [to.format.to_string(), cost, format!("{:.1e}", to.kld.abs()), format!("{:.1e}", to.price())]
                 }
                 None => [if unit.pinned { "pinned" } else { "-" }.into(), "-".into(), "-".into(), "-".into()],
             });
@@ -361,18 +370,28 @@ pub fn allocation(allocation: &Allocation, explain: bool) -> Table {
 /// Rows of a front that a table shows.
 const FRONT_ROWS: usize = 16;
 
-/// A front in a few rows, evenly spaced in bytes.
+/// A front in a few rows, evenly spaced in bytes, or in time where that is the cost.
 pub fn front(front: &[FrontPoint]) -> Table {
-    let mut table = Table::new(&["bits", "linears", "predicted KLD", "corrected KLD"]);
+    let timed = front.iter().any(|point| point.seconds.is_some());
+    let mut heads = vec!["bits", "linears", "predicted KLD", "corrected KLD"];
+    if timed {
+        heads.insert(0, "us/token");
+    }
+    let mut table = Table::new(&heads);
+    let cost = |point: &FrontPoint| point.seconds.unwrap_or(point.linear_bytes as f64);
     let (Some(first), Some(last)) = (front.first(), front.last()) else { return table };
     let mut shown = None;
     for step in 0..FRONT_ROWS {
-        let budget = first.linear_bytes + (last.linear_bytes - first.linear_bytes) * step as u64 / (FRONT_ROWS as u64 - 1);
-        let Some(index) = front.partition_point(|point| point.linear_bytes <= budget).checked_sub(1) else { continue };
+        let budget = cost(first) + (cost(last) - cost(first)) * step as f64 / (FRONT_ROWS as f64 - 1.0);
+        let Some(index) = front.partition_point(|point| cost(point) <= budget).checked_sub(1) else { continue };
         if shown.replace(index) != Some(index) {
             let point = &front[index];
             let kld = [point.predicted_kld, point.corrected_kld].map(|kld| format!("{kld:.2e}"));
-            table.push([vec![format!("{:.3}", point.bits_per_weight), bytes(point.linear_bytes)], kld.to_vec()].concat());
+            let mut row = [vec![format!("{:.3}", point.bits_per_weight), bytes(point.linear_bytes)], kld.to_vec()].concat();
+            if let Some(seconds) = point.seconds {
+                row.insert(0, format!("{:.3}", 1e6 * seconds));
+            }
+            table.push(row);
         }
     }
     table
@@ -447,5 +466,15 @@ mod tests {
         assert_eq!(table.lines(), ["a    b", "x,y  1"]);
         table.push(vec!["p|q".into(), "2".into()]);
         assert_eq!(table.markdown(), "| a | b |\n|---|--:|\n| x,y | 1 |\n| p\\|q | 2 |\n");
+    }
+
+    #[test]
+    fn memory_of_a_device_is_shown_where_there_is_one() {
+        use crate::eval::result::Memory;
+        let result = |device| ModelResult { memory: Memory { device_peak_bytes: device, ..Memory::default() }, ..ModelResult::default() };
+        let lines = |results: &[ModelResult]| memory(results).lines().join("\n");
+        assert!(!lines(&[result(None)]).contains("device"));
+        let both = lines(&[result(Some(3_400_000_000)), result(None)]);
+        assert!(both.contains("peak of device") && both.contains("3.40 GB"), "{both}");
     }
 }

@@ -143,8 +143,7 @@ impl<B: Backend> Run<'_, B> {
         let (backend, checkpoint, formats) = (self.backend, self.request.checkpoint, &self.request.formats);
         let blocks = &checkpoint.layout.blocks;
         let missing = |unit: usize| formats.iter().any(|format| self.screened(unit, *format).is_none());
-        let place = crate::quant::donors::Place::Block;
-        let donors_missing = blocks.iter().any(|block| formats.iter().any(|format| !self.donors.has(place(block.index), *format)))
+        let donors_missing = blocks.iter().any(|block| !self.donors.has_block(block, formats))
             || !self.donors.has(crate::quant::donors::Place::Head, self.request.head);
         if !donors_missing && !(0..self.units.len()).any(missing) {
             return Ok(());
@@ -160,7 +159,7 @@ impl<B: Backend> Run<'_, B> {
         let mut stream = Stream::new(backend, checkpoint, &screened)?;
         self.monitor.stage("screen", blocks.len() + 1);
         for spec in blocks {
-            if formats.iter().any(|format| !self.donors.has(place(spec.index), *format)) {
+            if !self.donors.has_block(spec, formats) {
                 let inputs = self.basis.enter_all(backend, calibration.boundary())?;
                 self.donors.make_block(backend, checkpoint, spec, formats, &inputs, &calibration_sequences, self.monitor)?;
             }

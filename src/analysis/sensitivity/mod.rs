@@ -2,7 +2,8 @@
 //! [`crate::analysis::allocate`] finds plans. Start with [`measure`].
 //!
 //! *Unit*: linears that take a format together (a block, or one linear; q, k and v; the experts of a layer).
-//! *Loss*: the mean divergence (KL, nats a token) of the model with only that unit quantized from the unquantized one.
+//! *Loss*: the mean divergence (KL, nats a token) of the model with only that unit quantized from the unquantized one. An
+//! `in_proj` that reads int8 brings the recipe's SSM internals with it.
 
 mod measure;
 mod store;
@@ -18,8 +19,8 @@ pub use store::donors_directory;
 
 use crate::checkpoint::{BlockSpec, Checkpoint, Layout, TOOL, sha256_hex};
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, Transform};
-use crate::quant::{Sample, SampleSpec, Steps};
+use crate::format::{Activations, BlockKind, Format, Plan, Transform};
+use crate::quant::{Internals, Sample, SampleSpec, Steps};
 
 /// Schema of the table.
 pub const SENSITIVITY_SCHEMA: &str = "strata.sensitivity/1";
@@ -87,7 +88,7 @@ impl SensitivitySpec {
 }
 
 /// Everything that decides what is measured. Measurements of another identity are never taken for these.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Identity {
     pub schema: String,
@@ -96,6 +97,8 @@ pub struct Identity {
     pub source: String,
     pub method: String,
     pub transforms: Vec<Transform>,
+    #[serde(default)]
+    pub internals: Internals,
     pub embedding: Format,
     pub head: Format,
     pub by: Granularity,
@@ -148,8 +151,12 @@ impl<'a> Request<'a> {
         formats.dedup();
         Ok(Self {
             checkpoint,
-            // Losses are those of linears: scales at run time, SSM internals in float.
-            steps: Steps::new(spec.steps.transforms.clone(), spec.steps.method),
+            // Linears find the scales of their inputs at run time.
+            steps: Steps {
+                activations: Activations { ssm: spec.steps.activations.ssm, ..Activations::default() },
+                observers: spec.steps.observers,
+                ..Steps::new(spec.steps.transforms.clone(), spec.steps.method)
+            },
             embedding: spec.embedding,
             head: spec.head,
             by: spec.by,
@@ -170,6 +177,7 @@ impl<'a> Request<'a> {
             source: self.checkpoint.sha256()?,
             method: self.steps.method.name().into(),
             transforms: self.steps.transforms.clone(),
+            internals: self.steps.internals(),
             embedding: self.embedding,
             head: self.head,
             by: self.by,
@@ -270,7 +278,7 @@ impl UnitLosses {
         self.losses.iter().find(|loss| loss.format == format)
     }
 
-    /// What int8 activations alone lose: W8A8 less W8A16, whose weights are the same. `None` where either is missing.
+    /// What int8 activations alone lose, int8 SSM internals among them: W8A8 less W8A16, whose weights are the same. `None` where either is missing.
     pub fn activation_kld(&self) -> Option<f64> {
         Some((self.loss(Format::W8A8)?.kld - self.loss(Format::W8A16)?.kld).max(0.0))
     }

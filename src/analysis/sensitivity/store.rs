@@ -168,6 +168,7 @@ fn difference(known: &Identity, asked: &Identity) -> Option<&'static str> {
             known.method == asked.method && known.transforms == asked.transforms,
             "they were measured for a recipe of other transforms or rounding",
         ),
+        (known.internals == asked.internals, "they were measured for a recipe of other SSM internals"),
         (known.calibration == asked.calibration, "they were measured with another calibration text, sample or seed"),
         (known.measured == asked.measured && known.positions == asked.positions, "they were measured on other tokens"),
         (known.embedding == asked.embedding && known.head == asked.head, "they were measured with other formats of embedding and head"),

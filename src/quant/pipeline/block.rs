@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use super::variant::float_vector;
 use super::{Pipeline, Streams};
 use crate::backend::{Backend, SsmInternals, SsmScales};
 use crate::checkpoint::{BlockRecord, BlockSpec, Dtype, LinearSpec};
@@ -66,7 +65,7 @@ impl<B: Backend> Pipeline<'_, B> {
             self.push_linear(linear, &linears[linear.name.as_str()], &mut tensors)?;
         }
         let kept = scales.internals.as_ref().map(|scales| internal_tensors(spec, scales)).unwrap_or_default();
-        tensors.extend(kept.iter().map(|(name, values)| float_vector(self.stored(name), values)));
+        tensors.extend(kept.iter().map(|(name, values)| publish::float_vector(self.stored(name), values)));
         publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
         drop(tensors);
 
@@ -112,14 +111,22 @@ impl<B: Backend> Pipeline<'_, B> {
     ) -> Result<StaticScales> {
         let (steps, plan, config) = (&self.request.steps, &self.request.plan, &self.request.checkpoint.config);
         let int8 = |linear: &LinearSpec| plan.linear(spec.index, &linear.stem).quantizes_activations();
+        let internals = spec.kind == BlockKind::Ssm
+            && steps.activations.ssm == SsmActivations::Int8Static
+            && plan.blocks[spec.index].quantizes_activations();
         let wanted = Wanted {
             linears: steps.activations.linears == ScaleKind::Static && spec.linears.iter().any(int8),
-            internals: spec.kind == BlockKind::Ssm
-                && steps.activations.ssm == SsmActivations::Int8Static
-                && plan.blocks[spec.index].quantizes_activations(),
+            internals: internals && self.request.donors.is_none(),
         };
         let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
-        observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)
+        let mut scales = observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)?;
+        // What plans were measured with is what is stored.
+        if let Some(donors) = self.request.donors.filter(|_| internals)
+            && let SsmInternals::Int8Static(kept) = donors.internals(spec)?
+        {
+            scales.internals = Some(kept);
+        }
+        Ok(scales)
     }
 
     /// Rounds the linears of a block, with the Hessians of what the quantized blocks before it hand on.

@@ -10,7 +10,7 @@ use super::Pipeline;
 use super::ends::logit_pieces;
 use crate::backend::Backend;
 use crate::checkpoint::{
-    Checkpoint, Dtype, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor,
+    Checkpoint, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor,
     linear_tensors, quantization_config, sha256_hex,
 };
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ use crate::files;
 use crate::model::Stream;
 use crate::quant::boundary::FloatHash;
 use crate::quant::method::QuantizedLinear;
-use crate::quant::publish::TensorOut;
+use crate::quant::publish::{TensorOut, float_vector};
 
 impl<B: Backend> Pipeline<'_, B> {
     pub(super) fn shard_name(&self, shard: usize) -> String {
@@ -150,11 +150,6 @@ impl<B: Backend> Pipeline<'_, B> {
         }
         self.monitor.step(blocks + 1, "logits read back the same")
     }
-}
-
-pub(super) fn float_vector(name: String, values: &[f32]) -> TensorOut<'static> {
-    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    (name, Dtype::F32, vec![values.len()], Cow::Owned(bytes))
 }
 
 fn pretty(value: &serde_json::Value) -> Vec<u8> {

@@ -202,7 +202,7 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
             decode_tokens: 64,
             repetitions: 3,
         }),
-        memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000 },
+        memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000, device_peak_bytes: None },
         provenance: Evidence { tool: "strata".into(), backend: "cpu".into(), threads: 2, ..Evidence::default() },
         ..ModelResult::default()
     }
