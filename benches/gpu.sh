@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Correctness first, then speed, on a machine with an NVIDIA GPU. Needs the release binary alone: no cargo, no network, no files.
 #   benches/gpu.sh [path/to/strata] [folder for results]
-# Steps can be chosen: STEPS="doctor verify models sanitizer operations speed" benches/gpu.sh
+# Steps can be chosen: STEPS="doctor verify models sanitizer operations speed quantize" benches/gpu.sh
 set -uo pipefail
 strata=$(realpath "${1:-target/release/strata}")
 results=${2:-gpu-results}
-steps=${STEPS:-doctor verify models sanitizer operations speed}
+steps=${STEPS:-doctor verify models sanitizer operations speed quantize}
 device=${DEVICE:-cuda:0}
 mkdir -p "$results"
 cd "$results"
@@ -94,6 +94,13 @@ fi
 if wanted speed; then
     step speed "$strata" bench --device "$device" --shape "${SHAPE:-nemotron-h-8b}"
     cat speed.txt
+fi
+
+# GPTQ and calibration of the shape, all its blocks unless BLOCKS says otherwise. Needs room for the checkpoint in $TMPDIR.
+if wanted quantize; then
+    LIMIT=${QUANTIZE_LIMIT:-1800} step quantize "$strata" bench --device "$device" --quantize --shape "${SHAPE:-nemotron-h-8b}" ${BLOCKS:+--blocks "$BLOCKS"} \
+        --sequences "${SEQUENCES:-128}" --length "${LENGTH:-2048}"
+    cat quantize.txt
 fi
 
 echo

@@ -50,9 +50,14 @@ KERNEL(128, abs_max, (const float* x, int tokens, int cols, float* out)) {
     depend();
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= cols) return;
-    float largest = out[c];
-    for (int t = 0; t < tokens; ++t) largest = fmaxf(largest, fabsf(x[static_cast<i64>(t) * cols + c]));
-    out[c] = largest;
+    // Magnitudes compare like their bits, NaN above all.
+    u32 largest = float_bits(out[c]);
+#pragma unroll 8
+    for (int t = 0; t < tokens; ++t) {
+        const u32 bits = float_bits(x[static_cast<i64>(t) * cols + c]) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    out[c] = bits_float(largest);
 }
 
 // Counts of |x| in `bins` equal bins from 0 to `limit`; the last one also has what lies beyond.
@@ -60,4 +65,71 @@ KERNEL(256, histogram, (const float* x, int count, float limit, int bins, unsign
     depend();
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
         atomicAdd(out + minimum(static_cast<int>(fminf(__fdiv_rn(fabsf(x[i]), limit), 1.0f) * static_cast<float>(bins)), bins - 1), 1u);
+}
+
+// Every value as two bf16, high + low, for products on the tensor cores.
+KERNEL(256, split_halves, (const float* x, i64 count, bf16* high, bf16* low)) {
+    depend();
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += static_cast<i64>(gridDim.x) * blockDim.x) {
+        high[i] = narrow<bf16>(x[i]);
+        low[i] = narrow<bf16>(x[i] - widen(high[i]));
+    }
+}
+
+// out += own + cross + crossᵀ, own symmetric: xᵀx from the products of its halves, high·high and high·low.
+KERNEL(256, gram_add, (const float* own, const float* cross, int n, double* out)) {
+    depend();
+    constexpr int TILE = 32;
+    SHARED_ROWS(float, turned, TILE, TILE + 1);
+    const int tx = threadIdx.x % TILE, ty = threadIdx.x / TILE, row0 = blockIdx.y * TILE, col0 = blockIdx.x * TILE;
+    for (int i = ty; i < TILE; i += 8) turned[i][tx] = col0 + i < n && row0 + tx < n ? cross[static_cast<i64>(col0 + i) * n + row0 + tx] : 0.0f;
+    __syncthreads();
+    for (int i = ty; i < TILE; i += 8) {
+        if (row0 + i >= n || col0 + tx >= n) continue;
+        const i64 at = static_cast<i64>(row0 + i) * n + col0 + tx;
+        // The halves' sum is the same at (i, j) and (j, i), so that the result is symmetric to the bit.
+        out[at] += static_cast<double>(own[at]) + (static_cast<double>(cross[at]) + static_cast<double>(turned[tx][i]));
+    }
+}
+
+// Σ (a − b)² and Σ a² of each row.
+KERNEL(256, squared_difference, (const float* a, const float* b, int cols, double* out)) {
+    depend();
+    SHARED_ROWS(double, partial, 8, 2);
+    const i64 row = blockIdx.x;
+    double difference = 0.0, norm = 0.0;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+        const float x = a[row * cols + c], d = x - b[row * cols + c];
+        difference += static_cast<double>(d) * static_cast<double>(d);
+        norm += static_cast<double>(x) * static_cast<double>(x);
+    }
+    difference = warp_sum(difference), norm = warp_sum(norm);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][0] = difference, partial[threadIdx.x / 32][1] = norm;
+    __syncthreads();
+    if (threadIdx.x > 1) return;
+    double total = 0.0;
+    for (int warp = 0; warp < 8; ++warp) total += partial[warp][threadIdx.x];
+    out[2 * row + threadIdx.x] = total;
+}
+
+// Four sums over all values, each of a mixture of the value's bits and its place: what tells two tensors apart. Sums of integers do not
+// depend on the order. `fault` becomes 1 where a value is not finite.
+KERNEL(256, digest, (const float* x, i64 count, u64* out, int* fault)) {
+    depend();
+    u64 sums[4] = {};
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += static_cast<i64>(gridDim.x) * blockDim.x) {
+        if (!(fabsf(x[i]) < INFINITY)) *fault = 1;
+        u64 mixed = static_cast<u64>(i) << 32 | float_bits(x[i]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            // SplitMix64's finalizer (Steele, Lea and Flood, 2014).
+            mixed += 0x9e3779b97f4a7c15ull;
+            mixed = (mixed ^ mixed >> 30) * 0xbf58476d1ce4e5b9ull;
+            mixed = (mixed ^ mixed >> 27) * 0x94d049bb133111ebull;
+            mixed ^= mixed >> 31;
+            sums[k] += mixed;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) atomicAdd(out + k, sums[k]);
 }

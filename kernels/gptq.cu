@@ -103,13 +103,13 @@ KERNEL(128, gptq_block, (const float* w, const float* factor, const double* impo
     }
 }
 
-// w[:, first + width…] −= errors · factor[first…, :], the errors of a block one after another. Grid (⌈columns behind/64⌉, ⌈rows/64⌉).
-KERNEL(256, gptq_update, (float* w, const float* factor, const float* errors, int rows, int cols, int first, int width)) {
+// w[:, from…] −= errors · factor[first…, from…], the errors of a block one after another. Grid (⌈(cols − from)/64⌉, ⌈rows/64⌉).
+KERNEL(256, gptq_update, (float* w, const float* factor, const float* errors, int rows, int cols, int first, int width, int from)) {
     depend();
     constexpr int SIDE = 64, DEPTH = 32;
     SHARED_ROWS(float, left, DEPTH, SIDE + 1);
     SHARED_ROWS(float, right, DEPTH, SIDE);
-    const int first_row = blockIdx.y * SIDE, first_col = first + width + blockIdx.x * SIDE, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const int first_row = blockIdx.y * SIDE, first_col = from + blockIdx.x * SIDE, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     float held[4][4];
     const auto inside = [&](int i, int j) { return first_row + ty + 16 * i < rows && first_col + tx + 16 * j < cols; };
 #pragma unroll
@@ -144,4 +144,60 @@ KERNEL(256, gptq_permute, (const float* w, const int* order, int cols, float* ou
     depend();
     const int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col < cols) out[static_cast<i64>(blockIdx.y) * cols + col] = w[static_cast<i64>(blockIdx.y) * cols + order[col]];
+}
+
+// The Hessian in f32 with `damping` on its diagonal. Grid (⌈cols/256⌉, cols).
+KERNEL(256, gptq_damped, (const double* hessian, const double* damping, int cols, float* out)) {
+    depend();
+    const int col = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
+    if (col < cols) out[static_cast<i64>(row) * cols + col] = static_cast<float>(hessian[static_cast<i64>(row) * cols + col] + (row == col ? *damping : 0.0));
+}
+
+// errors[row, k] = −(w − code·scale) of column first + k, what `gptq_update` makes H (w − ŵ) of. `group` 0: a scale a row. A warp a row.
+KERNEL(128, gptq_residual, (const float* w, const i8* codes, const float* scales, int rows, int cols, int first, int width, int group, float* errors)) {
+    depend();
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (row >= rows) return;
+    for (int k = threadIdx.x % 32; k < width; k += 32) {
+        const int col = first + k;
+        const float scale = scales[group > 0 ? static_cast<i64>(row) * (cols / group) + col / group : row];
+        const i64 at = static_cast<i64>(row) * cols + col;
+        errors[static_cast<i64>(row) * WIDTH + k] = -__fsub_rn(w[at], __fmul_rn(static_cast<float>(codes[at]), scale));
+    }
+}
+
+// Coordinate descent (QuantEase, Behdin et al., 2023) through columns first…first + width − 1 in their own order: each code becomes the
+// one that loses least while the others stay. `slope` is H (w − ŵ) `[rows, cols]` as it was in front of the block, `steps` `[rows, 128]`
+// what each column's value changed by, for `gptq_update`. `changed` becomes 1 where a code did. A warp a row.
+KERNEL(128, gptq_descend, (const float* slope, const float* hessian, int rows, int cols, int first, int width, int group, float low, float high, const float* scales, i8* codes, float* steps, int* changed)) {
+    depend();
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    float held[WIDTH / 32];
+#pragma unroll
+    for (int i = 0; i < WIDTH / 32; ++i) held[i] = lane + 32 * i < width ? slope[static_cast<i64>(row) * cols + first + lane + 32 * i] : 0.0f;
+#pragma unroll
+    for (int part = 0; part < WIDTH / 32; ++part) {
+        for (int source = 0; source < 32; ++source) {
+            const int k = part * 32 + source, col = first + k;
+            if (k >= width) break;
+            const float value = shuffle(held[part], source);
+            const float scale = scales[group > 0 ? static_cast<i64>(row) * (cols / group) + col / group : row];
+            const float* own = hessian + static_cast<i64>(col) * cols + first;
+            const float code = static_cast<float>(codes[static_cast<i64>(row) * cols + col]);
+            float step = 0.0f;
+            if (scale > 0.0f) {
+                const float best = code_of(__fadd_rn(code, __fdiv_rn(value, __fmul_rn(scale, own[k]))), 1.0f, low, high);
+                if (best != code) {
+                    step = __fmul_rn(__fsub_rn(best, code), scale);
+#pragma unroll
+                    for (int i = 0; i < WIDTH / 32; ++i)
+                        if (lane + 32 * i < width) held[i] = __fsub_rn(held[i], __fmul_rn(step, own[lane + 32 * i]));
+                    __syncwarp();
+                    if (lane == 0) codes[static_cast<i64>(row) * cols + col] = static_cast<i8>(static_cast<int>(best)), *changed = 1;
+                }
+            }
+            if (lane == 0) steps[static_cast<i64>(row) * WIDTH + k] = step;
+        }
+    }
 }

@@ -27,6 +27,8 @@ constexpr std::size_t STACK = 256 << 10;
 constexpr unsigned SHARED_LIMIT = 227 << 10;
 // Declared (static) shared memory that a kernel may have.
 constexpr unsigned STATIC_LIMIT = 48 << 10;
+// Behind the dynamic part and every declaration lie so many bytes that nobody may write, and that read as NaN.
+constexpr unsigned GUARD = 64, MAX_SITES = 64;
 
 struct Kernel {
     unsigned threads;
@@ -86,12 +88,13 @@ struct Block {
     unsigned char* stacks = nullptr;
     std::size_t stacks_size = 0;
     std::vector<u32> shared;
-    unsigned dynamic_shared = 0, shared_used = 0;
+    unsigned dynamic_shared = 0, shared_used = 0, declared = 0;
+    std::vector<unsigned> guards;  // where they begin
     std::vector<int> sites;  // where each declaration's memory begins, −1 where not met yet
     const Kernel* kernel = nullptr;
     void** arguments = nullptr;
     int live = 0, waiting = 0;
-    bool failed = false;
+    bool failed = false, overrun = false;
     Fiber* running = nullptr;
 #if defined(__x86_64__)
     void* scheduler = nullptr;
@@ -159,7 +162,9 @@ bool run_block(Index index, Index grid, unsigned threads, std::vector<unsigned>&
     std::fill(b.shared.begin(), b.shared.end(), 0xffffffffu);  // NaN, so that reading what nobody wrote shows
     b.live = static_cast<int>(threads);
     b.waiting = 0;
-    b.shared_used = b.dynamic_shared;
+    b.shared_used = b.dynamic_shared + GUARD;
+    b.declared = 0;
+    b.guards.assign(1, b.dynamic_shared);
     std::fill(b.sites.begin(), b.sites.end(), -1);
     for (unsigned t = 0; t < threads; ++t) {
         Fiber& fiber = b.fibers[t];
@@ -187,6 +192,9 @@ bool run_block(Index index, Index grid, unsigned threads, std::vector<unsigned>&
         }
         if (!progress) return false;
     }
+    for (unsigned guard : b.guards)
+        for (unsigned word = guard / 4; word < (guard + GUARD) / 4; ++word)
+            if (b.shared[word] != 0xffffffffu) { b.overrun = true; return false; }
     return true;
 }
 
@@ -220,11 +228,14 @@ void* declare_shared(int site, unsigned bytes) {
     if (static_cast<std::size_t>(site) >= b.sites.size()) b.sites.resize(site + 1, -1);
     if (b.sites[site] < 0) {
         b.sites[site] = static_cast<int>(b.shared_used);
-        b.shared_used += (bytes + 15) & ~15u;
-        if (b.shared_used > SHARED_LIMIT || b.shared_used - b.dynamic_shared > STATIC_LIMIT) {
+        const unsigned size = (bytes + 15) & ~15u;
+        b.declared += size;
+        if (b.dynamic_shared + b.declared > SHARED_LIMIT || b.declared > STATIC_LIMIT || b.guards.size() > MAX_SITES) {
             b.failed = true;
             leave();
         }
+        b.guards.push_back(b.shared_used + size);
+        b.shared_used += size + GUARD;
     }
     return current->shared + b.sites[site];
 }
@@ -237,7 +248,8 @@ using namespace strata;
 
 extern "C" void strata_order(int order) { strata::order = order; }
 
-// 0: done, 1: no such kernel or a block larger than its bounds, 2: the threads wait for each other for ever, or too much shared memory.
+// 0: done, 1: no such kernel or a block larger than its bounds, 2: the threads wait for each other for ever, or too much shared memory,
+// 3: something was written behind a piece of shared memory.
 extern "C" int strata_launch(const char* name, const unsigned grid[3], const unsigned block_size[3], unsigned smem, void** arguments) {
     const auto found = kernels().find(name);
     if (found == kernels().end()) return 1;
@@ -254,10 +266,10 @@ extern "C" int strata_launch(const char* name, const unsigned grid[3], const uns
     }
     b.fibers.resize(std::max<std::size_t>(b.fibers.size(), threads));
     b.dynamic_shared = (smem + 15) & ~15u;
-    b.shared.resize((std::min(SHARED_LIMIT, b.dynamic_shared + STATIC_LIMIT) + 64) / 4);
+    b.shared.resize((std::min(SHARED_LIMIT, b.dynamic_shared + STATIC_LIMIT) + (MAX_SITES + 2) * GUARD) / 4);
     b.kernel = &found->second;
     b.arguments = arguments;
-    b.failed = false;
+    b.failed = b.overrun = false;
     std::mt19937 random(static_cast<unsigned>(strata::order));
     std::vector<unsigned> turns(threads);
     for (unsigned t = 0; t < threads; ++t) turns[t] = strata::order == 1 ? threads - 1 - t : t;
@@ -265,7 +277,7 @@ extern "C" int strata_launch(const char* name, const unsigned grid[3], const uns
     for (unsigned long i = 0; i < blocks; ++i) {
         const unsigned long at = strata::order == 1 ? blocks - 1 - i : i;
         const Index index = {static_cast<unsigned>(at % grid[0]), static_cast<unsigned>(at / grid[0] % grid[1]), static_cast<unsigned>(at / grid[0] / grid[1])};
-        if (!run_block(index, {grid[0], grid[1], grid[2]}, threads, turns, random)) return 2;
+        if (!run_block(index, {grid[0], grid[1], grid[2]}, threads, turns, random)) return b.overrun ? 3 : 2;
     }
     return 0;
 }

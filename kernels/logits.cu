@@ -89,3 +89,31 @@ KERNEL(256, argmax, (const float* logits, int cols, int* out)) {
     const Top top = largest(logits + static_cast<i64>(blockIdx.x) * cols, cols);
     if (threadIdx.x == 0) out[blockIdx.x] = top.index;
 }
+
+// 1 − Σ p² of each row.
+KERNEL(256, undecidedness, (const float* logits, int cols, double* out)) {
+    depend();
+    SHARED(float, tops, 8);
+    SHARED_ROWS(double, partial, 8, 2);
+    const float* row = logits + static_cast<i64>(blockIdx.x) * cols;
+    float top = -INFINITY;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) top = fmaxf(top, row[c]);
+    top = warp_max(top);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+    __syncthreads();
+    for (int warp = 0; warp < 8; ++warp) top = fmaxf(top, tops[warp]);
+    double sum = 0.0, squares = 0.0;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+        const double p = static_cast<double>(expf(row[c] - top));
+        sum += p;
+        squares += p * p;
+    }
+    sum = warp_sum(sum), squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][0] = sum, partial[threadIdx.x / 32][1] = squares;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    double total = 0.0, square = 0.0;
+    for (int warp = 0; warp < 8; ++warp) total += partial[warp][0], square += partial[warp][1];
+    const double doubt = 1.0 - square / (total * total);
+    out[blockIdx.x] = doubt > 0.0 ? doubt : 0.0;
+}

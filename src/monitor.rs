@@ -103,6 +103,11 @@ impl<'a> Monitor<'a> {
         Self { pause, ..self }
     }
 
+    /// Hands on what a job inside this one reports.
+    pub fn forward(&self, report: Report) {
+        (self.sink)(report);
+    }
+
     /// A monitor that drops reports and never cancels.
     pub fn silent() -> Self {
         Self::new(|_| {}, CancelToken::default())

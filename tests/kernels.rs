@@ -42,9 +42,9 @@ fn every_kernel_agrees_with_its_reference() {
     }
 }
 
-/// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last a
-/// missing barrier.
-const MUTANTS: [(&str, &str, &str); 24] = [
+/// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
+/// what writes past its shared memory and a missing barrier.
+const MUTANTS: [(&str, &str, &str); 26] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -68,6 +68,8 @@ const MUTANTS: [(&str, &str, &str); 24] = [
     ("attention.cu", "return scales[row * kv_heads + head];", "return scales[row + head];"),
     ("moe.cu", "own[at - 1] > best", "own[at - 1] < best"),
     ("gptq.cu", "shares[lane + 32 * i]", "shares[lane + 16 * i]"),
+    ("gptq.cu", "held[i], __fmul_rn(step, own[lane + 32 * i])", "held[i], __fmul_rn(step, own[lane + 16 * i])"),
+    ("norm.cu", "return c + (c >> 5);", "return c + (c >> 4);"),
     ("norm.cu", "scale) : held[i];\n    }\n    __syncthreads();", "scale) : held[i];\n    }"),
 ];
 

@@ -246,6 +246,30 @@ pub struct Divergence {
     pub same_top: bool,
 }
 
+/// What GPTQ rounds: weights `[rows, cols]` under `scheme` by the Hessian `[cols, cols]` of their input.
+#[derive(Clone, Copy)]
+pub struct Gptq<'a> {
+    pub weights: &'a [f32],
+    pub rows: usize,
+    pub cols: usize,
+    pub scheme: Scheme,
+    pub hessian: &'a [f64],
+    /// In which order columns are rounded.
+    pub order: &'a [usize],
+    /// What is added to the diagonal: the first that makes the Hessian positive definite.
+    pub damping: &'a [f64],
+    /// Times that coordinate descent goes through all codes behind it.
+    pub sweeps: usize,
+}
+
+/// What GPTQ gives: codes `[rows, cols]` and scales `[rows, groups]`.
+pub struct GptqCodes {
+    pub codes: Vec<i8>,
+    pub scales: Vec<f32>,
+    /// Which damping was used; `None`: none served, and each weight was rounded for itself.
+    pub damping: Option<usize>,
+}
+
 /// The operations of a Nemotron-H forward pass on one device.
 pub trait Backend: Send + Sync + 'static {
     /// `[tokens, features]` in f32.
@@ -268,6 +292,8 @@ pub trait Backend: Send + Sync + 'static {
     type SsmCache: Send;
     /// Keys and values of some sequences.
     type KvCache: Send;
+    /// `Σ x xᵀ` of some activations, `[features, features]` in f64.
+    type Gram: Send;
 
     /// What the results are computed by, for provenance: `cpu avx512-vnni`.
     fn name(&self) -> String;
@@ -397,13 +423,53 @@ pub trait Backend: Send + Sync + 'static {
     }
     /// Seconds that copying `bytes` bytes within the device's memory takes.
     fn copy_seconds(&self, bytes: usize) -> Result<f64>;
+    /// Bytes of the device that are free now; `None` where it is the process's memory.
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
     /// Most memory of the device that was in use since [`Backend::reset_peak`]; `None` where it is the process's.
     fn peak_bytes(&self) -> Option<u64>;
     /// Gives unused memory back and begins to watch anew.
     fn reset_peak(&self) -> Result<()>;
 
+    /// Adds `x_t x_tᵀ` of every token of the float form of an activation; the first one makes the sum.
+    fn add_gram(&self, sum: &mut Option<Self::Gram>, x: &Self::Activation) -> Result<()>;
+    /// The values of a sum.
+    fn gram_values(&self, sum: Self::Gram) -> Result<Vec<f64>>;
     /// `Σ_t x_t x_tᵀ` `[features, features]` of the float form of an activation, in f64.
-    fn gram(&self, x: &Self::Activation) -> Result<Vec<f64>>;
+    fn gram(&self, x: &Self::Activation) -> Result<Vec<f64>> {
+        let mut sum = None;
+        self.add_gram(&mut sum, x)?;
+        sum.map_or_else(|| Ok(Vec::new()), |sum| self.gram_values(sum))
+    }
+    /// GPTQ on the device. `None`, with nothing done: it has no kernels for that.
+    fn gptq(&self, _: &Gptq<'_>) -> Result<Option<GptqCodes>> {
+        Ok(None)
+    }
+    /// Largest magnitude of each feature of the float form of an activation, NaN where a value is none.
+    fn largest_magnitudes(&self, x: &Self::Activation) -> Result<Vec<f32>>;
+    /// Adds `Σ (a − b)²` and `Σ a²` over all values to `sums`.
+    fn add_difference(&self, a: &Self::Tensor, b: &Self::Tensor, sums: &mut (f64, f64)) -> Result<()>;
+    /// 32 bytes that differ where values or their places do, made on the device; an error when a value is not finite. `None`:
+    /// the host makes them.
+    fn digest(&self, _: &Self::Tensor) -> Result<Option<[u8; 32]>> {
+        Ok(None)
+    }
+    /// Of a mixer with float internals: largest magnitude of each channel of `in_proj` applied to x, and of x | B | C behind
+    /// convolution, SiLU and rotation; of one sequence, which goes on from `cache`'s window. `None`, with nothing done: the
+    /// host sees to it.
+    fn mixer_magnitudes(
+        &self,
+        _in_proj: &Self::Linear,
+        _x: &Self::Activation,
+        _parameters: &Self::Mamba,
+        _shape: &MambaShape,
+        _cache: &mut Self::SsmCache,
+    ) -> Result<Option<[Vec<f32>; 2]>> {
+        Ok(None)
+    }
+    /// `1 − Σ p²` over the probabilities of each row of logits.
+    fn undecidedness(&self, logits: &Self::Tensor) -> Result<Vec<f64>>;
 
     /// For each (row, token) of `targets`: the log-probability of `token` under that row of logits, and whether it is
     /// the most probable one.

@@ -3,6 +3,7 @@
 
 pub mod model;
 pub mod operations;
+pub mod quantize;
 mod random;
 mod shapes;
 

@@ -42,7 +42,7 @@ pub fn assemble<B: Backend>(
     Ok(Hybrid::new(backend, ends, blocks, config.vocab_size, caches))
 }
 
-struct RandomWeights {
+pub(super) struct RandomWeights {
     format: Format,
     /// bf16 values of a standard deviation of about 1.
     floats: Vec<f32>,
@@ -50,7 +50,7 @@ struct RandomWeights {
 }
 
 impl RandomWeights {
-    fn new(format: Format) -> Self {
+    pub fn new(format: Format) -> Self {
         let mut rng = SmallRng::seed_from_u64(8);
         let mut normal = || -> f32 { (0..4).map(|_| rng.random_range(-0.866_f32..0.866)).sum() };
         let floats: Vec<f32> = (0..POOL).map(|_| bf16::from_f32(normal()).to_f32()).collect();
@@ -69,7 +69,7 @@ impl RandomWeights {
         out
     }
 
-    fn weights(&self, linear: &LinearSpec, schemes: &[Scheme], format: Format) -> LinearWeights {
+    pub fn weights(&self, linear: &LinearSpec, schemes: &[Scheme], format: Format) -> LinearWeights {
         // Outputs as large as inputs.
         let spread = 1.0 / (linear.cols as f32).sqrt();
         let mut weights = LinearWeights::float(Vec::new(), linear.cols);
@@ -102,9 +102,9 @@ impl RandomWeights {
 }
 
 /// The random weights of one block.
-struct OfBlock<'a> {
-    random: &'a RandomWeights,
-    spec: &'a BlockSpec,
+pub(super) struct OfBlock<'a> {
+    pub random: &'a RandomWeights,
+    pub spec: &'a BlockSpec,
 }
 
 impl BlockSource for OfBlock<'_> {

@@ -10,6 +10,7 @@ use strata::backend::cuda::{Cuda, sources};
 use strata::backend::{Backend, DeviceChoice};
 use strata::bench::model::{self, ModelRequest, ModelSpeed};
 use strata::bench::operations::{self, OperationSpeed};
+use strata::bench::quantize::{self, QuantizeSpeed, QuantizeSpeedRequest};
 use strata::bench::{PUBLISHED, Shape};
 use strata::error::{Error, Result};
 use strata::format::{CacheFormat, Format};
@@ -32,6 +33,21 @@ pub struct Bench {
     /// Time whole models of this shape with random weights: a published name, or a config.json.
     #[arg(long, value_name = "SHAPE")]
     shape: Option<String>,
+    /// Quantize a model of the shape with random weights (nemotron-h-8b unless --shape names another) and time the stages.
+    #[arg(long)]
+    quantize: bool,
+    /// With --quantize: the recipe.
+    #[arg(long, default_value = "phase2", requires = "quantize")]
+    recipe: String,
+    /// With --quantize: only so many of the shape's first blocks.
+    #[arg(long, requires = "quantize")]
+    blocks: Option<usize>,
+    /// With --quantize: sequences of the sample, of 2048 tokens unless --length says otherwise.
+    #[arg(long, default_value_t = 128, requires = "quantize")]
+    sequences: usize,
+    /// With --quantize: tokens of a sequence.
+    #[arg(long, default_value_t = 2048, requires = "quantize")]
+    length: usize,
     /// Formats of those models.
     #[arg(long, value_delimiter = ',', default_value = "w16a16,w8a8,w4a8")]
     formats: Vec<String>,
@@ -68,6 +84,20 @@ impl Bench {
 
     fn measure<B: Backend + Clone>(&self, backend: &B, common: &Common) -> Result<()> {
         let monitor = Monitor::new(progress, CancelToken::default());
+        if self.quantize {
+            let request = QuantizeSpeedRequest {
+                shape: self.shape.clone().unwrap_or_else(|| PUBLISHED[0].0.into()),
+                recipe: self.recipe.clone(),
+                blocks: self.blocks,
+                sequences: self.sequences,
+                length: self.length,
+            };
+            let speed = quantize::measure(backend, &request, &monitor)?;
+            if common.json {
+                return output::json(&json!({ "schema": "strata.bench/1", "device": backend.name(), "quantize": speed }));
+            }
+            return print_quantize(&speed, &backend.name());
+        }
         let bandwidth = model::copy_bandwidth(backend)?;
         let (mut timed, mut models) = (Vec::new(), Vec::new());
         match &self.shape {
@@ -138,6 +168,7 @@ fn progress(report: Report) {
     match report {
         Report::Stage { name, total } => eprintln!("{name} ({total})"),
         Report::Warning(text) => eprintln!("warning: {text}"),
+        Report::Log(text) => eprintln!("{text}"),
         _ => {}
     }
 }
@@ -188,6 +219,21 @@ fn print_models(models: &[ModelSpeed]) -> Result<()> {
                 100.0 * decode.of_bound
             ))?;
         }
+    }
+    Ok(())
+}
+
+fn print_quantize(speed: &QuantizeSpeed, device: &str) -> Result<()> {
+    let peak = speed.peak_bytes.map_or_else(String::new, |bytes| format!(", peak {}", report::bytes(bytes)));
+    output::line(&format!(
+        "{} {} on {device}: {} of {} blocks, {} x {} tokens, {:.1} s{peak}",
+        speed.shape, speed.recipe, speed.blocks, speed.of_blocks, speed.sequences, speed.length, speed.seconds
+    ))?;
+    for (stage, seconds) in &speed.stages {
+        output::line(&format!("  {stage:<12} {seconds:>8.1} s"))?;
+    }
+    for (kind, (seconds, count)) in &speed.kinds {
+        output::line(&format!("  {kind:<12} {seconds:>8.1} s a block, {count} in the shape"))?;
     }
     Ok(())
 }

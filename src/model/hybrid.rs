@@ -1,6 +1,7 @@
 //! The whole model with its blocks resident: prefill, decoding, hidden states.
 
 use super::block::{Block, BlockCache};
+use super::need::MemoryNeed;
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -82,8 +83,9 @@ impl<B: Backend> Hybrid<B> {
         Self { backend, ends, blocks, vocabulary, caches, cancel: CancelToken::default() }
     }
 
-    /// Loads every block of `checkpoint`.
+    /// Loads every block of `checkpoint`; an error when they cannot all be on the device.
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
+        MemoryNeed::of(checkpoint, 1)?.check(&backend, &checkpoint.name)?;
         let ends = Ends::load(&backend, checkpoint)?;
         let blocks = (0..checkpoint.layout.blocks.len()).map(|index| Block::load(&backend, checkpoint, index)).collect::<Result<_>>()?;
         let caches = checkpoint.variant.as_ref().map(|variant| variant.cache).unwrap_or_default();

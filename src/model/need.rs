@@ -1,7 +1,8 @@
 //! What reading a model takes of the host's memory, before anything is loaded.
 
+use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Logits that are computed at a time, at most: 128 MiB.
 pub const HEAD_VALUES: usize = 1 << 25;
@@ -40,6 +41,19 @@ impl MemoryNeed {
     /// With every block loaded.
     pub fn resident(&self) -> u64 {
         self.ends + self.blocks + self.batch
+    }
+
+    /// An error when the model does not fit whole into what is free on the device of `backend`.
+    pub fn check<B: Backend>(&self, backend: &B, name: &str) -> Result<()> {
+        let Some(free) = backend.free_bytes()?.filter(|free| self.resident() > *free) else { return Ok(()) };
+        let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1_u64 << 30) as f64);
+        let share = free.saturating_sub(self.batch) as f64 / (self.ends + self.blocks) as f64;
+        Err(Error::input(format!("{name} takes about {} on {}, where {} are free", gib(self.resident()), backend.name(), gib(free))).hint(
+            format!(
+                "a variant of at most {:.0} % of its bytes would fit; `eval` streams what does not, or take --device cpu",
+                100.0 * share
+            ),
+        ))
     }
 
     /// With one block loaded at a time, batches between blocks not counted.

@@ -66,7 +66,7 @@ struct Streamed<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Reader<'a, B> {
-    /// Loads `checkpoint` as far as `host_memory` bytes allow, and says which it was: whole, or its ends with the blocks
+    /// Loads `checkpoint` as far as `host_memory` bytes, and what is free on a device with memory of its own, allow, and says which it was: whole, or its ends with the blocks
     /// to come one by one. `scratch` is the folder for what else does not fit. `batch_tokens` is the largest batch to come.
     pub fn load(
         backend: B,
@@ -77,13 +77,23 @@ impl<'a, B: Backend> Reader<'a, B> {
         monitor: &Monitor,
     ) -> Result<Self> {
         let need = MemoryNeed::of(checkpoint, batch_tokens)?;
+        let host_memory = backend.free_bytes()?.map_or(host_memory, |free| free.min(host_memory));
         monitor.log(format!("{}: {}", checkpoint.name, need.statement(host_memory)));
         if need.resident() <= host_memory {
-            return Ok(Self { weights: Weights::Resident(Hybrid::load(backend, checkpoint)?.stopped_by(monitor.cancel_token())) });
+            let model = Hybrid::load(backend, checkpoint)?.stopped_by(monitor.cancel_token());
+            if let Some(free) = model.backend.free_bytes()? {
+                let mb = |bytes: u64| bytes as f64 / 1e6;
+                let (found, predicted) = (mb(model.resident_bytes()), mb(need.ends + need.blocks));
+                monitor.log(format!(
+                    "the weights take {found:.0} MB on the device, {predicted:.0} were predicted; {:.0} MB are left",
+                    mb(free)
+                ));
+            }
+            return Ok(Self { weights: Weights::Resident(model) });
         }
         let held = host_memory.checked_sub(need.streamed()).ok_or_else(|| {
             Error::input(format!("{} cannot be read: {}", checkpoint.name, need.statement(host_memory)))
-                .hint("raise --host-memory, or read fewer tokens at a time")
+                .hint("raise --host-memory where it is the limit, or read fewer tokens at a time")
         })?;
         let ends = Ends::load(&backend, checkpoint)?;
         Ok(Self { weights: Weights::Streamed(Streamed { backend, checkpoint, ends, held, scratch }) })

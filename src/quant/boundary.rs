@@ -17,6 +17,20 @@ pub struct FloatHash {
 }
 
 impl FloatHash {
+    /// Adds a tensor of the device: its values, or what the device makes of them.
+    pub fn add_tensor<B: Backend>(&mut self, backend: &B, tensor: &B::Tensor, after: &str) -> Result<()> {
+        let refused = |error: Error| {
+            error.context(format!("the residual stream behind {after} cannot be kept")).hint("give this block a wider format")
+        };
+        match backend.digest(tensor).map_err(refused)? {
+            Some(digest) => {
+                self.sha.update(digest);
+                Ok(())
+            }
+            None => self.add(&backend.download(tensor)?, after),
+        }
+    }
+
     /// Adds values; an error when one is not finite, which names what stands in front: `block 3`.
     pub fn add(&mut self, values: &[f32], after: &str) -> Result<()> {
         if values.iter().any(|value| !value.is_finite()) {

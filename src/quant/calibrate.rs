@@ -21,24 +21,24 @@ pub fn second_moment<B: Backend>(
 ) -> Result<Vec<f64>> {
     let hidden = checkpoint.config.hidden_size;
     let ones = backend.prepare_vector(vec![1.0; hidden])?;
-    let mut sum = vec![0.0; hidden * hidden];
+    let mut sum = None;
     let mut stream = Stream::new(backend, checkpoint, batches)?;
     monitor.stage("calibrate", stream.blocks());
     for index in 0..stream.blocks() {
         for h in stream.boundary() {
             let x = backend.rms_norm(h, &ones, checkpoint.config.norm_eps, Emit::FLOAT)?;
-            let gram = backend.gram(&x)?;
-            if gram.iter().any(|value| !value.is_finite()) {
+            if backend.largest_magnitudes(&x)?.iter().any(|value| !value.is_finite()) {
                 return Err(Error::run(format!("the residual stream in front of block {index} is not finite on the calibration text"))
                     .hint("the unquantized model overflows: check the checkpoint"));
             }
-            add(&mut sum, &gram);
+            backend.add_gram(&mut sum, &x)?;
         }
         stream.advance(index)?;
         monitor.step(index + 1, format!("block {index}"))?;
     }
     let tokens: usize = batches.iter().map(|(ids, _)| ids.len()).sum();
     let count = (tokens * stream.blocks()) as f64;
+    let sum = sum.map_or_else(|| Ok(vec![0.0; hidden * hidden]), |sum| backend.gram_values(sum))?;
     Ok(sum.into_iter().map(|value| value / count).collect())
 }
 
@@ -61,25 +61,20 @@ pub fn maxima<B: Backend>(
     sequences: &[Sequences],
 ) -> Result<(Vec<B::Tensor>, Maxima)> {
     let found: RefCell<Maxima> = RefCell::new(BTreeMap::new());
-    let see = |name: &str, values: &[f32], width: usize, columns: Range<usize>| {
-        if values.iter().any(|value| !value.is_finite()) {
+    let see = |name: &str, seen: &[f32]| {
+        if seen.iter().any(|value| !value.is_finite()) {
             return Err(not_finite(spec, name));
         }
         let mut found = found.borrow_mut();
-        let largest = found.entry(name.to_owned()).or_insert_with(|| vec![0.0; columns.len()]);
-        for row in values.chunks_exact(width) {
-            for (largest, x) in largest.iter_mut().zip(&row[columns.clone()]) {
-                *largest = largest.max(f64::from(x.abs()));
-            }
-        }
+        let largest = found.entry(name.to_owned()).or_insert_with(|| vec![0.0; seen.len()]);
+        largest.iter_mut().zip(seen).for_each(|(largest, x)| *largest = largest.max(f64::from(*x)));
         Ok(())
     };
     let tap = |name: &str, x: &B::Activation| {
-        let width = spec.linear(name).map_or(1, |linear| linear.cols);
-        see(name, &backend.floats(x)?, width, 0..width)?;
+        see(name, &backend.largest_magnitudes(x)?)?;
         if let (Some((in_proj, channels)), "in_proj") = (projection, name) {
-            let projected = backend.linear(in_proj, x)?;
-            see(CONVOLUTION, &backend.download(&projected)?, backend.features(&projected), channels.clone())?;
+            let projected = backend.emit(backend.linear(in_proj, x)?, Emit::FLOAT)?;
+            see(CONVOLUTION, &backend.largest_magnitudes(&projected)?[channels.clone()])?;
         }
         Ok(())
     };
@@ -97,30 +92,21 @@ pub fn hessians<B: Backend>(
     sequences: &[Sequences],
     monitor: &Monitor,
 ) -> Result<BTreeMap<String, Vec<f64>>> {
-    let sums: RefCell<BTreeMap<String, Vec<f64>>> = RefCell::new(BTreeMap::new());
-    let tap = |name: &str, x: &B::Activation| {
-        let gram = backend.gram(x)?;
-        if gram.iter().any(|value| !value.is_finite()) {
-            return Err(not_finite(spec, name));
-        }
-        sums.borrow_mut().entry(name.to_owned()).and_modify(|sum| add(sum, &gram)).or_insert(gram);
-        Ok(())
-    };
+    let sums: RefCell<BTreeMap<String, Option<B::Gram>>> = RefCell::new(BTreeMap::new());
+    let tap = |name: &str, x: &B::Activation| backend.add_gram(sums.borrow_mut().entry(name.to_owned()).or_default(), x);
     for (h, sequences) in inputs.iter().zip(sequences) {
         monitor.check()?;
         block.mix(backend, h, sequences, None, Some(&tap))?;
     }
-    Ok(sums.into_inner())
+    let sums = sums.into_inner().into_iter().filter_map(|(name, sum)| Some((name, sum?)));
+    let values = |(name, sum)| {
+        let values = backend.gram_values(sum)?;
+        if values.iter().any(|value| !value.is_finite()) { Err(not_finite(spec, &name)) } else { Ok((name, values)) }
+    };
+    sums.map(values).collect()
 }
 
 fn not_finite(spec: &BlockSpec, name: &str) -> Error {
     Error::run(format!("block {}: the input of `{name}` is not finite on the calibration text", spec.index))
         .hint("give the blocks in front of it a wider format; if none is quantized, check the checkpoint")
-}
-
-/// Adds `values` to `sum`, element by element.
-pub fn add(sum: &mut [f64], values: &[f64]) {
-    for (sum, value) in sum.iter_mut().zip(values) {
-        *sum += value;
-    }
 }

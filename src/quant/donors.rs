@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::calibrate;
+use super::gptq;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::observe::{self, Wanted};
 use super::publish::{self, TensorOut};
@@ -222,7 +223,7 @@ impl Donors {
             monitor.check()?;
             if !self.has(place, format) {
                 let hessian = |name: &str| hessians.get(name).map(Vec::as_slice);
-                self.make(place, &spec.linears, format, |name| weights.linear(name), hessian)?;
+                self.make(place, &spec.linears, format, |name| weights.linear(name), hessian, &gptq::solver(backend))?;
             }
         }
         Ok(())
@@ -237,13 +238,15 @@ impl Donors {
         let head = self.transforms.head(checkpoint)?;
         let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
         let hidden = checkpoint.config.hidden_size;
-        let mut hessian = vec![0.0; hidden * hidden];
+        let mut sum = None;
         for h in inputs {
             let x = backend.rms_norm(h, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
-            calibrate::add(&mut hessian, &backend.gram(&x)?);
+            backend.add_gram(&mut sum, &x)?;
         }
+        let hessian = sum.map_or_else(|| Ok(vec![0.0; hidden * hidden]), |sum| backend.gram_values(sum))?;
         let hessian = self.steps.method.uses_hessians().then_some(hessian.as_slice());
-        self.make(Place::Head, std::slice::from_ref(&checkpoint.layout.head), format, |_| Ok(&head), |_| hessian)
+        let head_spec = std::slice::from_ref(&checkpoint.layout.head);
+        self.make(Place::Head, head_spec, format, |_| Ok(&head), |_| hessian, &gptq::solver(backend))
     }
 
     /// The head `spec` in `format`; `float` gives its transformed weights.
@@ -273,13 +276,14 @@ impl Donors {
         format: Format,
         float: impl Fn(&str) -> Result<&'a FloatLinear>,
         hessian: impl Fn(&str) -> Option<&'a [f64]>,
+        gptq: &gptq::Solver<'_>,
     ) -> Result<()> {
         let format = weights_of(format);
         let mut tensors: Vec<TensorOut> = Vec::new();
         let mut notes = BTreeMap::new();
         for linear in linears {
-            let rounding = self.rounding(format, linear.schemes(format));
-            let quantized = quantize_linear(float(&linear.name)?, linear, &rounding, hessian(&linear.name));
+            let rounding = Rounding { gptq, ..self.rounding(format, linear.schemes(format)) };
+            let quantized = quantize_linear(float(&linear.name)?, linear, &rounding, hessian(&linear.name))?;
             for (part, weights) in quantized.parts.iter().enumerate() {
                 if let WeightPart::Quantized(matrix) = weights {
                     push_matrix(&format!("{}/{part}", linear.name), matrix, &mut tensors);
@@ -303,13 +307,14 @@ impl Donors {
     }
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
-        Rounding { method: self.steps.method, format, schemes, transforms: &self.steps.transforms, float_bytes: self.float_bytes }
+        let transforms = self.steps.transforms.as_slice();
+        Rounding { method: self.steps.method, format, schemes, transforms, float_bytes: self.float_bytes, gptq: &gptq::on_the_cpu }
     }
 
     /// The embedding in `format` on the device, rounded without a Hessian.
     pub fn embedding<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, format: Format) -> Result<B::Embedding> {
         let (table, spec) = (self.transforms.embedding(checkpoint)?, &checkpoint.layout.embedding);
-        let mut table = quantize_linear(&table, spec, &self.rounding(format, spec.schemes(format)), None).weights(spec.cols);
+        let mut table = quantize_linear(&table, spec, &self.rounding(format, spec.schemes(format)), None)?.weights(spec.cols);
         table.int8_activations = false;
         backend.prepare_embedding(table)
     }
@@ -333,7 +338,7 @@ impl Donors {
             // Everything but the codes; float slices too.
             let format = formats(linear, "");
             let floats = vec![Scheme::Float; schemes.len()];
-            let mut quantized = quantize_linear(own, linear, &self.rounding(format, floats), None);
+            let mut quantized = quantize_linear(own, linear, &self.rounding(format, floats), None)?;
             if schemes.iter().any(|scheme| *scheme != Scheme::Float) {
                 let mut parts = Vec::with_capacity(slices.len());
                 let mut start = 0;

@@ -10,6 +10,8 @@ use faer::{Mat, Side};
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::backend::{Backend, Gptq, GptqCodes};
+use crate::error::Result;
 use crate::format::{QuantizedMatrix, Scheme};
 
 /// Damping as a share of the Hessian's mean diagonal: the first try, and how far it is raised.
@@ -27,6 +29,37 @@ const CLIP_STEPS: usize = 26;
 pub struct Damping {
     /// The damping that made it positive definite; `None`: none did, and the weights were rounded to nearest.
     pub used: Option<f64>,
+}
+
+/// Rounds weights `[rows, cols]` under a scheme by the Hessian `[cols, cols]` of their input.
+pub type Solver<'a> = dyn Fn(&[f32], usize, usize, Scheme, &[f64]) -> Result<(QuantizedMatrix, Damping)> + Sync + 'a;
+
+/// GPTQ on the device of `backend` where that has kernels for it, otherwise here.
+pub fn solver<B: Backend>(backend: &B) -> impl Fn(&[f32], usize, usize, Scheme, &[f64]) -> Result<(QuantizedMatrix, Damping)> + Sync {
+    |weights, rows, cols, scheme, hessian| {
+        let diagonal: Vec<f64> = (0..cols).map(|c| hessian[c * (cols + 1)]).collect();
+        let order = column_order(&diagonal, scheme.group(cols));
+        let mean = diagonal.iter().sum::<f64>() / cols as f64;
+        let shares: Vec<f64> = if mean.is_finite() && mean > 0.0 { dampings().collect() } else { Vec::new() };
+        let damping: Vec<f64> = shares.iter().map(|share| share * mean).collect();
+        let task = Gptq { weights, rows, cols, scheme, hessian, order: &order, damping: &damping, sweeps: SWEEPS };
+        Ok(match backend.gptq(&task)? {
+            Some(GptqCodes { codes, scales, damping }) => {
+                (QuantizedMatrix { scheme, rows, cols, codes, scales }, Damping { used: damping.map(|index| shares[index]) })
+            }
+            None => quantize(weights, rows, cols, scheme, hessian),
+        })
+    }
+}
+
+/// GPTQ on the CPU.
+pub fn on_the_cpu(weights: &[f32], rows: usize, cols: usize, scheme: Scheme, hessian: &[f64]) -> Result<(QuantizedMatrix, Damping)> {
+    Ok(quantize(weights, rows, cols, scheme, hessian))
+}
+
+/// The dampings that are tried, as shares of the Hessian's mean diagonal.
+fn dampings() -> impl Iterator<Item = f64> {
+    std::iter::successors(Some(DAMPING), |damping| Some(2.0 * damping)).take_while(|damping| *damping <= DAMPING_LIMIT)
 }
 
 /// Quantizes `weights` `[rows, cols]` under `scheme` with the Hessian `hessian` `[cols, cols]` of its input.
@@ -80,13 +113,11 @@ fn inverse_factor(hessian: &[f64], diagonal: &[f64], order: &[usize]) -> Option<
     if !mean.is_finite() || mean <= 0.0 {
         return None;
     }
-    let mut damping = DAMPING;
-    while damping <= DAMPING_LIMIT {
+    for damping in dampings() {
         let damped = Mat::from_fn(n, n, |i, j| hessian[order[i] * n + order[j]] + if i == j { damping * mean } else { 0.0 });
         if let Some(factor) = factor_of_inverse(&damped) {
             return Some((factor, damping));
         }
-        damping *= 2.0;
     }
     None
 }

@@ -8,6 +8,7 @@ use super::gptq;
 use super::recipe::Method;
 use super::weights::FloatLinear;
 use crate::checkpoint::{LinearSpec, SliceSpec};
+use crate::error::Result;
 use crate::format::{Format, LinearWeights, Scheme, Transform, WeightPart, round_to_nearest};
 
 /// A linear as it will be stored.
@@ -61,10 +62,17 @@ pub struct Rounding<'a> {
     pub transforms: &'a [Transform],
     /// Bytes of an element of the checkpoint, which weights that stay in float keep.
     pub float_bytes: usize,
+    /// Where GPTQ runs.
+    pub gptq: &'a gptq::Solver<'a>,
 }
 
 /// Quantizes the weights `float` of `linear`; `hessian` `[cols, cols]` is that of its input, for GPTQ.
-pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Rounding<'_>, hessian: Option<&[f64]>) -> QuantizedLinear {
+pub fn quantize_linear(
+    float: &FloatLinear,
+    linear: &LinearSpec,
+    rounding: &Rounding<'_>,
+    hessian: Option<&[f64]>,
+) -> Result<QuantizedLinear> {
     let mut values = float.values();
     let schemes = &rounding.schemes;
     let mut notes: Vec<String> = group_note(linear, rounding).into_iter().collect();
@@ -79,12 +87,12 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         let count = rows.len();
         let values = &values[rows.start * linear.cols..rows.end * linear.cols];
         if scheme == Scheme::Float {
-            return WeightPart::Float(values.to_vec());
+            return Ok(WeightPart::Float(values.to_vec()));
         }
-        WeightPart::Quantized(match (rounding.method, hessian) {
+        Ok(WeightPart::Quantized(match (rounding.method, hessian) {
             (Method::Rtn, _) => round_to_nearest(values, count, linear.cols, scheme),
             (Method::Gptq | Method::Gptaq, Some(hessian)) => {
-                let (matrix, damping) = gptq::quantize(values, count, linear.cols, scheme, hessian);
+                let (matrix, damping) = (rounding.gptq)(values, count, linear.cols, scheme, hessian)?;
                 match damping.used {
                     None => notes.push(format!("{}: its Hessian is singular, so weights were rounded to nearest", linear.name)),
                     Some(damping) if damping > gptq::DAMPING => {
@@ -95,11 +103,11 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
                 matrix
             }
             (Method::Clip | Method::Gptq | Method::Gptaq, _) => gptq::round_clipped(values, count, linear.cols, scheme),
-        })
+        }))
     };
     let parts = match schemes.as_slice() {
         schemes if schemes.iter().all(|scheme| *scheme == Scheme::Float) => vec![WeightPart::Float(values)],
-        [first, rest @ ..] if rest.iter().all(|scheme| scheme == first) => vec![quantize(0..linear.rows, *first)],
+        [first, rest @ ..] if rest.iter().all(|scheme| scheme == first) => vec![quantize(0..linear.rows, *first)?],
         schemes => {
             let mut start = 0;
             let part = |(slice, scheme): (&SliceSpec, &Scheme)| {
@@ -107,10 +115,10 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
                 start = rows.end;
                 quantize(rows, *scheme)
             };
-            linear.slices.iter().zip(schemes).map(part).collect()
+            linear.slices.iter().zip(schemes).map(part).collect::<Result<_>>()?
         }
     };
-    QuantizedLinear {
+    Ok(QuantizedLinear {
         parts,
         changed: float.changed,
         int8_activations: rounding.format.quantizes_activations(),
@@ -118,7 +126,7 @@ pub fn quantize_linear(float: &FloatLinear, linear: &LinearSpec, rounding: &Roun
         hadamard: linear.hadamard(rounding.transforms),
         bias: float.bias.as_ref().map(|bias| bias.iter().map(|value| *value as f32).collect()),
         notes,
-    }
+    })
 }
 
 /// What to say where the format's group does not divide the width.

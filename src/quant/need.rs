@@ -1,6 +1,8 @@
 //! What quantizing takes of the host's memory, before it starts.
 
+use crate::backend::Backend;
 use crate::checkpoint::{BlockSpec, Layout, LinearSpec};
+use crate::error::{Error, Result};
 
 /// Bytes of memory, estimated from shapes. One block is in memory at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +29,18 @@ impl MemoryNeed {
             block: (8 + 3 * 4 + 2) * layout.blocks.iter().map(weights).max().unwrap_or(0),
             statistics: if hessians { layout.blocks.iter().map(moments).max().unwrap_or(0) } else { 0 },
         }
+    }
+
+    /// An error when a device with memory of its own has less free.
+    pub fn check<B: Backend>(&self, backend: &B) -> Result<()> {
+        let total = self.streams + self.block + self.statistics;
+        let Some(free) = backend.free_bytes()?.filter(|free| total > *free) else { return Ok(()) };
+        let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1_u64 << 30) as f64);
+        let share = free.saturating_sub(self.block + self.statistics) as f64 / self.streams as f64;
+        let hint =
+            if share > 0.0 { format!("{:.0} % of the sample would fit", 100.0 * share) } else { "not even the largest block fits".into() };
+        Err(Error::input(format!("quantizing takes about {} on {}, where {} are free", gib(total), backend.name(), gib(free)))
+            .hint(format!("{hint}; take fewer or shorter sequences, or --device cpu")))
     }
 
     /// In words.

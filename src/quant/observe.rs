@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use super::cluster;
 use super::weights::FloatBlock;
 use crate::backend::cpu::hadamard;
-use crate::backend::{Backend, MambaShape, Sequences, SsmScales, StateRotation};
+use crate::backend::{Backend, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
 use crate::checkpoint::{BlockSpec, Config};
 use crate::error::{Error, Result};
-use crate::format::Transform;
+use crate::format::{CacheFormats, Transform};
 use crate::model::{Block, BlockSource, mamba_shape};
 
 /// Bins of magnitudes: 8 an octave, from 2⁻²⁴ up to 2²⁴.
@@ -87,6 +87,13 @@ impl Magnitudes {
         }
     }
 
+    /// Adds the largest magnitudes of some values.
+    fn raise(&mut self, largest: &[f32]) {
+        for (own, new) in self.largest.iter_mut().zip(largest) {
+            *own = own.max(*new);
+        }
+    }
+
     /// For each channel the magnitude that `percentile` percent do not exceed, to the width of a bin.
     fn bounds(&self, percentile: f64) -> Vec<f32> {
         if self.counts.is_empty() {
@@ -149,20 +156,22 @@ pub fn static_scales<B: Backend>(
     let inside = if wanted.internals { Some(RefCell::new(Inside::new(backend, config, spec, source, observers)?)) } else { None };
     let tap = |name: &str, x: &B::Activation| {
         if wanted.linears {
-            let values = backend.floats(x)?;
             let mut linears = linears.borrow_mut();
-            linears.entry(input_of(spec, name)).or_insert_with(|| Magnitudes::new(1, observers.linears)).add(&values);
+            let seen = linears.entry(input_of(spec, name)).or_insert_with(|| Magnitudes::new(1, observers.linears));
+            if observers.linears < 100.0 {
+                seen.add(&backend.floats(x)?);
+            } else {
+                seen.raise(&[backend.largest_magnitudes(x)?.into_iter().fold(0.0, f32::max)]);
+            }
         }
         if let (Some(inside), "in_proj") = (&inside, name) {
-            let mut inside = inside.borrow_mut();
-            let projected = backend.download(&backend.linear(&inside.in_proj, x)?)?;
-            inside.add(&projected);
+            inside.borrow_mut().see(backend, x, observers)?;
         }
         Ok(())
     };
     for (h, sequences) in inputs.iter().zip(sequences) {
         if let Some(inside) = &inside {
-            inside.borrow_mut().window.fill(0.0);
+            inside.borrow_mut().begin(backend);
         }
         block.mix(backend, h, sequences, None, Some(&tap))?;
     }
@@ -203,6 +212,9 @@ struct Inside<B: Backend> {
     rotation: Option<StateRotation>,
     /// Inputs of the convolution that the next piece of a sequence still needs, `[kernel − 1, conv_channels]`.
     window: Vec<f32>,
+    /// The same for a device that sees to the largest magnitudes itself.
+    parameters: B::Mamba,
+    cache: B::SsmCache,
     z: Magnitudes,
     conv_in: Magnitudes,
     conv_out: Magnitudes,
@@ -216,11 +228,26 @@ impl<B: Backend> Inside<B> {
         let in_proj = spec.linear("in_proj").ok_or_else(|| Error::run(format!("block {} has no in_proj", spec.index)))?;
         let seen = |channels| Magnitudes::new(channels, observers.ssm);
         let channels = shape.conv_channels();
+        let rotation = source.transforms.contains(&Transform::RotateState).then(|| StateRotation::of(&shape));
+        let conv_weight = tensor("conv1d.weight")?;
+        let conv_bias = if config.mamba.conv_bias { tensor("conv1d.bias")? } else { vec![0.0; channels] };
+        let heads = || vec![0.0; shape.heads];
+        let parameters = backend.prepare_mamba(MambaParameters {
+            conv_weight: conv_weight.clone(),
+            conv_bias: conv_bias.clone(),
+            a: heads(),
+            d: heads(),
+            dt_bias: heads(),
+            internals: SsmInternals::Float,
+            rotation,
+        })?;
         Ok(Self {
             in_proj: backend.prepare(source.linear(in_proj)?)?,
-            conv_weight: tensor("conv1d.weight")?,
-            conv_bias: if config.mamba.conv_bias { tensor("conv1d.bias")? } else { vec![0.0; channels] },
-            rotation: source.transforms.contains(&Transform::RotateState).then(|| StateRotation::of(&shape)),
+            conv_weight,
+            conv_bias,
+            rotation,
+            cache: backend.ssm_cache(&parameters, &shape, 1, CacheFormats::default()),
+            parameters,
             window: vec![0.0; (shape.kernel - 1) * channels],
             z: seen(shape.inner()),
             conv_in: seen(channels),
@@ -228,6 +255,29 @@ impl<B: Backend> Inside<B> {
             dt: seen(shape.heads),
             shape,
         })
+    }
+
+    /// A sequence begins.
+    fn begin(&mut self, backend: &B) {
+        self.window.fill(0.0);
+        self.cache = backend.ssm_cache(&self.parameters, &self.shape, 1, CacheFormats::default());
+    }
+
+    /// Adds what `in_proj` makes of `x`: on the device where only the largest magnitudes count and it can, otherwise here.
+    fn see(&mut self, backend: &B, x: &B::Activation, observers: &Observers) -> Result<()> {
+        if observers.ssm >= 100.0
+            && let Some([projected, behind]) = backend.mixer_magnitudes(&self.in_proj, x, &self.parameters, &self.shape, &mut self.cache)?
+        {
+            let (z, rest) = projected.split_at(self.shape.inner());
+            let (conv_in, dt) = rest.split_at(self.shape.conv_channels());
+            self.z.raise(z);
+            self.conv_in.raise(conv_in);
+            self.dt.raise(dt);
+            self.conv_out.raise(&behind);
+            return Ok(());
+        }
+        self.add(&backend.download(&backend.linear(&self.in_proj, x)?)?);
+        Ok(())
     }
 
     /// Adds `projected` `[tokens, z|x|B|C|dt]`, which goes on where the last call ended.

@@ -10,6 +10,7 @@ mod variant;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -17,6 +18,7 @@ use serde_json::json;
 use super::boundary::{self, FloatHash};
 use super::calibrate;
 use super::donors::Donors;
+use super::gptq;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
 use super::publish;
@@ -52,6 +54,8 @@ pub struct QuantizeRequest<'a> {
 #[derive(Serialize, Deserialize)]
 struct State {
     key: String,
+    /// What computed the hashes: another device computes others.
+    device: String,
     records: Vec<BlockRecord>,
     /// Hash of the quantized stream in front of the first block and behind each finished one.
     boundaries: Vec<String>,
@@ -116,7 +120,23 @@ struct Pipeline<'a, B: Backend> {
     source: String,
     state: State,
     transforms: Transforms,
+    gptq: Box<gptq::Solver<'a>>,
+    /// When the streams were kept last.
+    kept: Option<Kept>,
 }
+
+/// The streams behind `blocks` blocks are in the work folder.
+#[derive(Clone, Copy)]
+struct Kept {
+    blocks: usize,
+    ended: Instant,
+    took: Duration,
+}
+
+/// How many times longer than keeping the streams takes work goes on before they are kept again.
+const SAVING_SHARE: u32 = 10;
+/// Keeping the streams this fast is done behind every block.
+const CHEAP_SAVING: Duration = Duration::from_secs(1);
 
 impl<'a, B: Backend> Pipeline<'a, B> {
     fn new(backend: &'a B, request: &'a QuantizeRequest<'a>, work: &'a Path, monitor: &'a Monitor<'a>) -> Result<Self> {
@@ -126,7 +146,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         monitor.step(1, "source hashed")?;
         let key = request_key(&source, request);
         let files = work.join("variant");
-        let state = read_state(work).filter(|state| state.key == key);
+        let state = read_state(work).filter(|state| state.key == key && state.device == backend.name());
         let state = match state {
             Some(state) => {
                 monitor.log(format!("going on after {} finished blocks", state.records.len()));
@@ -134,13 +154,14 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
             None => {
                 publish::remove(&files)?;
-                State { key, records: Vec::new(), boundaries: Vec::new() }
+                State { key, device: backend.name(), records: Vec::new(), boundaries: Vec::new() }
             }
         };
         fs::create_dir_all(&files).map_err(|error| Error::io("creating", &files, &error))?;
         let (layout, hidden) = (&request.checkpoint.layout, request.checkpoint.config.hidden_size);
         let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method.uses_hessians());
         monitor.log(need.statement());
+        need.check(backend)?;
         let mut layout = request.checkpoint.layout.clone();
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
@@ -156,19 +177,32 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
             }
         };
-        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms })
+        Ok(Self {
+            backend,
+            request,
+            blocks: layout.blocks,
+            monitor,
+            files,
+            work,
+            source,
+            state,
+            transforms,
+            gptq: Box::new(gptq::solver(backend)),
+            kept: None,
+        })
     }
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
         let float_bytes = self.request.checkpoint.layout.float_bytes;
-        Rounding { method: self.request.steps.method, format, schemes, transforms: &self.request.steps.transforms, float_bytes }
+        let (method, transforms) = (self.request.steps.method, self.request.steps.transforms.as_slice());
+        Rounding { method, format, schemes, transforms, float_bytes, gptq: &self.gptq }
     }
 
     /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
     fn embedding(&self) -> Result<QuantizedLinear> {
         let table = self.transforms.embedding(self.request.checkpoint)?;
         let (linear, format) = (&self.request.checkpoint.layout.embedding, self.request.plan.embedding);
-        Ok(quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None))
+        quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None)
     }
 
     fn run(mut self) -> Result<VariantManifest> {
@@ -234,21 +268,27 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     fn boundary_hash(&self, boundary: &[B::Tensor], after: &str) -> Result<String> {
         let mut hash = FloatHash::default();
         for tensor in boundary {
-            hash.add(&self.backend.download(tensor)?, after)?;
+            hash.add_tensor(self.backend, tensor, after)?;
         }
         Ok(hash.finish())
     }
 
-    /// Keeps both streams and the records, so that a killed run goes on from here.
-    fn save_progress(&self, streams: &Streams<B>) -> Result<()> {
+    /// Keeps both streams and the records, so that a killed run goes on from here. Where that takes more than a second, not
+    /// before ten times as long has passed: it costs a tenth at most.
+    fn save_progress(&mut self, streams: &Streams<B>) -> Result<()> {
         let done = self.state.records.len();
+        let costly = |kept: &Kept| kept.took > CHEAP_SAVING && kept.ended.elapsed() < SAVING_SHARE * kept.took;
+        if self.kept.as_ref().is_some_and(costly) && done < self.blocks.len() {
+            return Ok(());
+        }
+        let start = Instant::now();
         boundary::write(self.backend, &boundary_file(self.work, done), streams.reference.iter().chain(&streams.quantized))?;
         files::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
         // The boundary before is no longer needed once the state names the new one.
-        match fs::remove_file(boundary_file(self.work, done - 1)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::io("removing", &boundary_file(self.work, done - 1), &error))
-            }
+        let before = boundary_file(self.work, self.kept.map_or(done - 1, |kept| kept.blocks));
+        self.kept = Some(Kept { blocks: done, ended: Instant::now(), took: start.elapsed() });
+        match fs::remove_file(&before) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("removing", &before, &error)),
             _ => Ok(()),
         }
     }

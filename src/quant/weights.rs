@@ -3,12 +3,34 @@
 use std::collections::BTreeMap;
 
 use faer::{Mat, MatRef};
+use rayon::prelude::*;
 
 use crate::backend::SsmInternals;
 use crate::checkpoint::{BlockSpec, Checkpoint, LinearSpec};
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, Transform};
 use crate::model::BlockSource;
+
+/// Columns, or rows, that one task turns from one order into the other.
+const COLUMNS: usize = 32;
+/// Rows of a product that one task takes, and multiplications from which a product is divided at all.
+const PRODUCT_ROWS: usize = 256;
+const PRODUCT: usize = 1 << 33;
+
+/// `a b`; large ones row block by row block on all threads.
+fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
+    let (rows, cols) = (a.nrows(), b.ncols());
+    if rows * a.ncols() * cols < PRODUCT {
+        return a * b;
+    }
+    let starts: Vec<usize> = (0..rows).step_by(PRODUCT_ROWS).collect();
+    let blocks: Vec<Mat<f64>> = starts.par_iter().map(|start| a.subrows(*start, PRODUCT_ROWS.min(rows - start)) * b).collect();
+    let mut out = Mat::zeros(rows, cols);
+    for (start, block) in starts.into_iter().zip(&blocks) {
+        out.as_mut().subrows_mut(start, block.nrows()).copy_from(block);
+    }
+    out
+}
 
 /// The weights `[rows, cols]` of a linear, with its bias.
 #[derive(Debug, Clone)]
@@ -24,13 +46,35 @@ impl FloatLinear {
     pub fn read(checkpoint: &Checkpoint, stem: &str, rows: usize, cols: usize, bias: bool) -> Result<Self> {
         let values = checkpoint.read(&format!("{stem}.weight"))?;
         let bias = if bias { Some(checkpoint.read(&format!("{stem}.bias"))?.into_iter().map(f64::from).collect()) } else { None };
-        Ok(Self { weights: Mat::from_fn(rows, cols, |r, c| f64::from(values[r * cols + c])), bias, changed: false })
+        let mut columns = vec![0.0; rows * cols];
+        // A few columns at a time: whole lines of a row are read, and each column is written in order.
+        columns.par_chunks_mut(COLUMNS * rows).enumerate().for_each(|(index, columns)| {
+            let first = index * COLUMNS;
+            for (r, row) in values.chunks_exact(cols).enumerate() {
+                for (column, value) in columns.chunks_exact_mut(rows).zip(&row[first..]) {
+                    column[r] = f64::from(*value);
+                }
+            }
+        });
+        Ok(Self { weights: MatRef::from_column_major_slice(&columns, rows, cols).to_owned(), bias, changed: false })
     }
 
     /// The weights in f32, row after row.
     pub fn values(&self) -> Vec<f32> {
         let (rows, cols) = (self.weights.nrows(), self.weights.ncols());
-        (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))).map(|at| self.weights[at] as f32).collect()
+        let mut values = vec![0.0; rows * cols];
+        if values.is_empty() {
+            return values;
+        }
+        values.par_chunks_mut(COLUMNS * cols).enumerate().for_each(|(index, tile)| {
+            let tile_rows = self.weights.subrows(index * COLUMNS, tile.len() / cols);
+            for (c, column) in tile_rows.col_iter().enumerate() {
+                for (r, value) in column.iter().enumerate() {
+                    tile[r * cols + c] = *value as f32;
+                }
+            }
+        });
+        values
     }
 
     /// `W diag(scale)`: what a linear becomes when the weight of the norm in front of it is folded in.
@@ -58,13 +102,13 @@ impl FloatLinear {
 
     /// `W Q`: reads a rotated input.
     pub fn rotate_inputs(&mut self, rotation: MatRef<'_, f64>) {
-        self.weights = &self.weights * rotation;
+        self.weights = product(self.weights.as_ref(), rotation);
         self.changed = true;
     }
 
     /// `Qᵀ W`, `Qᵀ b`: writes a rotated output.
     pub fn rotate_outputs(&mut self, rotation: MatRef<'_, f64>) {
-        self.weights = rotation.transpose() * &self.weights;
+        self.weights = product(rotation.transpose(), self.weights.as_ref());
         if let Some(bias) = &mut self.bias {
             let rotated = rotation.transpose() * Mat::from_fn(bias.len(), 1, |r, _| bias[r]);
             *bias = (0..bias.len()).map(|r| rotated[(r, 0)]).collect();
@@ -77,9 +121,10 @@ impl FloatLinear {
         let (sign, scale) =
             (|i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }, (block as f64).sqrt().recip());
         let matrix = Mat::from_fn(block, block, |i, j| scale * sign(i, j));
-        for start in (0..self.weights.ncols()).step_by(block) {
-            let product = self.weights.as_ref().subcols(start, block) * &matrix;
-            self.weights.as_mut().subcols_mut(start, block).copy_from(&product);
+        let starts: Vec<usize> = (0..self.weights.ncols()).step_by(block).collect();
+        let products: Vec<Mat<f64>> = starts.par_iter().map(|start| self.weights.as_ref().subcols(*start, block) * &matrix).collect();
+        for (start, product) in starts.into_iter().zip(&products) {
+            self.weights.as_mut().subcols_mut(start, block).copy_from(product);
         }
         self.changed = true;
     }

@@ -8,7 +8,7 @@ pub mod int_matmul;
 mod kv_cache;
 mod mamba;
 mod math;
-mod norm;
+pub(in crate::backend) mod norm;
 pub mod operations;
 mod router;
 pub(in crate::backend) mod stored;
@@ -102,6 +102,7 @@ impl Backend for Cpu {
     type Mamba = mamba::Parameters;
     type SsmCache = mamba::SsmCache;
     type Projection = mamba::Projection;
+    type Gram = Vec<f64>;
     type KvCache = kv_cache::KvCache;
 
     fn name(&self) -> String {
@@ -376,7 +377,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn gram(&self, x: &CpuActivation) -> Result<Vec<f64>> {
+    fn add_gram(&self, total: &mut Option<Vec<f64>>, x: &CpuActivation) -> Result<()> {
         let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
         let cols = width(x);
         // Products of a few tokens in f32, added up in f64: neither the number of tokens nor of threads matters.
@@ -386,7 +387,43 @@ impl Backend for Cpu {
             let product = part.t()?.contiguous()?.matmul(&part.contiguous()?)?;
             with_values(&product, |values| sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value)))?;
         }
+        match total {
+            Some(total) => total.iter_mut().zip(sum).for_each(|(total, value)| *total += value),
+            None => *total = Some(sum),
+        }
+        Ok(())
+    }
+
+    fn gram_values(&self, sum: Vec<f64>) -> Result<Vec<f64>> {
         Ok(sum)
+    }
+
+    fn largest_magnitudes(&self, x: &CpuActivation) -> Result<Vec<f32>> {
+        let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
+        // Magnitudes compare like their bits, NaN above all.
+        let mut largest = vec![0; width(x)];
+        with_values(x, |values| {
+            for row in values.chunks_exact(largest.len()) {
+                largest.iter_mut().zip(row).for_each(|(largest, x)| *largest = x.abs().to_bits().max(*largest));
+            }
+        })?;
+        Ok(largest.into_iter().map(f32::from_bits).collect())
+    }
+
+    fn add_difference(&self, a: &Tensor, b: &Tensor, sums: &mut (f64, f64)) -> Result<()> {
+        with_values(a, |a| {
+            with_values(b, |b| {
+                for (a, b) in a.iter().zip(b) {
+                    sums.0 += f64::from(a - b).powi(2);
+                    sums.1 += f64::from(*a).powi(2);
+                }
+            })
+        })?
+    }
+
+    fn undecidedness(&self, logits: &Tensor) -> Result<Vec<f64>> {
+        let width = width(logits);
+        with_values(logits, |logits| logits.chunks_exact(width).map(norm::undecidedness).collect())
     }
 
     fn log_probabilities(&self, logits: &Tensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {

@@ -125,3 +125,15 @@ pub fn divergence(reference: &[f32], logits: &[f32], width: usize) -> Vec<Diverg
         })
         .collect()
 }
+
+/// `1 − Σ p²` over the probabilities that a row of logits gives.
+pub fn undecidedness(logits: &[f32]) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
+    let (mut sum, mut squares) = (0.0, 0.0);
+    for logit in logits {
+        let p = libm::exp(f64::from(logit - max));
+        sum += p;
+        squares += p * p;
+    }
+    (1.0 - squares / (sum * sum)).max(0.0)
+}

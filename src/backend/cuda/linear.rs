@@ -230,6 +230,9 @@ impl Cuda {
         let (kernel, arguments) = match &part.weights {
             Weights::F32(weights) => {
                 let float = x.float()?.buffer();
+                if self.halves_product(weights, float, part, linear, x, place)? {
+                    return Ok(());
+                }
                 if self.library_product(Element::F32, weights, linear.cols, float, linear.cols, part, linear, x, place)? {
                     return Ok(());
                 }
@@ -256,6 +259,64 @@ impl Cuda {
             _ => (GEMM_TILE, GEMM_SHARED),
         };
         self.launch(kernel, [x.tokens.div_ceil(tile), part.rows.div_ceil(tile), 1], 256, shared, arguments)
+    }
+
+    /// f32 by f32 through cuBLAS on the tensor cores: each is split into two bf16, high + low, and three products of halves are
+    /// added, smallest first, which leaves 2^-16 of each term. `false`, with nothing done: there is no cuBLAS, or the linear
+    /// has a bias.
+    fn halves_product(
+        &self,
+        weights: &Buffer,
+        x: &Buffer,
+        part: &Part,
+        linear: &CudaLinear,
+        input: &CudaActivation,
+        place: &Place<'_>,
+    ) -> Result<bool> {
+        if place.bias.is_some() || (place.residual.is_some() && part.rows != place.out.cols) {
+            return Ok(false);
+        }
+        let (tokens, rows, cols) = (input.tokens, part.rows, linear.cols);
+        let (w_high, w_low) = self.split(weights, rows * cols)?;
+        let (x_high, x_low) = self.split(x, tokens * cols)?;
+        let product = if place.residual.is_some() { Some(self.tensor(tokens, rows)?) } else { None };
+        let c = match &product {
+            Some(product) => (product.buffer().address(), rows),
+            None => (place.out.buffer().address() + 4 * place.offset as u64, place.out.cols),
+        };
+        for (index, (a, b)) in [(&x_low, &w_high), (&x_high, &w_low), (&x_high, &w_high)].into_iter().enumerate() {
+            let gemm = Gemm {
+                element: Element::Bf16,
+                m: tokens,
+                n: rows,
+                k: cols,
+                a: (a.address(), cols),
+                b: (b.address(), cols),
+                c,
+                alpha: 1.0,
+                beta: if index == 0 { 0.0 } else { 1.0 },
+                a_transposed: false,
+                b_transposed: false,
+            };
+            // SAFETY: the buffers have the sizes that these shapes give.
+            if !unsafe { self.device().gemm(&gemm)? } {
+                return Ok(false);
+            }
+        }
+        if let (Some(product), Some(residual)) = (product, place.residual) {
+            let count = tokens * rows;
+            let arguments = Arguments::default().with(residual.buffer()).with(product.buffer()).with(count).with(place.out.buffer());
+            self.launch("add", [count.div_ceil(1024), 1, 1], 256, 0, arguments)?;
+        }
+        Ok(true)
+    }
+
+    /// The halves of `count` values in bf16: high and low.
+    pub(super) fn split(&self, x: &Buffer, count: usize) -> Result<(Buffer, Buffer)> {
+        let (high, low) = (self.buffer::<u16>(count)?, self.buffer::<u16>(count)?);
+        let arguments = Arguments::default().with(x).with(count as u64).with(&high).with(&low);
+        self.launch("split_halves", [count.div_ceil(2048).min(1 << 16), 1, 1], 256, 0, arguments)?;
+        Ok((high, low))
     }
 
     /// The product by cuBLAS where there is one, and only then what is added to it: the sum is that of [`Cuda::sum`] to the

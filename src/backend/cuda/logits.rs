@@ -37,4 +37,13 @@ impl Cuda {
         self.check_fault()?;
         Ok(tops)
     }
+
+    pub(super) fn doubts(&self, logits: &CudaTensor) -> Result<Vec<f64>> {
+        let out = self.buffer::<f64>(logits.rows)?;
+        let arguments = Arguments::default().with(logits.buffer()).with(logits.cols).with(&out);
+        self.launch("undecidedness", [logits.rows, 1, 1], 256, 0, arguments)?;
+        let doubts = out.download(logits.rows)?;
+        self.check_fault()?;
+        Ok(doubts)
+    }
 }

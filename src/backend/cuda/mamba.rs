@@ -256,6 +256,19 @@ impl Cuda {
         Ok(xbc)
     }
 
+    /// x | B | C of one sequence, which goes on from the cache's window.
+    pub(super) fn convolve_cached(
+        &self,
+        projected: &CudaTensor,
+        parameters: &Parameters,
+        shape: &MambaShape,
+        cache: &mut SsmCache,
+    ) -> Result<CudaTensor> {
+        let tables = self.tables(&Sequences::new(vec![projected.rows]), true)?;
+        let slots = cache.slots(self, parameters)?;
+        self.widened_windows(&slots.windows, |windows| self.convolve(projected, parameters, shape, &tables, Some(windows)))
+    }
+
     /// The same of codes, rotated and rounded again. Without tables it is a step of every slot, and the windows move on.
     fn convolve_codes(
         &self,

@@ -6,6 +6,7 @@
 //! through matrix products.
 
 mod attention;
+mod calibration;
 pub mod device;
 pub mod driver;
 pub mod emulated;
@@ -26,7 +27,7 @@ use self::device::{Arguments, Buffer, Device, Grid, Memory, Pinned, Plain};
 pub use self::linear::{CudaEmbedding, CudaLinear};
 pub use self::recording::CudaRecording;
 pub use self::tensor::{CudaActivation, CudaTensor};
-use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences};
+use super::{Assignment, AttentionShape, Backend, Divergence, Emit, Gptq, GptqCodes, MambaParameters, MambaShape, RouterShape, Sequences};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormats, LinearWeights};
 
@@ -166,6 +167,7 @@ impl Backend for Cuda {
     type Projection = mamba::Projection;
     type SsmCache = mamba::SsmCache;
     type KvCache = attention::KvCache;
+    type Gram = calibration::Gram;
 
     fn name(&self) -> String {
         self.device().name()
@@ -362,6 +364,12 @@ impl Backend for Cuda {
         self.time(5, &mut || to.copy_from(0, &from, 0, bytes))
     }
 
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        // What lies in the free lists is free too.
+        self.memory.release()?;
+        Ok(Some(self.device().memory()?.0))
+    }
+
     fn peak_bytes(&self) -> Option<u64> {
         Some(self.memory.usage().1)
     }
@@ -372,14 +380,47 @@ impl Backend for Cuda {
         Ok(())
     }
 
-    fn gram(&self, x: &CudaActivation) -> Result<Vec<f64>> {
-        let x = x.float()?;
-        let sum = self.buffer::<f64>(x.cols * x.cols)?;
-        sum.zero()?;
-        let tiles = x.cols.div_ceil(64);
-        let arguments = Arguments::default().with(x.buffer()).with(x.rows).with(x.cols).with(&sum);
-        self.launch("gram", [tiles, tiles, 1], 256, 0, arguments)?;
-        sum.download(x.cols * x.cols)
+    fn add_gram(&self, sum: &mut Option<calibration::Gram>, x: &CudaActivation) -> Result<()> {
+        self.add_to_gram(sum, x)
+    }
+
+    fn gram_values(&self, sum: calibration::Gram) -> Result<Vec<f64>> {
+        self.gram_to_host(&sum)
+    }
+
+    fn gptq(&self, task: &Gptq<'_>) -> Result<Option<GptqCodes>> {
+        self.round_gptq(task).map(Some)
+    }
+
+    fn largest_magnitudes(&self, x: &CudaActivation) -> Result<Vec<f32>> {
+        self.magnitudes(x.float()?)
+    }
+
+    fn add_difference(&self, a: &CudaTensor, b: &CudaTensor, sums: &mut (f64, f64)) -> Result<()> {
+        let (difference, norm) = self.difference(a, b)?;
+        *sums = (sums.0 + difference, sums.1 + norm);
+        Ok(())
+    }
+
+    fn digest(&self, tensor: &CudaTensor) -> Result<Option<[u8; 32]>> {
+        self.digest_of(tensor).map(Some)
+    }
+
+    fn mixer_magnitudes(
+        &self,
+        in_proj: &CudaLinear,
+        x: &CudaActivation,
+        parameters: &mamba::Parameters,
+        shape: &MambaShape,
+        cache: &mut mamba::SsmCache,
+    ) -> Result<Option<[Vec<f32>; 2]>> {
+        let projected = self.product(in_proj, x, None)?;
+        let xbc = self.convolve_cached(&projected, parameters, shape, cache)?;
+        Ok(Some([self.magnitudes(&projected)?, self.magnitudes(&xbc)?]))
+    }
+
+    fn undecidedness(&self, logits: &CudaTensor) -> Result<Vec<f64>> {
+        self.doubts(logits)
     }
 
     fn log_probabilities(&self, logits: &CudaTensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use super::{Pipeline, Streams};
 use crate::backend::{Backend, SsmInternals, SsmScales};
@@ -21,6 +22,7 @@ use crate::quant::weights::{BlockWeights, FloatBlock};
 impl<B: Backend> Pipeline<'_, B> {
     pub(super) fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
         let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
+        let mut laps = Laps::start();
         let float_block = Block::load(self.backend, checkpoint, index)?;
         let (mixed, maxima) = if self.request.steps.transforms.iter().any(|transform| transform.smooths()) {
             let in_proj = match (spec.kind, spec.linear("in_proj")) {
@@ -37,17 +39,20 @@ impl<B: Backend> Pipeline<'_, B> {
             let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
             (pairs.map(mix).collect::<Result<_>>()?, BTreeMap::new())
         };
+        laps.end("float pass");
         let weights = self.transforms.block(checkpoint, spec, &maxima)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
+        laps.end("transforms");
         let mut linears = match self.request.donors {
             Some(donors) => {
                 let format = |linear: &LinearSpec, slice: &str| plan.slice(index, &linear.stem, slice);
                 donors.assemble(Place::Block(index), &spec.linears, format, |name| weights.linear(name))?
             }
-            None => self.round_block(spec, &weights, &transformed, streams)?,
+            None => self.round_block(spec, &weights, &transformed, streams, &mut laps)?,
         };
         let scales = self.static_scales(spec, &transformed, &source, streams)?;
+        laps.end("static scales");
         for quantized in linears.iter_mut().filter(|(_, quantized)| quantized.int8_activations) {
             quantized.1.input_scale = scales.linears.get(*quantized.0).copied();
         }
@@ -68,6 +73,7 @@ impl<B: Backend> Pipeline<'_, B> {
         tensors.extend(kept.iter().map(|(name, values)| publish::float_vector(self.stored(name), values)));
         publish::write_tensors(&self.files.join(self.shard_name(index)), &tensors)?;
         drop(tensors);
+        laps.end("shard");
 
         let activations = self.request.steps.activations.ssm;
         let internals = match scales.internals {
@@ -77,25 +83,24 @@ impl<B: Backend> Pipeline<'_, B> {
         };
         let quantized_block =
             Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
-        let (mut difference, mut norm) = (0.0, 0.0);
+        let mut sums = (0.0, 0.0);
         for (quantized, sequences) in streams.quantized.iter_mut().zip(&streams.sequences) {
             self.monitor.check()?;
             let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
             let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
-            for (exact, rounded) in self.backend.download(&exact)?.iter().zip(self.backend.download(&rounded)?) {
-                difference += f64::from(exact - rounded).powi(2);
-                norm += f64::from(*exact).powi(2);
-            }
+            self.backend.add_difference(&exact, &rounded, &mut sums)?;
             *quantized = self.backend.add(quantized.clone(), &rounded)?;
         }
         for (reference, mixed) in streams.reference.iter_mut().zip(&mixed) {
             *reference = self.backend.add(reference.clone(), mixed)?;
         }
+        laps.end("quantized pass");
+        self.monitor.log(format!("block {index}: {}", laps.text()));
         Ok(BlockRecord {
             index,
             kind: spec.kind,
             format: plan.blocks[index],
-            error: if norm > 0.0 { (difference / norm).sqrt() } else { 0.0 },
+            error: if sums.1 > 0.0 { (sums.0 / sums.1).sqrt() } else { 0.0 },
             bytes: spec.planned_bytes(plan, checkpoint.layout.float_bytes),
             notes: gather_notes(&linears),
         })
@@ -136,6 +141,7 @@ impl<B: Backend> Pipeline<'_, B> {
         weights: &BlockWeights,
         transformed: &Block<B>,
         streams: &Streams<B>,
+        laps: &mut Laps,
     ) -> Result<BTreeMap<&'s str, QuantizedLinear>> {
         let (plan, index) = (&self.request.plan, spec.index);
         let quantized = |linear: &LinearSpec| linear.planned_schemes(plan, index).iter().any(|scheme| *scheme != Scheme::Float);
@@ -152,6 +158,7 @@ impl<B: Backend> Pipeline<'_, B> {
         } else {
             BTreeMap::new()
         };
+        laps.end("Hessians");
         let mut linears = BTreeMap::new();
         for linear in &spec.linears {
             self.monitor.check()?;
@@ -160,9 +167,31 @@ impl<B: Backend> Pipeline<'_, B> {
             let float = weights.linear(&linear.name)?;
             let corrected = shifts.get(&linear.name).filter(|_| quantized(linear)).zip(hessian);
             let corrected = corrected.and_then(|(shift, hessian)| shift.corrected(float, hessian));
-            linears.insert(linear.name.as_str(), quantize_linear(corrected.as_ref().unwrap_or(float), linear, &rounding, hessian));
+            linears.insert(linear.name.as_str(), quantize_linear(corrected.as_ref().unwrap_or(float), linear, &rounding, hessian)?);
         }
+        laps.end("rounding");
         Ok(linears)
+    }
+}
+
+/// Seconds that the steps of a block take.
+struct Laps {
+    since: Instant,
+    ended: Vec<(&'static str, f64)>,
+}
+
+impl Laps {
+    fn start() -> Self {
+        Self { since: Instant::now(), ended: Vec::new() }
+    }
+
+    fn end(&mut self, name: &'static str) {
+        self.ended.push((name, self.since.elapsed().as_secs_f64()));
+        self.since = Instant::now();
+    }
+
+    fn text(&self) -> String {
+        self.ended.iter().map(|(name, seconds)| format!("{name} {seconds:.2} s")).collect::<Vec<_>>().join(", ")
     }
 }
 

@@ -36,7 +36,7 @@ impl<B: Backend> Pipeline<'_, B> {
                 let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
                 let (hessian, shift) = self.head_moments(&float_head, &norm, streams)?.unzip();
                 let corrected = shift.flatten().zip(hessian.as_deref()).and_then(|(shift, hessian)| shift.corrected(&float_head, hessian));
-                quantize_linear(corrected.as_ref().unwrap_or(&float_head), &layout.head, &rounding, hessian.as_deref())
+                quantize_linear(corrected.as_ref().unwrap_or(&float_head), &layout.head, &rounding, hessian.as_deref())?
             }
         };
         head.input_scale = self.head_scale(&norm, streams)?;
@@ -79,7 +79,7 @@ impl<B: Backend> Pipeline<'_, B> {
             for tokens in logit_pieces(sequences.tokens(), layout.head.rows) {
                 let exact = logits(&reference, &original_norm, exact, &tokens)?;
                 let rounded = logits(&quantized, &norm, rounded, &tokens)?;
-                hash.add(&self.backend.download(&rounded)?, "the head")?;
+                hash.add_tensor(self.backend, &rounded, "the head")?;
                 rows.extend(self.backend.divergence(&exact, &rounded)?);
             }
         }
@@ -117,15 +117,13 @@ impl<B: Backend> Pipeline<'_, B> {
         let head = self.backend.prepare(LinearWeights::float(head.values(), cols))?;
         let norm = self.backend.prepare_vector(norm.to_vec())?;
         let normalize = |h: &B::Tensor| self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT);
-        let mut sum = vec![0.0; cols * cols];
+        let mut sum = None;
         let mut shift = (method == Method::Gptaq).then(Shift::default);
         for (float, h) in streams.reference.iter().zip(&streams.quantized) {
             let x = normalize(h)?;
             let logits = self.backend.linear(&head, &x)?;
             let mut values = self.backend.floats(&x)?;
-            let logits = self.backend.download(&logits)?;
-            let vocabulary = logits.len() * cols / values.len();
-            let weights: Vec<f32> = logits.chunks_exact(vocabulary).map(|logits| undecidedness(logits).sqrt() as f32).collect();
+            let weights: Vec<f32> = self.backend.undecidedness(&logits)?.into_iter().map(|weight| weight.sqrt() as f32).collect();
             let weigh = |values: &mut [f32]| {
                 let rows = values.chunks_exact_mut(cols).zip(&weights);
                 rows.for_each(|(row, weight)| row.iter_mut().for_each(|x| *x *= weight));
@@ -138,24 +136,11 @@ impl<B: Backend> Pipeline<'_, B> {
                 shift.add(&float, &values, cols);
             }
             let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
-            for (sum, value) in sum.iter_mut().zip(self.backend.gram(&x)?) {
-                *sum += value;
-            }
+            self.backend.add_gram(&mut sum, &x)?;
         }
-        Ok(Some((sum, shift)))
+        let sum = sum.map(|sum| self.backend.gram_values(sum)).transpose()?;
+        Ok(sum.map(|sum| (sum, shift)))
     }
-}
-
-/// `1 − Σ p²` over the probabilities that a row of logits gives.
-fn undecidedness(logits: &[f32]) -> f64 {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
-    let (mut sum, mut squares) = (0.0, 0.0);
-    for logit in logits {
-        let p = libm::exp(f64::from(logit - max));
-        sum += p;
-        squares += p * p;
-    }
-    (1.0 - squares / (sum * sum)).max(0.0)
 }
 
 /// Tokens of a sequence in pieces whose logits, of `vocabulary` entries each, take at most 32 MiB.

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, wide};
+use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, difference, mismatches, wide};
 use crate::backend::cuda::device::{Arguments, Buffer};
 use crate::error::Result;
 
@@ -15,6 +15,9 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     for (tokens, cols) in shapes {
         let shape = format!("{tokens}x{cols}");
         all.push(Check::new("gram", shape.clone(), FLOAT, move |lab| gram(lab, tokens, cols)));
+        all.push(Check::new("gram_add", shape.clone(), HALVES, move |lab| gram_of_halves(lab, tokens, cols)));
+        all.push(Check::new("squared_difference", shape.clone(), FLOAT, move |lab| squared_difference(lab, tokens, cols)));
+        all.push(Check::new("undecidedness", shape.clone(), FLOAT, move |lab| undecidedness(lab, tokens, cols)));
         all.push(Check::new("abs_max", shape.clone(), EXACT, move |lab| abs_max(lab, tokens, cols)));
         all.push(Check::new("histogram", shape, EXACT, move |lab| histogram(lab, tokens * cols)));
     }
@@ -26,6 +29,7 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     for (rows, cols, group) in [(5, 256, 128), (3, 320, 64), (6, 160, 32), (66, 192, 0), (2, 100, 0)] {
         let name = format!("{rows}x{cols}, group {group}");
         all.push(Check::new("gptq_block", name.clone(), EXACT, move |lab| gptq(lab, rows, cols, group, true)));
+        all.push(Check::new("gptq_descend", name.clone(), EXACT, move |lab| descend(lab, rows, cols, group)));
         all.push(Check::new("gptq_block", name + ", rounding only", EXACT, move |lab| gptq(lab, rows, cols, group, false)));
     }
     all
@@ -44,6 +48,120 @@ fn gram(lab: &Lab, tokens: usize, cols: usize) -> Result<f64> {
     }
     let found: Vec<f32> = out.download::<f64>(cols * cols)?.into_iter().map(|x| x as f32).collect();
     Ok(difference(&found, &expected))
+}
+
+/// The same by halves, whose products are made here.
+fn gram_of_halves(lab: &Lab, tokens: usize, cols: usize) -> Result<f64> {
+    let (x, before) = (lab.normal(80, tokens * cols), lab.normal(81, cols * cols));
+    let (input, sum) = (lab.put(&x)?, lab.put(&wide(&before))?);
+    let (high, low) = (lab.poisoned::<u16>(tokens * cols)?, lab.poisoned::<u16>(tokens * cols)?);
+    let arguments = Arguments::default().with(&input).with((tokens * cols) as u64).with(&high).with(&low);
+    lab.launch("split_halves", [2, 1, 1], 256, 0, arguments)?;
+    let floats = |buffer: &Buffer| -> Result<Vec<f64>> {
+        Ok(buffer.download::<u16>(tokens * cols)?.into_iter().map(|bits| bf16::from_bits(bits).to_f64()).collect())
+    };
+    let (high, low) = (floats(&high)?, floats(&low)?);
+    let product = |right: &[f64]| -> Vec<f32> {
+        let mut out = vec![0.0; cols * cols];
+        for (a, b) in high.chunks_exact(cols).zip(right.chunks_exact(cols)) {
+            for (row, a) in out.chunks_exact_mut(cols).zip(a) {
+                row.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+            }
+        }
+        out.into_iter().map(|x: f64| x as f32).collect()
+    };
+    let (own, cross) = (lab.put(&product(&high))?, lab.put(&product(&low))?);
+    let tiles = cols.div_ceil(32);
+    lab.launch("gram_add", [tiles, tiles, 1], 256, 0, Arguments::default().with(&own).with(&cross).with(cols).with(&sum))?;
+    let mut expected = wide(&before);
+    for x in x.chunks_exact(cols) {
+        for (row, a) in expected.chunks_exact_mut(cols).zip(x) {
+            row.iter_mut().zip(x).for_each(|(sum, b)| *sum += f64::from(*a) * f64::from(*b));
+        }
+    }
+    let found: Vec<f32> = sum.download::<f64>(cols * cols)?.into_iter().map(|x| x as f32).collect();
+    Ok(difference(&found, &expected))
+}
+
+fn squared_difference(lab: &Lab, rows: usize, cols: usize) -> Result<f64> {
+    let (a, b) = (lab.normal(90, rows * cols), lab.normal(91, rows * cols));
+    let (left, right, out) = (lab.put(&a)?, lab.put(&b)?, lab.poisoned::<f64>(2 * rows)?);
+    let arguments = Arguments::default().with(&left).with(&right).with(cols).with(&out);
+    lab.launch("squared_difference", [rows, 1, 1], 256, 0, arguments)?;
+    let row = |(a, b): (&[f32], &[f32])| {
+        let difference = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        [difference, a.iter().map(|a| f64::from(*a).powi(2)).sum()]
+    };
+    let expected: Vec<f64> = a.chunks_exact(cols).zip(b.chunks_exact(cols)).flat_map(row).collect();
+    let found: Vec<f32> = out.download::<f64>(2 * rows)?.into_iter().map(|x| x as f32).collect();
+    Ok(difference(&found, &expected))
+}
+
+fn undecidedness(lab: &Lab, rows: usize, cols: usize) -> Result<f64> {
+    let logits: Vec<f32> = lab.normal(92, rows * cols).iter().map(|x| 3.0 * x).collect();
+    let (input, out) = (lab.put(&logits)?, lab.poisoned::<f64>(rows)?);
+    lab.launch("undecidedness", [rows, 1, 1], 256, 0, Arguments::default().with(&input).with(cols).with(&out))?;
+    let expected: Vec<f64> = logits.chunks_exact(cols).map(crate::backend::cpu::norm::undecidedness).collect();
+    let found: Vec<f32> = out.download::<f64>(rows)?.into_iter().map(|x| x as f32).collect();
+    Ok(difference(&found, &expected))
+}
+
+/// Coordinate descent to its end, exactly, from codes that are off by up to two.
+fn descend(lab: &Lab, rows: usize, cols: usize, group: usize) -> Result<f64> {
+    const SWEEPS: usize = 3;
+    let (low, high) = if group > 0 { (-8.0_f32, 7.0_f32) } else { (-127.0, 127.0) };
+    let (w, h, damping) = (lab.normal(93, rows * cols), hessian(lab, cols), 2.5);
+    let groups = cols.checked_div(group).unwrap_or(1);
+    let scales: Vec<f32> = (0..rows * groups).map(|i| if i == 1 { 0.0 } else { 3.0 / high * (1.0 + 0.1 * (i % 4) as f32) }).collect();
+    let scale = |row: usize, c: usize| scales[row * groups + if group > 0 { c / group } else { 0 }];
+    let nearest = |i: usize| if scale(i / cols, i % cols) > 0.0 { w[i] / scale(i / cols, i % cols) + (i % 5) as f32 - 2.0 } else { 0.0 };
+    let before: Vec<i8> = (0..rows * cols).map(|i| nearest(i).round_ties_even().clamp(low, high) as i8).collect();
+    let (matrix, added, weights, own) = (lab.put(&h)?, lab.put(&[damping])?, lab.put(&w)?, lab.put(&scales)?);
+    let (damped, codes, slope) = (lab.poisoned::<f32>(cols * cols)?, lab.put(&before)?, lab.put(&vec![0.0_f32; rows * cols])?);
+    let (steps, changed) = (lab.poisoned::<f32>(rows * 128)?, lab.put(&[0])?);
+    let arguments = Arguments::default().with(&matrix).with(&added).with(cols).with(&damped);
+    lab.launch("gptq_damped", [cols.div_ceil(256), cols, 1], 256, 0, arguments)?;
+    let update = |first: usize, width: usize| {
+        let arguments = Arguments::default().with(&slope).with(&damped).with(&steps).with(rows).with(cols);
+        let arguments = arguments.with(first).with(width).with(0_usize);
+        lab.launch("gptq_update", [cols.div_ceil(64), rows.div_ceil(64), 1], 256, 0, arguments)
+    };
+    for sweep in 0..=SWEEPS {
+        for first in (0..cols).step_by(128) {
+            let width = 128.min(cols - first);
+            if sweep == 0 {
+                let arguments = Arguments::default().with(&weights).with(&codes).with(&own).with(rows).with(cols);
+                let arguments = arguments.with(first).with(width).with(group).with(&steps);
+                lab.launch("gptq_residual", [rows.div_ceil(4), 1, 1], 128, 0, arguments)?;
+            } else {
+                let arguments = Arguments::default().with(&slope).with(&damped).with(rows).with(cols).with(first).with(width);
+                let arguments = arguments.with(group).with(low).with(high).with(&own).with(&codes).with(&steps).with(&changed);
+                lab.launch("gptq_descend", [rows.div_ceil(4), 1, 1], 128, 0, arguments)?;
+            }
+            update(first, width)?;
+        }
+    }
+    let h: Vec<f32> = h.iter().enumerate().map(|(i, h)| (h + if i / cols == i % cols { damping } else { 0.0 }) as f32).collect();
+    let mut expected = before.clone();
+    for (row, codes) in expected.chunks_exact_mut(cols).enumerate() {
+        let mut slope = vec![0.0_f32; cols];
+        let mut add = |c: usize, step: f32| slope.iter_mut().zip(&h[c * cols..]).for_each(|(slope, h)| *slope += step * h);
+        for c in 0..cols {
+            add(c, w[row * cols + c] - f32::from(codes[c]) * scale(row, c));
+        }
+        for c in (0..SWEEPS).flat_map(|_| 0..cols) {
+            let scale = scale(row, c);
+            if scale <= 0.0 {
+                continue;
+            }
+            let best = (f32::from(codes[c]) + slope[c] / (scale * h[c * (cols + 1)])).round_ties_even().clamp(low, high);
+            let step = (best - f32::from(codes[c])) * scale;
+            codes[c] = best as i8;
+            slope.iter_mut().zip(&h[c * cols..]).for_each(|(slope, h)| *slope -= step * h);
+        }
+    }
+    let moved = f64::from(u8::from(expected == before));
+    Ok(moved + mismatches(&codes.download::<i8>(rows * cols)?, &expected) + mismatches(&changed.download::<i32>(1)?, &[1]))
 }
 
 fn abs_max(lab: &Lab, tokens: usize, cols: usize) -> Result<f64> {
@@ -190,7 +308,15 @@ fn gptq(lab: &Lab, rows: usize, cols: usize, group: usize, compensate: bool) -> 
         lab.launch("gptq_block", [rows.div_ceil(4), 1, 1], 128, 0, arguments)?;
         let behind = cols - first - width;
         if compensate {
-            let arguments = Arguments::default().with(&work).with(&shares).with(&errors).with(rows).with(cols).with(first).with(width);
+            let arguments = Arguments::default()
+                .with(&work)
+                .with(&shares)
+                .with(&errors)
+                .with(rows)
+                .with(cols)
+                .with(first)
+                .with(width)
+                .with(first + width);
             lab.launch("gptq_update", [behind.div_ceil(64), rows.div_ceil(64), 1], 256, 0, arguments)?;
         }
     }
