@@ -99,7 +99,7 @@ pub fn hessians<B: Backend>(
         block.mix(backend, h, sequences, None, Some(&tap))?;
     }
     let sums = sums.into_inner().into_iter().filter_map(|(name, sum)| Some((name, sum?)));
-    let values = |(name, sum)| {
+    let values = |(name, sum): (String, B::Gram)| {
         let values = backend.gram_values(sum)?;
         if values.iter().any(|value| !value.is_finite()) { Err(not_finite(spec, &name)) } else { Ok((name, values)) }
     };

@@ -35,8 +35,8 @@ pub struct Damping {
 pub type Solver<'a> = dyn Fn(&[f32], usize, usize, Scheme, &[f64]) -> Result<(QuantizedMatrix, Damping)> + Sync + 'a;
 
 /// GPTQ on the device of `backend` where that has kernels for it, otherwise here.
-pub fn solver<B: Backend>(backend: &B) -> impl Fn(&[f32], usize, usize, Scheme, &[f64]) -> Result<(QuantizedMatrix, Damping)> + Sync {
-    |weights, rows, cols, scheme, hessian| {
+pub fn solver<B: Backend>(backend: &B) -> Box<Solver<'_>> {
+    Box::new(|weights, rows, cols, scheme, hessian| {
         let diagonal: Vec<f64> = (0..cols).map(|c| hessian[c * (cols + 1)]).collect();
         let order = column_order(&diagonal, scheme.group(cols));
         let mean = diagonal.iter().sum::<f64>() / cols as f64;
@@ -49,7 +49,7 @@ pub fn solver<B: Backend>(backend: &B) -> impl Fn(&[f32], usize, usize, Scheme, 
             }
             None => quantize(weights, rows, cols, scheme, hessian),
         })
-    }
+    })
 }
 
 /// GPTQ on the CPU.

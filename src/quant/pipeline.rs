@@ -187,7 +187,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             source,
             state,
             transforms,
-            gptq: Box::new(gptq::solver(backend)),
+            gptq: gptq::solver(backend),
             kept: None,
         })
     }

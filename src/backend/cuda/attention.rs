@@ -118,14 +118,7 @@ impl KvCache {
 
 impl Cuda {
     /// Without a cache: each sequence sees its own keys behind those of the sequences that it continues.
-    pub(super) fn attend(
-        &self,
-        q: &CudaTensor,
-        k: &CudaTensor,
-        v: &CudaTensor,
-        shape: &AttentionShape,
-        sequences: &Sequences,
-    ) -> Result<CudaTensor> {
+    pub(super) fn attend(&self, [q, k, v]: [&CudaTensor; 3], shape: &AttentionShape, sequences: &Sequences) -> Result<CudaTensor> {
         let ranges: Vec<_> = sequences.ranges().collect();
         let (mut queries, mut segments) = (Vec::new(), Vec::new());
         for (index, range) in ranges.iter().enumerate() {
@@ -163,11 +156,10 @@ impl Cuda {
         Ok(out)
     }
 
+    /// With a cache: sequence i goes on from slot i.
     pub(super) fn attend_cached(
         &self,
-        q: &CudaTensor,
-        k: &CudaTensor,
-        v: &CudaTensor,
+        [q, k, v]: [&CudaTensor; 3],
         shape: &AttentionShape,
         sequences: &Sequences,
         cache: &mut KvCache,

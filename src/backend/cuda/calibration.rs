@@ -21,6 +21,12 @@ pub struct Gram {
     sum: Buffer,
 }
 
+impl Gram {
+    pub(super) fn values(&self) -> Result<Vec<f64>> {
+        self.sum.download(self.features * self.features)
+    }
+}
+
 impl Cuda {
     /// See [`crate::backend::Backend::add_gram`].
     pub(super) fn add_to_gram(&self, gram: &mut Option<Gram>, x: &CudaActivation) -> Result<()> {
@@ -69,10 +75,6 @@ impl Cuda {
         let arguments = Arguments::default().with(&own).with(&cross).with(n).with(&gram.sum);
         self.launch("gram_add", [n.div_ceil(32), n.div_ceil(32), 1], 256, 0, arguments)?;
         Ok(true)
-    }
-
-    pub(super) fn gram_to_host(&self, gram: &Gram) -> Result<Vec<f64>> {
-        gram.sum.download(gram.features * gram.features)
     }
 
     pub(super) fn magnitudes(&self, x: &CudaTensor) -> Result<Vec<f32>> {

@@ -324,8 +324,8 @@ impl Backend for Cuda {
         cache: Option<&mut attention::KvCache>,
     ) -> Result<CudaTensor> {
         match cache {
-            Some(cache) => self.attend_cached(q, k, v, shape, sequences, cache),
-            None => self.attend(q, k, v, shape, sequences),
+            Some(cache) => self.attend_cached([q, k, v], shape, sequences, cache),
+            None => self.attend([q, k, v], shape, sequences),
         }
     }
 
@@ -385,7 +385,7 @@ impl Backend for Cuda {
     }
 
     fn gram_values(&self, sum: calibration::Gram) -> Result<Vec<f64>> {
-        self.gram_to_host(&sum)
+        sum.values()
     }
 
     fn gptq(&self, task: &Gptq<'_>) -> Result<Option<GptqCodes>> {

@@ -113,7 +113,7 @@ fn descend(lab: &Lab, rows: usize, cols: usize, group: usize) -> Result<f64> {
     let (w, h, damping) = (lab.normal(93, rows * cols), hessian(lab, cols), 2.5);
     let groups = cols.checked_div(group).unwrap_or(1);
     let scales: Vec<f32> = (0..rows * groups).map(|i| if i == 1 { 0.0 } else { 3.0 / high * (1.0 + 0.1 * (i % 4) as f32) }).collect();
-    let scale = |row: usize, c: usize| scales[row * groups + if group > 0 { c / group } else { 0 }];
+    let scale = |row: usize, c: usize| scales[row * groups + c.checked_div(group).unwrap_or(0)];
     let nearest = |i: usize| if scale(i / cols, i % cols) > 0.0 { w[i] / scale(i / cols, i % cols) + (i % 5) as f32 - 2.0 } else { 0.0 };
     let before: Vec<i8> = (0..rows * cols).map(|i| nearest(i).round_ties_even().clamp(low, high) as i8).collect();
     let (matrix, added, weights, own) = (lab.put(&h)?, lab.put(&[damping])?, lab.put(&w)?, lab.put(&scales)?);
