@@ -74,6 +74,9 @@ fn start(home: &std::path::Path) -> Workbench {
     let text = "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[calibration]\nsequences = 256\nlength = 256\n\
         [[variant]]\nname = \"load\"\nrecipe = \"phase2\"\n";
     std::fs::write(&session, text).unwrap();
+    // The tour of the first start would lie over what is waited for.
+    std::fs::create_dir_all(home.join("data/strata")).unwrap();
+    std::fs::write(home.join("data/strata/welcomed"), "").unwrap();
     let size = PtySize { rows: ROWS, cols: COLUMNS, pixel_width: 0, pixel_height: 0 };
     let pty = native_pty_system().openpty(size).unwrap();
     let mut command = CommandBuilder::new(env!("CARGO_BIN_EXE_strata"));
@@ -123,7 +126,7 @@ fn key_to_frame(workbench: &mut Workbench) -> Vec<f64> {
 fn main() {
     let home = tempfile::tempdir().unwrap();
     let mut workbench = start(home.path());
-    workbench.sees("largest weight / rms");
+    workbench.sees("|w|");
     let busy = Arc::new(AtomicBool::new(true));
     for _ in 0..2 {
         let busy = Arc::clone(&busy);

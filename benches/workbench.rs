@@ -12,7 +12,10 @@ fn main() {
 const SIZES: [(u16, u16); 2] = [(80, 24), (160, 48)];
 
 fn press(bencher: Bencher, size: (u16, u16), keys: &'static [&'static str]) {
-    let mut workbench = Workbench::deep(size);
+    type_into(bencher, Workbench::deep(size), keys);
+}
+
+fn type_into(bencher: Bencher, mut workbench: Workbench, keys: &'static [&'static str]) {
     let mut turn = 0;
     bencher.bench_local(|| {
         workbench.press(keys[turn % keys.len()]);
@@ -49,4 +52,28 @@ fn edit_a_block(bencher: Bencher, size: (u16, u16)) {
 #[divan::bench(args = SIZES)]
 fn sort(bencher: Bencher, size: (u16, u16)) {
     press(bencher, size, &["o", "O", "K"]);
+}
+
+/// The format of one block changes where losses are known: the predicted divergence follows.
+#[divan::bench(args = SIZES)]
+fn edit_with_losses(bencher: Bencher, size: (u16, u16)) {
+    type_into(bencher, Workbench::measured(size), &["4", "j", "8", ">", "u"]);
+}
+
+/// The budget moves over the front: the plan of all blocks follows.
+#[divan::bench(args = SIZES)]
+fn move_the_budget(bencher: Bencher, size: (u16, u16)) {
+    let mut workbench = Workbench::measured(size);
+    workbench.press("a");
+    type_into(bencher, workbench, &["left", "left", "left", "right"]);
+}
+
+/// The front is opened: every plan worth having is found.
+#[divan::bench(args = SIZES)]
+fn open_the_front(bencher: Bencher, size: (u16, u16)) {
+    bencher.with_inputs(|| Workbench::measured(size)).bench_local_values(|mut workbench| {
+        workbench.press("a");
+        workbench.draw();
+        workbench
+    });
 }

@@ -5,6 +5,7 @@
 //! really add up is known from plans that were put together and measured; [`Correction`] is learned from them.
 
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -15,7 +16,7 @@ use super::sensitivity::{Loss, Sensitivities, UnitLosses};
 use crate::checkpoint::{Config, Layout};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, Format, Plan, Selector};
-use crate::quant::Override;
+use crate::quant::{AllocateSpec, Override};
 
 /// What a plan may take, or lose.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,6 +75,26 @@ impl Budget {
             Error::input(format!("the caches of {context} tokens alone do not fit on a {}", gpu.name))
                 .hint("give a shorter context or a larger GPU")
         })
+    }
+}
+
+/// A number of bytes with its unit: powers of 1000 (kB, MB, GB) or of 1024 (KiB, MiB, GiB).
+pub fn parse_bytes(text: &str) -> Result<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => f64::NAN,
+    };
+    match number.parse::<f64>() {
+        Ok(number) if (number * factor).is_finite() => Ok((number * factor) as u64),
+        _ => Err(Error::input(format!("`{text}` is not a size")).hint("write 6GiB, 900MB or a number of bytes")),
     }
 }
 
@@ -148,7 +169,22 @@ impl AllocateRequest {
             objective: Objective::Kld,
         }
     }
+
+    /// What a recipe's `[allocate]` asks for. `start` gives the bytes where it names no other budget, and the formats of
+    /// embedding and head; `pins` keep their formats.
+    pub fn of_recipe(spec: &AllocateSpec, pins: &[Override], config: &Config, layout: &Layout, start: &Plan) -> Result<Self> {
+        let budget = match (&spec.bits, &spec.gpu) {
+            (Some(bits), _) => Budget::Bits(*bits),
+            (None, Some(name)) => Budget::fitting(config, &Gpu::find(name)?, spec.context.unwrap_or(CONTEXT))?,
+            (None, None) => Budget::LinearBytes(layout.linear_bytes(start)),
+        };
+        let ends = Plan { embedding: start.embedding, head: start.head, ..Plan::unquantized(layout.blocks.len()) };
+        Ok(Self { formats: Some(spec.formats.clone()), activations: Activations::Any, pins: pins.to_vec(), ..Self::new(ends, budget) })
+    }
 }
+
+/// Tokens that have to fit beside the weights unless a recipe says how many.
+const CONTEXT: usize = 8192;
 
 /// Maps the sum of losses to the divergence that such plans were measured to have: `measured = scale · predictedᵖ`, fitted
 /// to the checks by least squares of logarithms. It is monotone, so it moves no plan, only what plans are said to lose.
@@ -180,6 +216,17 @@ impl Correction {
         let covariance: f64 = points.iter().map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
         let power = if variance > 0.0 && covariance > 0.0 { covariance / variance } else { 1.0 };
         Some(Self { scale: (mean_y - power * mean_x).exp(), power })
+    }
+
+    /// The least and the most that plans which were put together and measured lost, as multiples of what they were expected
+    /// to (with `correction`, where one was learned).
+    pub fn spread(losses: &Sensitivities, correction: Option<Self>) -> Option<[f64; 2]> {
+        let expected = |predicted| correction.map_or(predicted, |correction: Self| correction.apply(predicted));
+        let ratios = losses.checks.iter().map(|check| check.measured / expected(check.predicted)).filter(|ratio| ratio.is_finite());
+        ratios.fold(None, |range: Option<[f64; 2]>, ratio| {
+            let [low, high] = range.unwrap_or([ratio, ratio]);
+            Some([low.min(ratio), high.max(ratio)])
+        })
     }
 
     /// What a plan with this sum of losses is expected to lose.
@@ -286,7 +333,7 @@ pub struct Solution<'a> {
     objective: Objective,
     cost: Cost,
     items: Vec<Item<'a>>,
-    front: Front,
+    front: Arc<Front>,
     correction: Option<Correction>,
 }
 
@@ -294,20 +341,23 @@ impl<'a> Solution<'a> {
     /// Solves for every budget; that of `request` is not looked at.
     pub fn new(losses: &'a Sensitivities, layout: &'a Layout, request: &AllocateRequest) -> Result<Self> {
         let items = items(losses, layout, request)?;
-        let loss = |loss: Loss| match request.objective {
-            Objective::Kld => loss.kld,
-            Objective::OutputError => loss.output_error,
-        };
-        let choices: Vec<Vec<Choice>> = items
-            .iter()
-            .map(|item| {
-                let choice =
-                    |format: &Format| item.sum(*format).map(|sum| Choice { cost: item.cost(*format, &request.cost), loss: loss(sum) });
-                item.formats.iter().filter_map(choice).collect()
-            })
-            .collect();
-        let front = Front::solve(&choices).ok_or_else(|| Error::input("a part of the model may take no format"))?;
-        Ok(Self {
+        let front = Arc::new(solve(&items, request)?);
+        Ok(Self::of(losses, layout, request, items, front))
+    }
+
+    /// The solution whose front was found before, from the same losses and a request that differs in its budget at most:
+    /// for those who keep the front and borrow the rest when they ask for a plan.
+    pub fn with_front(losses: &'a Sensitivities, layout: &'a Layout, request: &AllocateRequest, front: Arc<Front>) -> Result<Self> {
+        Ok(Self::of(losses, layout, request, items(losses, layout, request)?, front))
+    }
+
+    /// The front, to be kept.
+    pub fn shared_front(&self) -> Arc<Front> {
+        Arc::clone(&self.front)
+    }
+
+    fn of(losses: &Sensitivities, layout: &'a Layout, request: &AllocateRequest, items: Vec<Item<'a>>, front: Arc<Front>) -> Self {
+        Self {
             layout,
             base: request.base.clone(),
             ends_kld: losses.ends_kld,
@@ -316,7 +366,7 @@ impl<'a> Solution<'a> {
             items,
             front,
             correction: Correction::learn(losses),
-        })
+        }
     }
 
     /// What was learned from measured plans, if predictions were off.
@@ -420,6 +470,21 @@ impl<'a> Solution<'a> {
         }
     }
 
+    /// What the units take in `plan`, whatever it came from, and the exchanges beside that; units whose linears differ in
+    /// format, or have one that the request does not allow, are left out.
+    pub fn choices(&self, plan: &Plan) -> Vec<UnitChoice> {
+        let option = |item: &Item<'_>| {
+            let format = super::sensitivity::unit_format(plan, self.layout, item.units.first()?)?;
+            item.formats.iter().position(|other| *other == format)
+        };
+        self.items.iter().filter_map(|item| Some(explain(item, option(item)?, &self.cost))).flatten().collect()
+    }
+
+    /// Nats that a further megabyte (or microsecond a token, where that is the cost) is worth at `cost` bytes (or picoseconds).
+    pub fn price(&self, cost: u64) -> f64 {
+        if matches!(self.cost, Cost::Bytes) { 1e6 * self.front.price(cost) } else { TICKS / 1e6 * self.front.price(cost) }
+    }
+
     /// The plan at `index` of the front.
     pub fn at(&self, index: usize) -> Allocation {
         let options = self.front.options(index);
@@ -440,7 +505,7 @@ impl<'a> Solution<'a> {
             predicted_kld: predicted,
             corrected_kld: self.corrected(predicted),
             gap: if self.objective == Objective::Kld { self.front.gap(index, cost) } else { 0.0 },
-            price: if matches!(self.cost, Cost::Bytes) { 1e6 } else { TICKS / 1e6 } * self.front.price(cost),
+            price: self.price(cost),
             seconds: matches!(self.cost, Cost::Time(_)).then(|| self.fixed_seconds() + cost as f64 / TICKS),
             units: choices,
         }
@@ -514,6 +579,20 @@ fn items<'a>(losses: &'a Sensitivities, layout: &Layout, request: &AllocateReque
         item.formats = formats;
     }
     Ok(items)
+}
+
+/// The front of all selections of a format an item.
+fn solve(items: &[Item<'_>], request: &AllocateRequest) -> Result<Front> {
+    let loss = |loss: Loss| match request.objective {
+        Objective::Kld => loss.kld,
+        Objective::OutputError => loss.output_error,
+    };
+    let options = |item: &Item<'_>| {
+        let choice = |format: &Format| item.sum(*format).map(|sum| Choice { cost: item.cost(*format, &request.cost), loss: loss(sum) });
+        item.formats.iter().filter_map(choice).collect()
+    };
+    let choices: Vec<Vec<Choice>> = items.iter().map(options).collect();
+    Front::solve(&choices).ok_or_else(|| Error::input("a part of the model may take no format"))
 }
 
 fn selects(selector: &Selector, unit: &UnitLosses, layout: &Layout) -> bool {
@@ -712,5 +791,15 @@ mod tests {
         assert!(found.corrected_kld <= 2e-4 && found.corrected_kld > 1e-4, "{}", found.corrected_kld);
         losses.checks.truncate(2);
         assert_eq!(Correction::learn(&losses), None);
+    }
+
+    #[test]
+    fn sizes_have_units_of_1000_and_1024() {
+        for (text, bytes) in [("6GiB", 6 << 30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2kib", 2048)] {
+            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
+        }
+        for wrong in ["", "six", "6 parsecs", "1.2.3GB"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
     }
 }

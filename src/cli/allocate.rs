@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
-use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Cost, Solution};
+use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Cost, Solution, parse_bytes};
 use strata::analysis::predict::{ANSWER_TOKENS, PROMPT_TOKENS};
 use strata::analysis::sensitivity::{Request, Sensitivities, SensitivitySpec, donors_directory, load};
 use strata::analysis::{AnswerTime, Footprint, Gpu};
@@ -112,26 +112,6 @@ impl BudgetOptions {
             (_, _, _, _, Some(name)) if !timed => Some(Budget::fitting(config, &Gpu::find(name)?, context)?),
             _ => self.latency.map(|ms| Budget::Seconds(1e-3 * ms)),
         })
-    }
-}
-
-/// A number of bytes with its unit: powers of 1000 (kB, MB, GB) or of 1024 (KiB, MiB, GiB).
-fn parse_bytes(text: &str) -> Result<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "kb" => 1e3,
-        "mb" => 1e6,
-        "gb" => 1e9,
-        "kib" => 1024.0,
-        "mib" => 1024.0 * 1024.0,
-        "gib" => 1024.0 * 1024.0 * 1024.0,
-        _ => f64::NAN,
-    };
-    match number.parse::<f64>() {
-        Ok(number) if (number * factor).is_finite() => Ok((number * factor) as u64),
-        _ => Err(Error::input(format!("`{text}` is not a size")).hint("write 6GiB, 900MB or a number of bytes")),
     }
 }
 
@@ -265,7 +245,7 @@ impl Allocate {
             let selector = format!("name:{stem}").parse().map_err(Error::run)?;
             overrides.push(Override { selector, format: *format });
         }
-        session.variants.push(VariantSpec { name: "allocated".into(), recipe: self.measured.recipe().into(), overrides });
+        session.variants.push(VariantSpec { overrides, ..VariantSpec::new("allocated", self.measured.recipe()) });
         session.save(path)
     }
 
@@ -349,19 +329,4 @@ fn front(solution: &Solution<'_>, losses: &Sensitivities, common: &Common) -> Re
     let timed = front.iter().any(|point| point.seconds.is_some());
     let budgets = if timed { "--latency or --kld" } else { "--bits, --size, --linears, --kld or --gpu" };
     output::line(&format!("{} plans in all; {budgets} picks one, --json lists them", front.len()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_bytes;
-
-    #[test]
-    fn sizes_have_units_of_1000_and_1024() {
-        for (text, bytes) in [("6GiB", 6 << 30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2kib", 2048)] {
-            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
-        }
-        for wrong in ["", "six", "6 parsecs", "1.2.3GB"] {
-            assert!(parse_bytes(wrong).is_err(), "{wrong}");
-        }
-    }
 }

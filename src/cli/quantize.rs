@@ -99,7 +99,7 @@ impl Quantize {
             }
         } else {
             let name = Recipe::find(&self.recipe)?.name;
-            (VariantSpec { name, recipe: self.recipe.clone(), overrides: Vec::new() }, SampleSpec::default(), EvaluationFiles::default())
+            (VariantSpec::new(name, self.recipe.clone()), SampleSpec::default(), EvaluationFiles::default())
         };
         for rule in &self.overrides {
             variant.overrides.push(parse_override(rule)?);

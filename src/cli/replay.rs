@@ -60,6 +60,7 @@ impl Replay {
             output,
             skip_evaluation: self.no_eval,
             host_memory: common.host_memory,
+            ..ReplayOptions::default()
         };
         headless(&session, Some(path), options, common)
     }

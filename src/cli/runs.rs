@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use strata::error::{Error, Result};
+use strata::session::paths;
 use strata::session::report::Table;
 use strata::session::runs::{self, Run, State, Status};
 
@@ -31,6 +32,13 @@ enum Action {
     Cancel { run: String },
     /// Forget a run that is over. Its variants and results stay.
     Remove { run: String },
+    /// Forget the oldest runs that are over; one that failed stays until it was listed or followed. New runs do it by
+    /// themselves.
+    Prune {
+        /// Runs that are over and stay.
+        #[arg(long, default_value_t = runs::KEPT)]
+        keep: usize,
+    },
 }
 
 impl Runs {
@@ -40,6 +48,10 @@ impl Runs {
             Some(Action::Follow { run }) => follow(&runs::find(run)?, common),
             Some(Action::Cancel { run }) => cancel(&runs::find(run)?),
             Some(Action::Remove { run }) => runs::find(run)?.remove(),
+            Some(Action::Prune { keep }) => {
+                let gone = Run::prune(&paths::runs_directory(), *keep);
+                output::line(&format!("{} removed", if gone.len() == 1 { "1 run".into() } else { format!("{} runs", gone.len()) }))
+            }
         }
     }
 }
@@ -57,6 +69,10 @@ fn list(common: &Common) -> Result<()> {
         table.push(row(status));
     }
     output::table(&table)?;
+    // The table says how each ended.
+    for status in runs.iter().filter(|status| status.state.is_over()) {
+        runs::find(&status.id)?.mark_seen();
+    }
     if runs.iter().any(|status| status.state.can_resume()) {
         output::line("")?;
         output::line("strata replay --resume RUN goes on with one that is interrupted, cancelled or failed")?;
@@ -110,6 +126,7 @@ fn follow(run: &Run, common: &Common) -> Result<()> {
         }
         printed = whole;
         if status.state.is_over() && !(status.state == State::Interrupted && run.is_handed_over()) {
+            run.mark_seen();
             break status;
         }
         let progress = &status.progress;

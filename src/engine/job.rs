@@ -186,7 +186,9 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
     }
     let mut folder = job.donors;
     if let Some(allocate) = &job.allocate {
-        plan = measure::find_plan(backend, &checkpoint, (&steps, &plan, &job.sample), allocate, monitor)?;
+        let (found, losses) = measure::find_plan(backend, &checkpoint, (&steps, &plan, &job.sample), allocate, monitor)?;
+        plan = found;
+        send(Event::Sensitivities { id, sensitivities: Box::new(losses) });
         folder = Some(donors_directory(&allocate.store));
     }
     let sample = Sample::load(&checkpoint, &job.sample)?;

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use super::{Event, JobId};
-use crate::analysis::Gpu;
-use crate::analysis::allocate::{self, Activations, AllocateRequest, Budget};
-use crate::analysis::sensitivity::{self, SensitivitySpec};
+use crate::analysis::allocate::{self, AllocateRequest};
+use crate::analysis::sensitivity::{self, Sensitivities, SensitivitySpec};
 use crate::analysis::study::{self, StudyRequest};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, DEMO_HELDOUT};
@@ -28,48 +27,43 @@ pub struct AllocateJob {
 impl AllocateJob {
     /// What `recipe` leaves to measurement; `None` where it gives the formats itself.
     pub fn new(recipe: &Recipe, overrides: &[Override], store: PathBuf) -> Option<Self> {
-        let pins = overrides.iter().filter(|rule| !matches!(rule.selector, Selector::Embedding | Selector::Head)).cloned().collect();
-        recipe.allocate.clone().map(|spec| Self { spec, pins, store })
+        recipe.allocate.clone().map(|spec| Self { spec, pins: Self::pins(overrides), store })
+    }
+
+    /// The overrides that are pins: those of blocks and linears.
+    pub fn pins(overrides: &[Override]) -> Vec<Override> {
+        overrides.iter().filter(|rule| !matches!(rule.selector, Selector::Embedding | Selector::Head)).cloned().collect()
+    }
+
+    /// The formats whose losses it needs.
+    pub fn formats(&self) -> Vec<Format> {
+        self.spec.formats.iter().chain(self.pins.iter().map(|pin| &pin.format)).copied().collect()
     }
 }
 
-/// Tokens that have to fit beside the weights unless the recipe says how many.
-const CONTEXT: usize = 8192;
-
-/// The plan of least predicted loss within the budget of `allocate`, measured first where it is not yet; `start` gives
-/// the bytes where there is no other budget, and the formats of embedding and head.
+/// The plan of least predicted loss within the budget of `allocate`, and the losses that it was found by, measured first
+/// where they are not yet; `start` gives the bytes where there is no other budget, and the formats of embedding and head.
 pub(super) fn find_plan<B: Backend>(
     backend: &B,
     checkpoint: &Checkpoint,
     (steps, start, sample): (&Steps, &Plan, &SampleSpec),
     allocate: &AllocateJob,
     monitor: &Monitor,
-) -> Result<Plan> {
-    let formats = allocate.spec.formats.iter().chain(allocate.pins.iter().map(|pin| &pin.format)).copied().collect();
-    let spec = SensitivitySpec { formats, ..SensitivitySpec::new(steps.clone(), start, sample.clone()) };
+) -> Result<(Plan, Sensitivities)> {
+    let spec = SensitivitySpec { formats: allocate.formats(), ..SensitivitySpec::new(steps.clone(), start, sample.clone()) };
     let request = sensitivity::Request::new(checkpoint, &spec, allocate.store.clone())?;
     let losses = sensitivity::measure(backend, &request, false, monitor)?;
-    let budget = match (&allocate.spec.bits, &allocate.spec.gpu) {
-        (Some(bits), _) => Budget::Bits(*bits),
-        (None, Some(name)) => Budget::fitting(&checkpoint.config, &Gpu::find(name)?, allocate.spec.context.unwrap_or(CONTEXT))?,
-        (None, None) => Budget::LinearBytes(checkpoint.layout.linear_bytes(start)),
-    };
     let found = allocate::allocate(
         &losses,
         &checkpoint.layout,
-        &AllocateRequest {
-            formats: Some(allocate.spec.formats.clone()),
-            activations: Activations::Any,
-            pins: allocate.pins.clone(),
-            ..AllocateRequest::new(request.ends_plan(), budget)
-        },
+        &AllocateRequest::of_recipe(&allocate.spec, &allocate.pins, &checkpoint.config, &checkpoint.layout, start)?,
     )?;
     monitor.log(format!("plan found: {:.3} bits a weight, predicted KLD {:.2e}", found.bits_per_weight, found.corrected_kld));
-    Ok(found.plan)
+    Ok((found.plan, losses))
 }
 
 /// Measure what each part of a model loses.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SensitivityJob {
     pub model: String,
     pub spec: SensitivitySpec,
@@ -77,6 +71,17 @@ pub struct SensitivityJob {
     pub store: PathBuf,
     /// Forget what was measured before.
     pub fresh: bool,
+}
+
+impl SensitivityJob {
+    /// The losses that a plan made by `steps` is predicted from, in all candidate formats, or in those that `allocate` needs.
+    pub fn new(model: String, steps: Steps, plan: &Plan, sample: SampleSpec, allocate: Option<&AllocateJob>, store: PathBuf) -> Self {
+        let mut spec = SensitivitySpec::new(steps, plan, sample);
+        if let Some(allocate) = allocate {
+            spec.formats = allocate.formats();
+        }
+        Self { model, spec, store, fresh: false }
+    }
 }
 
 /// Compare allocated plans with others on text that nothing was chosen on.

@@ -28,6 +28,8 @@ pub struct Progress {
     pub paused: bool,
     /// Relative output error of each block quantized so far.
     pub errors: Vec<f64>,
+    /// The largest loss measured so far in each block, in nats a token.
+    pub losses: Vec<f64>,
     /// Mean divergence from the reference after each text window, of the model that is evaluated.
     pub divergence: Vec<f64>,
     /// Models of this evaluation that are finished.
@@ -125,7 +127,13 @@ impl Progress {
                 self.paused = *paused;
                 self.pace.since = now;
             }
-            Report::Measured { .. } | Report::Log(_) | Report::Warning(_) => {}
+            Report::Measured { index, kld, .. } => {
+                if self.losses.len() <= *index {
+                    self.losses.resize(index + 1, 0.0);
+                }
+                self.losses[*index] = self.losses[*index].max(*kld);
+            }
+            Report::Log(_) | Report::Warning(_) => {}
         }
     }
 
@@ -186,6 +194,7 @@ impl Progress {
             remaining_seconds: self.remaining(now).map(|left| left.as_secs()),
             step_seconds: self.step_seconds,
             errors: self.errors.clone(),
+            losses: self.losses.clone(),
             divergence: self.divergence.clone(),
         }
     }
@@ -205,12 +214,14 @@ pub struct Snapshot {
     pub remaining_seconds: Option<u64>,
     pub step_seconds: Option<f64>,
     pub errors: Vec<f64>,
+    pub losses: Vec<f64>,
     pub divergence: Vec<f64>,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Format;
 
     fn at(seconds: f64) -> Duration {
         Duration::from_secs_f64(seconds)
@@ -270,6 +281,15 @@ mod tests {
         }
         let left = progress.remaining(at(now)).unwrap().as_secs_f64();
         assert!((5.0..8.0).contains(&left), "ten steps of half a second are left, and {left} s are said");
+    }
+
+    #[test]
+    fn the_largest_loss_of_each_block_is_kept() {
+        let mut progress = two_stages();
+        for (index, kld) in [(2, 1e-5), (0, 3e-6), (2, 4e-6)] {
+            progress.report(&Report::Measured { index, unit: "2.in_proj".into(), format: Format::W4A8, kld }, at(1.0));
+        }
+        assert_eq!(progress.snapshot(at(1.0)).losses, [3e-6, 0.0, 1e-5]);
     }
 
     #[test]

@@ -135,7 +135,8 @@ pub enum Selector {
 }
 
 impl Selector {
-    fn meets(&self, index: usize, block_kind: BlockKind) -> bool {
+    /// Whether it names the block of this number and kind as a whole.
+    pub fn meets(&self, index: usize, block_kind: BlockKind) -> bool {
         match self {
             Self::Kind(kind) => *kind == block_kind,
             Self::Blocks(first, last) => (*first..=*last).contains(&index),

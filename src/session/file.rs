@@ -57,20 +57,36 @@ impl ModelSpec {
 }
 
 /// One variant: a recipe with changes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VariantSpec {
     pub name: String,
     /// A built-in recipe's name or a recipe file.
     pub recipe: String,
+    /// Stored bits a weight of the blocks' linears, in place of the budget of the recipe's `[allocate]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<f64>,
     #[serde(default, rename = "override", skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<Override>,
 }
 
 impl VariantSpec {
-    /// The variant's recipe and its plan for a model of this layout.
+    /// A recipe as it is.
+    pub fn new(name: impl Into<String>, recipe: impl Into<String>) -> Self {
+        Self { name: name.into(), recipe: recipe.into(), bits: None, overrides: Vec::new() }
+    }
+
+    /// The variant's recipe with its budget, and its plan for a model of this layout.
     pub fn plan(&self, layout: &Layout) -> Result<(Recipe, Plan)> {
-        let recipe = Recipe::find(&self.recipe)?;
+        let mut recipe = Recipe::find(&self.recipe)?;
+        match (self.bits, &mut recipe.allocate) {
+            (Some(bits), Some(allocate)) => (allocate.bits, allocate.gpu, allocate.context) = (Some(bits), None, None),
+            (Some(_), None) => {
+                return Err(Error::input(format!("variant `{}` has a budget, and its recipe gives the formats itself", self.name))
+                    .hint("remove `bits`, or take a recipe with [allocate], such as phase3-allocated"));
+            }
+            (None, _) => {}
+        }
         let plan = recipe.plan(layout, &self.overrides).map_err(|error| error.context(format!("variant `{}`", self.name)))?;
         Ok((recipe, plan))
     }
@@ -309,9 +325,9 @@ mod tests {
     fn saving_keeps_comments_and_reads_back_the_same() {
         let mut session = Session::parse(TEXT, "test").unwrap();
         session.variants.push(VariantSpec {
-            name: "b".into(),
-            recipe: "phase2".into(),
+            bits: Some(4.5),
             overrides: vec![Override { selector: "block:0".parse().unwrap(), format: "w8a8".parse().unwrap() }],
+            ..VariantSpec::new("b", "phase3-allocated")
         });
         let text = session.to_toml(Some(TEXT)).unwrap();
         for comment in ["# my session", "# embedded", "# quick"] {
@@ -331,6 +347,16 @@ mod tests {
         assert!(error.hint.unwrap().contains("newer"));
         let error = Session::parse(&TEXT.replace("piqa", "pika"), "s.toml").unwrap_err();
         assert!(error.message.contains("unknown task `pika`"), "{error}");
+    }
+
+    #[test]
+    fn a_variants_budget_takes_the_place_of_its_recipes_and_needs_one_there() {
+        let layout = crate::checkpoint::open("demo").unwrap().layout;
+        let variant = VariantSpec { bits: Some(4.5), ..VariantSpec::new("a", "fit-24gb") };
+        let allocate = variant.plan(&layout).unwrap().0.allocate.unwrap();
+        assert_eq!((allocate.bits, allocate.gpu, allocate.context), (Some(4.5), None, None));
+        let error = VariantSpec { recipe: "phase3".into(), ..variant }.plan(&layout).unwrap_err();
+        assert!(error.message.contains("variant `a` has a budget"), "{error}");
     }
 
     #[test]

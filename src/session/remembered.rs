@@ -1,6 +1,7 @@
 //! [`Remembered`]: what the workbench keeps from one start to the next beside sessions: recent files, and how the screen
 //! looked.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -26,6 +27,9 @@ pub struct Remembered {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sort: Option<String>,
     pub hide_differences: bool,
+    /// Name of the variant that was edited, by the session's file, or by the model where there is none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub variants: BTreeMap<String, String>,
     /// Theme that was chosen while running.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub theme: Option<String>,
@@ -46,6 +50,19 @@ impl Remembered {
         crate::files::write_atomically(path, text.as_bytes())
     }
 
+    /// The variant that was edited last in the session of this file, or without a file on this model.
+    pub fn edited(&self, path: Option<&Path>, model: &str) -> Option<&str> {
+        self.variants.get(&key(path, model)).map(String::as_str)
+    }
+
+    /// Takes note of the variant that is edited. What is known of files that are no longer recent is forgotten.
+    pub fn edits(&mut self, path: Option<&Path>, model: &str, variant: &str) {
+        let own = key(path, model);
+        let recent: Vec<String> = self.recent.iter().map(|path| key(Some(path), model)).collect();
+        self.variants.retain(|other, _| recent.contains(other) || !Path::new(other).is_absolute());
+        self.variants.insert(own, variant.to_owned());
+    }
+
     /// Takes note that the session file `path` was opened or saved.
     pub fn used(&mut self, path: &Path) {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
@@ -53,6 +70,10 @@ impl Remembered {
         self.recent.insert(0, path);
         self.recent.truncate(RECENT);
     }
+}
+
+fn key(path: Option<&Path>, model: &str) -> String {
+    path.map_or_else(|| model.to_owned(), |path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string())
 }
 
 #[cfg(test)]
@@ -69,8 +90,14 @@ mod tests {
             remembered.used(Path::new(name));
         }
         assert_eq!(remembered.recent, [Path::new("/a.toml"), Path::new("/b.toml")]);
+        for (file, variant) in [(Some("/b.toml"), "mixed"), (Some("/gone.toml"), "lost"), (None, "phase2")] {
+            remembered.edits(file.map(Path::new), "demo", variant);
+        }
         remembered.write(&path).unwrap();
         assert_eq!(Remembered::read(&path), remembered);
+        let edited = |file: Option<&str>| Remembered::read(&path).edited(file.map(Path::new), "demo").map(str::to_owned);
+        assert_eq!(edited(Some("/b.toml")).as_deref(), Some("mixed"));
+        assert_eq!((edited(None).as_deref(), edited(Some("/gone.toml"))), (Some("phase2"), None));
         fs::write(&path, "zoom = 3").unwrap();
         assert_eq!(Remembered::read(&path), Remembered::default());
     }

@@ -9,7 +9,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::file::{Session, VariantSpec};
 use super::paths;
 use crate::checkpoint::{self, StorageLayout};
-use crate::engine::{AllocateJob, Engine, Event, Job, QuantizeJob};
+use crate::engine::{AllocateJob, Engine, Event, Job, QuantizeJob, SensitivityJob};
 use crate::error::{Error, Result};
 use crate::eval::run::{Evaluated, ModelToEvaluate};
 use crate::monitor::CancelToken;
@@ -25,6 +25,9 @@ pub struct ReplayOptions {
     pub output: Option<PathBuf>,
     /// Quantize only.
     pub skip_evaluation: bool,
+    /// Only measure what the parts of the model lose under the steps of each variant.
+    #[serde(default)]
+    pub measure: bool,
     /// Bytes of memory that evaluation may take; `None` for what is free.
     pub host_memory: Option<u64>,
 }
@@ -44,6 +47,14 @@ impl Replay<'_> {
     /// the unquantized one first.
     pub fn run(&self, engine: &Engine, events: &mut UnboundedReceiver<Event>, watch: &mut dyn FnMut(&Event)) -> Result<Vec<Evaluated>> {
         let variants = self.variants()?;
+        if self.options.measure {
+            for variant in variants {
+                self.cancel.check()?;
+                engine.submit(Job::Sensitivity(Box::new(self.sensitivity_job(variant)?)))?;
+                finish(events, watch)?;
+            }
+            return Ok(Vec::new());
+        }
         let mut models = Vec::new();
         for variant in variants {
             self.cancel.check()?;
@@ -94,6 +105,13 @@ impl Replay<'_> {
                 Err(Error::input(format!("the session has no variant `{name}`")).hint(format!("its variants are {names}")))
             }
         }
+    }
+
+    fn sensitivity_job(&self, variant: &VariantSpec) -> Result<SensitivityJob> {
+        let (model, store) = (self.session.model.name(), paths::data_directory());
+        let (recipe, plan) = variant.plan(&checkpoint::open(&model)?.layout)?;
+        let allocate = AllocateJob::new(&recipe, &variant.overrides, store.clone());
+        Ok(SensitivityJob::new(model, recipe.steps(), &plan, self.session.calibration.clone(), allocate.as_ref(), store))
     }
 
     fn quantize_job(&self, variant: &VariantSpec) -> Result<QuantizeJob> {

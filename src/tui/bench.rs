@@ -1,5 +1,7 @@
 //! A workbench in memory, for the benchmarks: no terminal, no engine, no weights.
 
+use std::path::PathBuf;
+
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 
@@ -10,7 +12,12 @@ use super::state::State;
 use super::theme::Theme;
 use super::update::update;
 use super::view;
+use crate::analysis::sensitivity::{
+    CANDIDATES, Check, Granularity, Identity, Loss, SENSITIVITY_SCHEMA, Sensitivities, Unit, UnitLosses, units,
+};
 use crate::checkpoint::Config;
+use crate::engine::{Event, JobId};
+use crate::format::Format;
 use crate::session::Session;
 
 /// The workbench and the screen that it is drawn on.
@@ -37,6 +44,14 @@ impl Workbench {
         Self { state, terminal: Terminal::new(TestBackend::new(size.0, size.1)).unwrap() }
     }
 
+    /// The same, with losses measured for every part.
+    pub fn measured(size: (u16, u16)) -> Self {
+        let mut workbench = Self::deep(size);
+        let sensitivities = Box::new(losses(&workbench.state.document));
+        drop(update(&mut workbench.state, Msg::Engine(Event::Sensitivities { id: JobId(0), sensitivities })));
+        workbench
+    }
+
     /// Types a key.
     pub fn press(&mut self, key: &str) {
         if let Some(event) = keys::event(key) {
@@ -48,6 +63,52 @@ impl Workbench {
     #[allow(clippy::unwrap_used, reason = "a screen in memory cannot fail")]
     pub fn draw(&mut self) {
         self.terminal.draw(|frame| view::draw(frame, &self.state)).unwrap();
+    }
+}
+
+/// Losses for the variant being edited, as if they had been measured: they fall fourfold with each bit and rise towards the
+/// last block; int8 activations add a little.
+pub(super) fn losses(document: &Document) -> Sensitivities {
+    let (layout, draft) = (&document.layout, document.draft());
+    let steps = draft.recipe.steps().without_smoothing();
+    let identity = Identity {
+        schema: SENSITIVITY_SCHEMA.into(),
+        tool: String::new(),
+        source: String::new(),
+        method: steps.method.name().into(),
+        internals: steps.internals(),
+        transforms: steps.transforms,
+        embedding: draft.plan.embedding,
+        head: draft.plan.head,
+        by: Granularity::Linear,
+        calibration: String::new(),
+        measured: String::new(),
+        positions: 256,
+    };
+    let loss = |unit: &Unit, format: Format| {
+        let sensitivity = 1.5_f64.powi(unit.block as i32) * unit.linears.len() as f64;
+        let kld =
+            sensitivity * (2e-4 * 0.25_f64.powf(f64::from(format.weight_bits())) + if format.quantizes_activations() { 1e-8 } else { 0.0 });
+        Loss { format, bytes: unit.bytes(layout, format), output_error: kld, kld, stderr: kld / 10.0, measured: format.weight_bits() < 8 }
+    };
+    let units = units(layout, Granularity::Linear).into_iter().map(|unit| UnitLosses {
+        kind: layout.blocks[unit.block].kind,
+        weights: unit.weights(layout),
+        losses: CANDIDATES.map(|format| loss(&unit, format)).to_vec(),
+        block: unit.block,
+        name: unit.name,
+        linears: unit.linears,
+    });
+    let check = |ratio: f64| Check { plan: draft.plan.clone(), predicted: 1e-5, measured: ratio * 1e-5, stderr: 1e-7 };
+    Sensitivities {
+        schema: SENSITIVITY_SCHEMA.into(),
+        model: "demo".into(),
+        identity,
+        tokens: 8192,
+        units: units.collect(),
+        ends_kld: 1e-6,
+        checks: vec![check(0.98), check(1.03)],
+        donors: PathBuf::new(),
     }
 }
 

@@ -27,6 +27,10 @@ pub fn since_saved(document: &Document) -> Result<Vec<(Role, String)>> {
         if spec.recipe != draft.recipe_name {
             changed.insert(0, (Role::Text, format!("    recipe {} → {}", spec.recipe, draft.recipe_name)));
         }
+        if spec.bits != draft.bits {
+            let bits = |bits: Option<f64>| bits.map_or_else(|| "the recipe's".to_owned(), |bits| format!("{bits} bits"));
+            changed.insert(0, (Role::Text, format!("    budget {} → {}", bits(spec.bits), bits(draft.bits))));
+        }
         if !changed.is_empty() {
             lines.push((Role::Strong, format!("  {}", draft.name)));
             lines.extend(changed);

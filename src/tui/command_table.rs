@@ -1,6 +1,6 @@
 //! Every command of the workbench, in the order of the help.
 
-use super::actions::{files, formats, jobs, looks, navigate, plan, playground, results, screen, select, variants};
+use super::actions::{allocate, files, formats, jobs, looks, navigate, plan, playground, results, screen, select, variants};
 use super::commands::Command;
 use super::state::{Pane, State};
 
@@ -20,7 +20,7 @@ macro_rules! command {
 
 /// The table.
 #[rustfmt::skip]
-pub static TABLE: [Command; 100] = [
+pub static TABLE: [Command; 110] = [
     // Formats
     command!("format-w4a8", "Format w4a8", Some((1, "w4a8")), ["4"], PLANNING, always, formats::w4a8, "Gives the selected blocks 4-bit weights and 8-bit activations."),
     command!("format-w8a8", "Format w8a8", Some((1, "w8a8")), ["8"], PLANNING, always, formats::w8a8, "Gives the selected blocks 8-bit weights and activations."),
@@ -41,6 +41,16 @@ pub static TABLE: [Command; 100] = [
     command!("history", "History of edits", None, ["H"], EVERYWHERE, always, formats::history, "Lists every edit, to go back or forward to."),
     command!("gpu", "Predict for a GPU", Some((3, "GPU")), ["t"], &[Pane::Plan], always, plan::gpu, "Chooses the GPU that time per token, prefill and context are predicted for."),
     command!("beside", "Plan beside", Some((3, "beside")), ["b"], &[Pane::Plan], variants::has_others, plan::beside, "Puts another variant's plan beside this one, with the differences; once more takes it away."),
+    // Allocation
+    command!("allocate", "Find a plan", Some((2, "allocate")), ["a"], EVERYWHERE, always, allocate::open, "Draws the front of plans: what each budget buys. Selected blocks keep their formats."),
+    command!("budget-less", "Smaller budget", Some((0, "less")), ["left"], &[Pane::Plan], allocate::is_open, allocate::less, "Moves the budget a step down; the plan on the screen follows."),
+    command!("budget-more", "Larger budget", Some((0, "more")), ["right"], &[Pane::Plan], allocate::is_open, allocate::more, "Moves the budget a step up; the plan on the screen follows."),
+    command!("budget", "Type a budget", Some((0, "type it")), ["="], &[Pane::Plan], allocate::is_open, allocate::budget, "Moves the budget to bits a weight (`4.5`), bytes of the model (`6 GiB`), a loss (`2e-5 nats`), or what fits on a GPU (`RTX 4090`)."),
+    command!("plan-formats", "Activations of the plans", Some((3, "activations")), ["f"], &[Pane::Plan], allocate::is_open, allocate::formats, "Chooses whether plans use int8 activations, float ones, or any."),
+    command!("take-plan", "Take the plan", Some((0, "take it")), ["enter"], &[Pane::Plan], allocate::is_open, allocate::apply, "Gives the variant the plan under the budget; a variant whose formats are found by measurement takes the budget."),
+    command!("leave-plan", "Leave the budget", Some((0, "leave")), ["esc"], &[Pane::Plan], allocate::is_open, allocate::leave, "Leaves the variant as it is."),
+    command!("why", "Why these bits", Some((4, "why")), ["w"], EVERYWHERE, always, allocate::why, "Says of each part of the block what it loses, what the next narrower and wider format would change, and what a megabyte is worth elsewhere."),
+    command!("strip", "Colours of the strip", Some((6, "strip")), ["m"], &[Pane::Layers], always, allocate::strip, "Shows in the strip the bits of the weights, what each block is predicted to lose, or its measured error."),
     // Selection
     command!("select", "Select the block", Some((2, "select")), ["space"], &[Pane::Layers], always, select::toggle, "Selects the block under the cursor, or lets it go, and moves on."),
     command!("select-range", "Select a range", Some((5, "range")), ["v"], &[Pane::Layers], always, select::range, "Selects from here to where the cursor goes; once more ends the range."),
@@ -68,6 +78,7 @@ pub static TABLE: [Command; 100] = [
     command!("run", "Run the variant", Some((2, "run")), ["R"], EVERYWHERE, always, jobs::run, "Quantizes the variant being edited, then evaluates it beside the base."),
     command!("run-all", "Run all variants", Some((2, "run all")), ["A"], EVERYWHERE, always, jobs::run_all, "Quantizes every variant of the session, then evaluates them beside the base."),
     command!("quantize", "Only quantize the variant", None, [], EVERYWHERE, always, jobs::quantize, "Quantizes the variant being edited and does not evaluate it."),
+    command!("measure", "Measure what the parts lose", None, ["M"], EVERYWHERE, always, allocate::measure, "Measures what each part of the model loses in each format, under the steps of the variant being edited: the ground of predicted KLD and of plans."),
     command!("cancel", "Cancel", Some((1, "cancel")), ["x"], EVERYWHERE, jobs::can_cancel, jobs::cancel, "Stops the run under the cursor of the Run pane, elsewhere the one that runs, after asking. What it has finished is kept."),
     command!("pause", "Pause or go on", Some((2, "pause")), ["p"], &[Pane::Run], jobs::is_busy, jobs::pause, "Makes the job at hand stand still at its next step and starts no other, or lets them go on."),
     command!("retry", "Run it again", Some((2, "retry")), ["r"], &[Pane::Run], jobs::can_retry, jobs::retry, "Puts the run under the cursor, which is over, into the queue again. What it has finished is not made again."),
@@ -80,18 +91,18 @@ pub static TABLE: [Command; 100] = [
     command!("side-a", "Make it A", Some((2, "A")), ["a"], &[Pane::Results], always, results::side_a, "Makes the row under the cursor A of the comparison and of the playground."),
     command!("side-b", "Make it B", Some((2, "B")), ["b"], &[Pane::Results], always, results::side_b, "Makes the row under the cursor B of the comparison and of the playground."),
     command!("compare", "Compare A with B", Some((1, "compare")), ["c"], &[Pane::Results], always, results::compare, "Shows A against B: tasks with intervals and flips, divergence, size, errors of the blocks; once more the table."),
-    command!("flips", "Rows that flipped", Some((3, "flips")), ["f"], &[Pane::Results], always, results::flips, "Shows the rows that A has right and B wrong, or the other way round, with their questions."),
+    command!("flips", "Rows that flipped", Some((2, "flips")), ["f"], &[Pane::Results], always, results::flips, "Shows the rows that A has right and B wrong, or the other way round, with their questions."),
     command!("plot", "Plot size and loss", Some((2, "plot")), ["p"], &[Pane::Results], always, results::plot, "Plots divergence or accuracy over size, and the line of the variants that no other beats."),
     command!("ordinate", "Other axis", None, ["y"], &[Pane::Results], always, results::ordinate, "Plots accuracy instead of divergence, and back."),
     command!("table", "Table of results", None, ["esc"], &[Pane::Results], always, results::table, "Goes back to the table."),
     command!("filter-results", "Filter the results", Some((4, "find")), ["/"], &[Pane::Results], always, results::filter, "Shows the variants whose name, recipe or formats have the words that are typed."),
     command!("export", "Export the view", Some((4, "export")), ["e"], &[Pane::Results], always, results::export, "Writes what is shown into a .csv, .md or .json file."),
-    command!("sort", "Sort by the next column", Some((1, "sort")), ["s"], &[Pane::Results], always, results::sort, "Sorts the variants by the next column, and after the last one as in the session."),
-    command!("reverse", "Reverse the order", Some((1, "reverse")), ["S"], &[Pane::Results], always, results::reverse, "Turns the order of the variants around."),
-    command!("differences", "Differences", Some((1, "differences")), ["d"], &[Pane::Results], always, results::differences, "Shows or hides the lines of differences from the base, in points."),
+    command!("sort", "Sort by the next column", Some((3, "sort")), ["s"], &[Pane::Results], always, results::sort, "Sorts the variants by the next column, and after the last one as in the session."),
+    command!("reverse", "Reverse the order", None, ["S"], &[Pane::Results], always, results::reverse, "Turns the order of the variants around."),
+    command!("differences", "Differences", Some((5, "differences")), ["d"], &[Pane::Results], always, results::differences, "Shows or hides the lines of differences from the base, in points."),
     command!("columns-right", "Columns to the right", Some((5, "columns")), ["l", "right"], &[Pane::Results], always, results::columns_right, "Shows the columns further to the right."),
     command!("columns-left", "Columns to the left", None, ["h", "left"], &[Pane::Results], always, results::columns_left, "Shows the columns further to the left."),
-    command!("edit-result", "Edit this variant", Some((1, "edit")), ["enter"], &[Pane::Results], always, results::edit, "Edits the variant of the row under the cursor."),
+    command!("edit-result", "Edit this variant", Some((4, "edit")), ["enter"], &[Pane::Results], always, results::edit, "Edits the variant of the row under the cursor."),
     // Playground
     command!("prompt", "Prompt both models", Some((1, "prompt")), ["enter", "i"], &[Pane::Playground], always, playground::prompt, "Lets A and B of the results go on from one prompt, side by side."),
     command!("token-left", "Token to the left", None, ["h", "left"], &[Pane::Playground], always, playground::left, "Looks at the token before."),

@@ -83,6 +83,14 @@ const LOOKING: &[&str] = &[
     "history",
     "gpu",
     "beside",
+    "allocate",
+    "budget-less",
+    "budget-more",
+    "budget",
+    "plan-formats",
+    "leave-plan",
+    "why",
+    "strip",
     "select-pattern",
     "order",
     "reverse-order",
@@ -130,7 +138,12 @@ pub fn hinted(state: &State) -> Vec<(String, &'static str)> {
     let everywhere = TABLE.iter().filter(|command| command.panes.is_empty());
     let possible = of_pane.chain(everywhere).filter(|command| command.possible(state).is_ok());
     let mut hints: Vec<(u8, String, &str)> = possible
-        .filter_map(|command| command.hint.and_then(|(rank, hint)| Some((rank, state.keymap.keys(command).first()?.clone(), hint))))
+        .filter_map(|command| {
+            let (rank, hint) = command.hint?;
+            // A key may mean something else in this pane.
+            let means = |key: &&String| state.keymap.command(key, state.focus).is_some_and(|meant| meant.id == command.id);
+            Some((rank, state.keymap.keys(command).iter().find(means)?.clone(), hint))
+        })
         .collect();
     hints.sort_by_key(|(rank, _, _)| *rank);
     hints.into_iter().map(|(_, key, hint)| (key, hint)).collect()

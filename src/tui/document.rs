@@ -25,10 +25,26 @@ pub struct Draft {
     pub name: String,
     /// As the session names it.
     pub recipe_name: String,
+    /// With the variant's budget, where it has one of its own.
     pub recipe: Arc<Recipe>,
+    /// Where the formats are found by measurement, the budget and what is pinned.
     pub plan: Plan,
+    /// Bits a weight in place of the recipe's budget.
+    pub bits: Option<f64>,
     /// What turns the recipe's plan into `plan`.
     pub overrides: Vec<Override>,
+}
+
+impl Draft {
+    /// As a session file has it.
+    pub fn spec(&self) -> VariantSpec {
+        VariantSpec { bits: self.bits, overrides: self.overrides.clone(), ..VariantSpec::new(&self.name, &self.recipe_name) }
+    }
+
+    /// Whether its formats are found by measurement.
+    pub fn is_allocated(&self) -> bool {
+        self.recipe.allocate.is_some()
+    }
 }
 
 /// What undo goes back to.
@@ -72,7 +88,7 @@ impl Document {
     pub fn open(mut session: Session) -> Result<Self> {
         let config = checkpoint::open(&session.model.name())?.config;
         if session.variants.is_empty() {
-            session.variants.push(VariantSpec { name: "phase1".into(), recipe: "phase1".into(), overrides: Vec::new() });
+            session.variants.push(VariantSpec::new("phase1", "phase1"));
         }
         Self::of_config(session, config)
     }
@@ -104,6 +120,7 @@ impl Document {
                 recipe_name: spec.recipe,
                 recipe: Arc::new(recipe),
                 plan,
+                bits: spec.bits,
                 overrides: spec.overrides,
             });
         }
@@ -130,6 +147,13 @@ impl Document {
         self.current = index.min(self.drafts.len() - 1);
     }
 
+    /// Edits the variant of this name, if there is one.
+    pub fn select_named(&mut self, name: Option<&str>) {
+        if let Some(index) = self.drafts.iter().position(|draft| Some(draft.name.as_str()) == name) {
+            self.current = index;
+        }
+    }
+
     /// Model, calibration and evaluation of the session.
     pub fn settings(&self) -> &Session {
         &self.session
@@ -137,9 +161,7 @@ impl Document {
 
     /// The whole session as it stands.
     pub fn session(&self) -> Session {
-        let spec =
-            |draft: &Draft| VariantSpec { name: draft.name.clone(), recipe: draft.recipe_name.clone(), overrides: draft.overrides.clone() };
-        Session { variants: self.drafts.iter().map(spec).collect(), ..self.session.clone() }
+        Session { variants: self.drafts.iter().map(Draft::spec).collect(), ..self.session.clone() }
     }
 
     /// What was last opened or saved.
@@ -189,13 +211,19 @@ impl Document {
     pub fn changed(&self, index: usize) -> bool {
         let draft = &self.drafts[index];
         let same = |spec: &VariantSpec| {
-            spec.name == draft.name && spec.recipe == draft.recipe_name && self.written.get(&draft.id).is_some_and(|w| w.plan == draft.plan)
+            spec.name == draft.name
+                && spec.recipe == draft.recipe_name
+                && spec.bits == draft.bits
+                && self.written.get(&draft.id).is_some_and(|w| w.plan == draft.plan)
         };
         !self.saved.variants.iter().any(same)
     }
 
     /// Gives `format` to every selector's blocks, as one edit; returns whether anything changed.
     pub fn set_format(&mut self, selectors: &[Selector], format: Format, label: impl Into<String>) -> Result<bool> {
+        if self.draft().is_allocated() {
+            return self.pin(selectors, format, label);
+        }
         let mut plan = self.draft().plan.clone();
         for selector in selectors {
             plan.set(selector, &self.kinds, format);
@@ -203,8 +231,33 @@ impl Document {
         self.set_plan(plan, label)
     }
 
+    /// Gives `format` to what `selectors` name in a variant whose other formats are found by measurement; returns whether
+    /// anything changed. A pin is a rule even where the budget has this format.
+    fn pin(&mut self, selectors: &[Selector], format: Format, label: impl Into<String>) -> Result<bool> {
+        let within = |rule: &Override| {
+            selectors.iter().any(|selector| match (&rule.selector, selector) {
+                (Selector::Blocks(first, last), Selector::Blocks(from, to)) => from <= first && last <= to,
+                (rule, selector) => rule == selector,
+            })
+        };
+        let mut overrides: Vec<Override> = self.draft().overrides.iter().filter(|rule| !within(rule)).cloned().collect();
+        overrides.extend(selectors.iter().map(|selector| Override { selector: selector.clone(), format }));
+        if overrides == self.draft().overrides {
+            return Ok(false);
+        }
+        let plan = self.draft().recipe.plan(&self.layout, &overrides)?;
+        self.remember(label);
+        let draft = &mut self.drafts[self.current];
+        (draft.plan, draft.overrides) = (plan, overrides);
+        Ok(true)
+    }
+
     /// Gives `format` to linears and slices of block `block`, by their canonical names; returns whether anything changed.
     pub fn set_linears(&mut self, block: usize, names: &[String], format: Format, label: impl Into<String>) -> Result<bool> {
+        if self.draft().is_allocated() {
+            let selector = |name: &String| format!("name:{name}").parse().map_err(Error::input);
+            return self.pin(&names.iter().map(selector).collect::<Result<Vec<_>>>()?, format, label);
+        }
         let mut plan = self.draft().plan.clone();
         for name in names {
             // What is said of a linear holds for its slices.
@@ -223,6 +276,10 @@ impl Document {
         let draft = self.draft();
         if plan == draft.plan {
             return Ok(false);
+        }
+        if draft.is_allocated() {
+            return Err(Error::input(format!("the formats of {} are found by measurement", draft.name))
+                .hint("a moves its budget, 4 and 8 pin blocks; n makes a variant of another recipe"));
         }
         let rules = match self.written.get(&draft.id) {
             Some(written) if written.plan == plan => written.overrides.clone(),
@@ -251,9 +308,30 @@ impl Document {
         Ok(true)
     }
 
-    /// The plan of the current variant's recipe without any change.
-    pub fn recipe_plan(&self) -> Result<Plan> {
-        self.draft().recipe.plan(&self.layout, &[])
+    /// Gives the current variant, whose formats are found by measurement, a budget of its own; returns whether that changed
+    /// anything.
+    pub fn set_bits(&mut self, bits: f64, label: impl Into<String>) -> Result<bool> {
+        let draft = self.draft();
+        if draft.bits == Some(bits) {
+            return Ok(false);
+        }
+        let (recipe, _) = VariantSpec { bits: Some(bits), ..draft.spec() }.plan(&self.layout)?;
+        self.remember(label);
+        let draft = &mut self.drafts[self.current];
+        (draft.bits, draft.recipe) = (Some(bits), Arc::new(recipe));
+        Ok(true)
+    }
+
+    /// Takes the current variant back to what its recipe says; returns whether that changed anything.
+    pub fn reset(&mut self, label: impl Into<String>) -> Result<bool> {
+        let (recipe, plan) = VariantSpec::new(&self.draft().name, &self.draft().recipe_name).plan(&self.layout)?;
+        let plain = Draft { recipe: Arc::new(recipe), plan, bits: None, overrides: Vec::new(), ..self.draft().clone() };
+        let changed = plain != *self.draft();
+        if changed {
+            self.remember(label);
+            self.drafts[self.current] = plain;
+        }
+        Ok(changed)
     }
 
     /// Adds a variant of a recipe behind the current one and edits it.
@@ -262,7 +340,8 @@ impl Document {
         let plan = recipe.plan(&self.layout, &[])?;
         let id = self.new_id();
         let name = self.free_name(&recipe.name);
-        let draft = Draft { id, name, recipe_name: recipe_name.to_owned(), recipe: Arc::new(recipe), plan, overrides: Vec::new() };
+        let draft =
+            Draft { id, name, recipe_name: recipe_name.to_owned(), recipe: Arc::new(recipe), plan, bits: None, overrides: Vec::new() };
         self.insert(draft, "new variant");
         Ok(())
     }

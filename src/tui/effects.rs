@@ -10,8 +10,9 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::document::Document;
 use super::known::Known;
 use super::message::{Effect, Msg, SaveOutcome, ToCompare};
+use super::queue::Purpose;
 use super::state::{Compared, State};
-use crate::analysis::Inventory;
+use crate::analysis::{Inventory, sensitivity};
 use crate::checkpoint;
 use crate::engine::inspect::inspect as inspect_block;
 use crate::engine::{Engine, Event, GpuMonitor};
@@ -95,9 +96,13 @@ impl Outside {
             Effect::Submit(job) => return answer(Msg::Submitted(engine.submit(*job))),
             Effect::Cancel(id) => engine.cancel(id),
             Effect::Pause(paused) => engine.pause(paused),
-            Effect::OpenRun { key, title, session, evaluate } => {
-                let options =
-                    ReplayOptions { skip_evaluation: !evaluate, host_memory: state.queue.host_memory, ..ReplayOptions::default() };
+            Effect::OpenRun { key, title, session, purpose } => {
+                let options = ReplayOptions {
+                    skip_evaluation: purpose != Purpose::Evaluate,
+                    measure: purpose == Purpose::Measure,
+                    host_memory: state.queue.host_memory,
+                    ..ReplayOptions::default()
+                };
                 let id = self.open_run(key, &session, &Request::new(title, state.path.clone(), options), background);
                 return answer(Msg::RunOpened { key, id });
             }
@@ -124,9 +129,18 @@ impl Outside {
                 return answer(Msg::Saved { path, session, outcome });
             }
             Effect::Open(path) => {
-                self.remember(|remembered| remembered.used(&path));
+                self.remember(|remembered| {
+                    state.remember(remembered);
+                    remembered.used(&path);
+                });
+                let remembered = self.places.remembered();
                 in_background(background, move || {
-                    let document = Session::read(&path).and_then(Document::open).map(Box::new);
+                    let open = |session| {
+                        let mut document = Document::open(session)?;
+                        document.select_named(Remembered::read(&remembered).edited(Some(&path), &document.settings().model.id));
+                        Ok(Box::new(document))
+                    };
+                    let document = Session::read(&path).and_then(open);
                     Msg::Opened { path, document }
                 });
             }
@@ -177,11 +191,24 @@ impl Outside {
                     Msg::Recalled { model: session.model.name(), known }
                 });
             }
+            Effect::RecallLosses { model, key, spec } => {
+                let store = self.places.data.clone();
+                in_background(background, move || {
+                    let found = checkpoint::open(&model).and_then(|checkpoint| sensitivity::recall(&checkpoint, &spec, store));
+                    Msg::LossesRecalled { model, key, found: found.map(|found| found.map(Box::new)) }
+                });
+            }
             Effect::LookAtRuns { follow } => {
                 let runs = self.places.runs();
                 in_background(background, move || {
-                    let log = follow.and_then(|id| Run::find(&runs, &id).ok()).map(|run| run.log_tail(TAIL)).unwrap_or_default();
-                    Msg::Runs { list: Run::list(&runs), log }
+                    let list = Run::list(&runs);
+                    let followed = follow.and_then(|id| Run::find(&runs, &id).ok());
+                    let over = |run: &Run| list.iter().any(|status| status.id == run.id() && status.state.is_over());
+                    if let Some(run) = followed.as_ref().filter(|run| over(run)) {
+                        run.mark_seen();
+                    }
+                    let log = followed.map(|run| run.log_tail(TAIL)).unwrap_or_default();
+                    Msg::Runs { list, log }
                 });
             }
             Effect::CancelRun(id) => return self.about_run(&id, Run::request_cancel),

@@ -3,19 +3,16 @@
 
 use std::path::{Path, PathBuf};
 
-use super::measurements::Measurements;
+use super::measurements::{Measurements, Origin};
 use crate::checkpoint::{Layout, STRATA_FILE, VariantManifest};
 use crate::eval::Evaluated;
-use crate::format::Plan;
-use crate::quant::Steps;
 use crate::session::Session;
 use crate::session::runs::{Run, State};
 
 /// A variant of an earlier run, still on disk.
 #[derive(Debug)]
 struct Row {
-    steps: Steps,
-    plan: Plan,
+    origin: Origin,
     path: PathBuf,
     manifest: VariantManifest,
     result: Option<Evaluated>,
@@ -56,10 +53,11 @@ impl Known {
             let (Ok((recipe, plan)), Ok(manifest)) = (variant.plan(layout), VariantManifest::read(&path.join(STRATA_FILE))) else {
                 continue;
             };
-            // A recipe file may have changed since.
-            if manifest.plan == plan {
+            // A recipe file may have changed since. What measurement found lies in the manifest only.
+            if manifest.plan == plan || recipe.allocate.is_some() {
                 let result = made.results.iter().find(|result| result.result.variant == variant.name).cloned();
-                self.rows.push(Row { steps: recipe.steps(), plan, path: path.clone(), manifest, result });
+                let origin = Origin::new(&recipe, &plan, &variant.overrides);
+                self.rows.push(Row { origin, path: path.clone(), manifest, result });
             }
         }
         if let Some(base) = made.results.into_iter().find(|result| result.result.variant == "base") {
@@ -73,11 +71,11 @@ impl Known {
             measurements.base_evaluated(base);
         }
         for row in self.rows {
-            let newer = measurements.find(&row.steps, &row.plan).is_some_and(|measured| measured.result.is_some());
+            let newer = measurements.find(&row.origin).is_some_and(|measured| measured.result.is_some());
             if !newer {
-                measurements.quantized(&row.steps, row.plan.clone(), row.path, &row.manifest);
+                measurements.quantized(&row.origin, row.path, &row.manifest);
                 if let Some(result) = row.result {
-                    measurements.evaluated(&row.steps, &row.plan, result);
+                    measurements.evaluated(&row.origin, result);
                 }
             }
         }

@@ -1,23 +1,52 @@
-//! [`Measurements`]: what was measured, found again by the plan that it was measured of.
+//! [`Measurements`]: what was measured, found again by what made it.
 //!
-//! A result belongs to a plan and a rounding method, not to a variant's name: renaming, copying and undoing a variant
-//! keep its figures, and an edit that comes back to a measured plan shows them at once.
+//! A result belongs to an [`Origin`], not to a variant's name: renaming, copying and undoing a variant keep its figures,
+//! and an edit that comes back to a measured plan shows them at once.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::document::Draft;
 use crate::checkpoint::VariantManifest;
+use crate::engine::AllocateJob;
 use crate::eval::ModelResult;
 use crate::eval::run::Evaluated;
 use crate::eval::score::Sample;
 use crate::format::{Format, Plan};
-use crate::quant::Steps;
+use crate::quant::{AllocateSpec, Override, Recipe, Steps};
+
+/// What makes a variant what it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Origin {
+    pub steps: Steps,
+    /// The plan; where it is found by measurement, its budget and the formats of embedding and head.
+    pub plan: Plan,
+    /// What the plan is found from: budget and formats, and the pins.
+    pub allocate: Option<(AllocateSpec, Vec<Override>)>,
+}
+
+impl Origin {
+    /// Of a variant of `recipe` whose `overrides` give `plan`.
+    pub fn new(recipe: &Recipe, plan: &Plan, overrides: &[Override]) -> Self {
+        let allocate = recipe.allocate.clone().map(|spec| (spec, AllocateJob::pins(overrides)));
+        Self { steps: recipe.steps(), plan: plan.clone(), allocate }
+    }
+
+    /// Of a variant as it is edited.
+    pub fn of(draft: &Draft) -> Self {
+        Self::new(&draft.recipe, &draft.plan, &draft.overrides)
+    }
+
+    fn is_of(&self, draft: &Draft) -> bool {
+        self.plan == draft.plan && *self == Self::of(draft)
+    }
+}
 
 /// A variant that was quantized, and evaluated when there is a result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measurement {
-    pub steps: Steps,
+    pub origin: Origin,
+    /// The plan that it has: the origin's, or what was found.
     pub plan: Plan,
     pub path: PathBuf,
     /// Relative output error of each block.
@@ -37,32 +66,34 @@ pub struct Measurements {
 }
 
 impl Measurements {
-    /// The measurement of this plan.
-    pub fn find(&self, steps: &Steps, plan: &Plan) -> Option<&Measurement> {
-        self.rows.iter().find(|row| row.steps == *steps && row.plan == *plan)
+    /// The measurement of what `origin` makes.
+    pub fn find(&self, origin: &Origin) -> Option<&Measurement> {
+        self.rows.iter().find(|row| row.origin == *origin)
     }
 
-    /// The measurement of a draft. The plan of one whose formats are left to measurement is a budget, and has none.
+    /// The measurement of a draft.
     pub fn of(&self, draft: &Draft) -> Option<&Measurement> {
-        if draft.recipe.allocate.is_some() { None } else { self.find(&draft.recipe.steps(), &draft.plan) }
+        self.rows.iter().find(|row| row.origin.is_of(draft))
     }
 
     /// Takes a variant on disk in. An earlier result of the same plan stays: the weights are the same.
-    pub fn quantized(&mut self, steps: &Steps, plan: Plan, path: PathBuf, manifest: &VariantManifest) {
-        let (result, samples) = self.find(steps, &plan).map(|row| (row.result.clone(), row.samples.clone())).unwrap_or_default();
-        self.rows.retain(|row| row.steps != *steps || row.plan != plan);
+    pub fn quantized(&mut self, origin: &Origin, path: PathBuf, manifest: &VariantManifest) {
+        let plan = manifest.plan.clone();
+        let known = self.find(origin).filter(|row| row.plan == plan);
+        let (result, samples) = known.map(|row| (row.result.clone(), row.samples.clone())).unwrap_or_default();
+        self.rows.retain(|row| row.origin != *origin);
         let mut errors = vec![0.0; plan.blocks.len()];
         for block in &manifest.blocks {
             if let Some(error) = errors.get_mut(block.index) {
                 *error = block.error;
             }
         }
-        self.rows.push(Measurement { steps: steps.clone(), plan, path, errors, result, samples });
+        self.rows.push(Measurement { origin: origin.clone(), plan, path, errors, result, samples });
     }
 
     /// Takes an evaluation in.
-    pub fn evaluated(&mut self, steps: &Steps, plan: &Plan, evaluated: Evaluated) {
-        if let Some(row) = self.rows.iter_mut().find(|row| row.steps == *steps && row.plan == *plan) {
+    pub fn evaluated(&mut self, origin: &Origin, evaluated: Evaluated) {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.origin == *origin) {
             row.result = Some(evaluated.result);
             row.samples = Arc::new(evaluated.samples);
         }
@@ -74,18 +105,18 @@ impl Measurements {
         self.base_samples = Arc::new(evaluated.samples);
     }
 
-    /// The error of a block under `plan`: measured (`true`), or taken from the latest plan in which the block had the
-    /// same format among other neighbours (`false`).
-    pub fn error(&self, steps: &Steps, plan: &Plan, block: usize) -> Option<(f64, bool)> {
-        if let Some(row) = self.find(steps, plan) {
+    /// The error of a block under `plan`, which `draft` has or may get: measured (`true`), or taken from the latest plan in
+    /// which the block had the same format among other neighbours (`false`).
+    pub fn error(&self, draft: &Draft, plan: &Plan, block: usize) -> Option<(f64, bool)> {
+        if let Some(row) = self.of(draft).filter(|row| row.plan == *plan) {
             return Some((*row.errors.get(block)?, true));
         }
-        self.error_at(steps, block, *plan.blocks.get(block)?).map(|error| (error, false))
+        self.error_at(&draft.recipe.steps(), block, *plan.blocks.get(block)?).map(|error| (error, false))
     }
 
     /// The error of a block in the latest plan that gave it this format.
     pub fn error_at(&self, steps: &Steps, block: usize, format: Format) -> Option<f64> {
-        let row = self.rows.iter().rfind(|row| row.steps == *steps && row.plan.blocks.get(block) == Some(&format))?;
+        let row = self.rows.iter().rfind(|row| row.origin.steps == *steps && row.plan.blocks.get(block) == Some(&format))?;
         row.errors.get(block).copied()
     }
 }

@@ -8,8 +8,11 @@ use crossterm::event::{KeyEvent, MouseEvent};
 
 use super::document::Document;
 use super::known::Known;
+use super::losses::Key;
+use super::queue::Purpose;
 use super::state::Compared;
 use crate::analysis::Inventory;
+use crate::analysis::sensitivity::{Sensitivities, SensitivitySpec};
 use crate::engine::inspect::Look;
 use crate::engine::{Event, GpuReading, Job, JobId};
 use crate::error::Result;
@@ -74,6 +77,12 @@ pub enum Msg {
         model: String,
         known: Box<Known>,
     },
+    /// The answer to [`Effect::RecallLosses`].
+    LossesRecalled {
+        model: String,
+        key: Key,
+        found: Result<Option<Box<Sensitivities>>>,
+    },
     /// The answer to [`Effect::Restore`].
     Restored {
         lost: Box<Lost>,
@@ -134,6 +143,12 @@ pub enum Effect {
     Inspect,
     /// Read what earlier runs measured of the session's model.
     Recall,
+    /// Read what was measured of the losses of the model's parts.
+    RecallLosses {
+        model: String,
+        key: Key,
+        spec: Box<SensitivitySpec>,
+    },
     /// Open what was lost, as a change of its file.
     Restore(Box<Lost>),
     Discard(Box<Lost>),
@@ -145,7 +160,7 @@ pub enum Effect {
         key: u64,
         title: String,
         session: Box<Session>,
-        evaluate: bool,
+        purpose: Purpose,
     },
     /// Write down how a run ended.
     EndRun {

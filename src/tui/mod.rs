@@ -3,9 +3,11 @@
 //! [`state`] holds everything the screen shows; [`update`] is the one function that changes it, from [`message`]s to
 //! effects; [`view`] and the [`panes`] draw it; [`event_loop`] waits, updates, carries effects out and draws. Every
 //! command is a row of [`command_table`], from which keys, hints, help and palette come. The session being edited is a
-//! [`document`]; the jobs are a [`queue`] of runs; what was measured is found by plan in [`measurements`].
+//! [`document`]; the jobs are a [`queue`] of runs; what was measured is found by plan in [`measurements`], and what the
+//! model's parts lose in [`losses`], from which [`allocating`] finds plans.
 
 mod actions;
+mod allocating;
 mod ascii;
 mod background;
 pub mod bench;
@@ -20,6 +22,7 @@ mod filter;
 mod keymap;
 mod keys;
 mod known;
+mod losses;
 mod measurements;
 mod message;
 mod mouse;
@@ -110,6 +113,7 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
             state.popups.push(popups::Popup::Tour(popups::Tour));
         }
         state.queue.store = places.variants();
+        state.queue.data = places.data.clone();
         state.queue.journal = Some(places.evaluations());
         state.queue.references = Some(paths::references_directory());
         state.queue.host_memory = options.host_memory;

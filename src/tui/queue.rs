@@ -9,15 +9,14 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::measurements::Measurements;
+use super::measurements::{Measurements, Origin};
 use super::message::Effect;
 use crate::checkpoint::StorageLayout;
-use crate::engine::{Event, Job, JobId, ObserveJob, PlaygroundJob, Progress, QuantizeJob};
+use crate::engine::{AllocateJob, Event, Job, JobId, ObserveJob, PlaygroundJob, Progress, QuantizeJob, SensitivityJob};
 use crate::error::{ErrorKind, Result};
 use crate::eval::ModelToEvaluate;
-use crate::format::Plan;
 use crate::monitor::Report;
-use crate::quant::Steps;
+use crate::quant::{AllocateSpec, Override};
 use crate::session::runs::Ending;
 use crate::session::{Session, VariantSpec};
 
@@ -31,13 +30,26 @@ pub struct Target {
     pub spec: VariantSpec,
     /// The recipe's own name.
     pub recipe: String,
-    pub steps: Steps,
-    pub plan: Plan,
+    pub origin: Origin,
+}
+
+/// What a run is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Measure what the parts of the model lose under the targets' steps.
+    Measure,
+    Quantize,
+    /// Quantize, then evaluate.
+    Evaluate,
+    /// Something to look at. It makes nothing and is not worth a folder on disk.
+    Look,
 }
 
 /// What a step does.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Work {
+    /// Measure what the parts of the model lose.
+    Measure(Box<SensitivityJob>),
     /// Quantize the run's target of this number.
     Quantize(usize),
     /// Evaluate the base and the targets.
@@ -75,11 +87,15 @@ pub struct Step {
     pub ended: Duration,
 }
 
+impl Step {
+    fn new(title: String, work: Work) -> Self {
+        Self { title, work, status: Status::Waiting, reused: false, began: Duration::ZERO, ended: Duration::ZERO }
+    }
+}
+
 /// Whether a run's folder was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Folder {
-    /// It is not worth one.
-    Never,
     Wanted,
     Asked,
     Closed,
@@ -91,6 +107,7 @@ pub struct Run {
     /// Stays the same while others come, move and go.
     pub key: u64,
     pub title: String,
+    pub purpose: Purpose,
     /// What is replayed: the session as it was, with the targets as its variants.
     pub session: Session,
     pub targets: Vec<Target>,
@@ -120,7 +137,7 @@ impl Run {
 
     /// Whether another process can go on with it.
     pub fn can_be_handed_over(&self) -> bool {
-        self.folder != Folder::Never
+        self.purpose != Purpose::Look
     }
 
     /// Whether it has begun and is not over.
@@ -128,8 +145,9 @@ impl Run {
         matches!(self.status(), Status::Running(_))
     }
 
-    fn evaluates(&self) -> bool {
-        self.steps.iter().any(|step| step.work == Work::Evaluate)
+    /// Whether something of it is yet to be written down.
+    fn is_on_record(&self) -> bool {
+        self.purpose == Purpose::Look || self.folder == Folder::Closed
     }
 
     fn ending(&self) -> Ending {
@@ -163,6 +181,8 @@ pub struct LogLine {
 pub struct Queue {
     /// The folder that variants are made in.
     pub store: PathBuf,
+    /// The folder that donors and losses are kept in.
+    pub data: PathBuf,
     /// The folder where evaluations note what they have scored.
     pub journal: Option<PathBuf>,
     /// The folder where what the base says of a text is kept.
@@ -189,36 +209,40 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Adds a run: quantize each target, then, if `evaluate` says so, evaluate them together.
-    pub fn push(&mut self, session: Session, targets: Vec<Target>, evaluate: bool) {
+    /// Adds a run about `targets`.
+    pub fn push(&mut self, session: Session, targets: Vec<Target>, purpose: Purpose) {
         let names = targets.iter().map(|target| target.spec.name.as_str()).collect::<Vec<_>>().join(", ");
-        let step = |title, work| Step { title, work, status: Status::Waiting, reused: false, began: Duration::ZERO, ended: Duration::ZERO };
-        let quantize = targets.iter().enumerate();
-        let mut steps: Vec<Step> =
-            quantize.map(|(index, target)| step(format!("quantize {}", target.spec.name), Work::Quantize(index))).collect();
-        if evaluate {
-            steps.push(step(format!("evaluate base, {names}"), Work::Evaluate));
-        }
-        self.next_key += 1;
+        let steps = if purpose == Purpose::Measure {
+            let title = |target: &Target| format!("measure what the parts lose by {}", target.recipe);
+            let measure = |target: &Target| Step::new(title(target), Work::Measure(Box::new(self.sensitivity_job(&session, target))));
+            targets.iter().map(measure).collect()
+        } else {
+            let quantize = |(index, target): (usize, &Target)| Step::new(format!("quantize {}", target.spec.name), Work::Quantize(index));
+            let evaluate = (purpose == Purpose::Evaluate).then(|| Step::new(format!("evaluate base, {names}"), Work::Evaluate));
+            targets.iter().enumerate().map(quantize).chain(evaluate).collect()
+        };
+        let title = if purpose == Purpose::Measure { format!("losses by {names}") } else { names };
         let session = Session { variants: targets.iter().map(|target| target.spec.clone()).collect(), ..session };
-        self.runs.push(Run { key: self.next_key, title: names, session, targets, steps, id: None, folder: Folder::Wanted });
+        self.add(title, purpose, session, targets, steps);
         self.cursor = self.runs.len() - 1;
     }
 
-    /// Adds one job that is not worth a folder on disk: it shows something and makes nothing.
+    /// Adds one job that shows something.
     pub fn push_work(&mut self, session: &Session, title: &str, work: Work) {
-        let (began, ended) = (Duration::ZERO, Duration::ZERO);
-        let step = Step { title: title.into(), work, status: Status::Waiting, reused: false, began, ended };
+        self.add(title.into(), Purpose::Look, session.clone(), Vec::new(), vec![Step::new(title.into(), work)]);
+    }
+
+    fn add(&mut self, title: String, purpose: Purpose, session: Session, targets: Vec<Target>, steps: Vec<Step>) {
         self.next_key += 1;
-        self.runs.push(Run {
-            key: self.next_key,
-            title: title.into(),
-            session: session.clone(),
-            targets: Vec::new(),
-            steps: vec![step],
-            id: None,
-            folder: Folder::Never,
-        });
+        self.runs.push(Run { key: self.next_key, title, purpose, session, targets, steps, id: None, folder: Folder::Wanted });
+    }
+
+    /// What is to be measured for a target: the same that a replay of the run measures.
+    fn sensitivity_job(&self, session: &Session, target: &Target) -> SensitivityJob {
+        let Origin { steps, plan, allocate } = &target.origin;
+        let allocate = allocate_job(allocate.as_ref(), &self.data);
+        let (model, sample) = (session.model.name(), session.calibration.clone());
+        SensitivityJob::new(model, steps.clone(), plan, sample, allocate.as_ref(), self.data.clone())
     }
 
     /// The run whose job runs.
@@ -267,7 +291,7 @@ impl Queue {
             let at = self.runs.iter().position(begun).or_else(|| self.runs.iter().position(|run| !run.is_over()))?;
             let run = &mut self.runs[at];
             let index = run.steps.iter().position(|step| step.status == Status::Waiting)?;
-            let mut job = job(run, &run.steps[index].work, measurements, &self.store);
+            let mut job = job(run, &run.steps[index].work, measurements, &self.store, &self.data);
             if let Ok(Some(Job::Evaluate(request))) = &mut job {
                 (request.journal, request.references) = (self.journal.clone(), self.references.clone());
                 request.host_memory = self.host_memory;
@@ -329,12 +353,12 @@ impl Queue {
 
     /// Puts the run under the cursor, which is over, at the end again: what it has finished is found on disk.
     pub fn retry(&mut self) {
-        if !self.selected().is_some_and(|run| run.is_over() && run.can_be_handed_over()) {
-            return;
+        if self.selected().is_some_and(Run::is_over) {
+            let run = self.runs.remove(self.cursor);
+            let steps = run.steps.into_iter().map(|step| Step::new(step.title, step.work)).collect();
+            self.add(run.title, run.purpose, run.session, run.targets, steps);
+            self.cursor = self.runs.len() - 1;
         }
-        let run = self.runs.remove(self.cursor);
-        let evaluate = run.evaluates();
-        self.push(run.session, run.targets, evaluate);
     }
 
     /// Moves the run under the cursor one place; what has begun keeps its place at the front.
@@ -348,7 +372,7 @@ impl Queue {
 
     /// Forgets the runs that are over.
     pub fn clear_finished(&mut self) {
-        self.runs.retain(|run| !run.is_over() || !matches!(run.folder, Folder::Never | Folder::Closed));
+        self.runs.retain(|run| !run.is_over() || !run.is_on_record());
         self.cursor = self.cursor.min(self.runs.len().saturating_sub(1));
     }
 
@@ -363,12 +387,15 @@ impl Queue {
     pub fn bookkeeping(&mut self) -> Vec<Effect> {
         let mut effects = Vec::new();
         for run in &mut self.runs {
+            if run.is_on_record() {
+                continue;
+            }
             if run.folder == Folder::Wanted && !run.is_over() {
                 run.folder = Folder::Asked;
-                let (title, session, evaluate) = (run.title.clone(), Box::new(run.session.clone()), run.evaluates());
-                effects.push(Effect::OpenRun { key: run.key, title, session, evaluate });
+                let (title, session) = (run.title.clone(), Box::new(run.session.clone()));
+                effects.push(Effect::OpenRun { key: run.key, title, session, purpose: run.purpose });
             }
-            if run.is_over() && !matches!(run.folder, Folder::Never | Folder::Closed) {
+            if run.is_over() {
                 run.folder = Folder::Closed;
                 effects.push(Effect::EndRun { key: run.key, ending: run.ending() });
             }
@@ -405,11 +432,12 @@ impl Queue {
                 Report::Paused(paused) => self.line(clock, Level::Info, if paused { "paused" } else { "going on" }.into()),
                 _ => {}
             },
-            // The workbench submits no job that generates text; what is observed and said is none of the queue's.
+            // The workbench submits no job that generates text or studies; what is observed, said and lost is none of the
+            // queue's.
             Event::Text { .. } | Event::Sensitivities { .. } | Event::Study { .. } | Event::Observed { .. } | Event::Spoken { .. } => {}
             Event::Quantized { path, manifest, reused, .. } => {
                 let Some(target) = self.quantizing() else { return };
-                measurements.quantized(&target.steps, target.plan.clone(), path, &manifest);
+                measurements.quantized(&target.origin, path, &manifest);
                 if let Some(step) = self.running_mut() {
                     step.reused = reused;
                 }
@@ -417,7 +445,7 @@ impl Queue {
             Event::Evaluated { evaluated, .. } => {
                 let Some(run) = self.running_run() else { return };
                 match run.targets.iter().find(|target| target.spec.name == evaluated.result.variant) {
-                    Some(target) => measurements.evaluated(&target.steps, &target.plan, *evaluated),
+                    Some(target) => measurements.evaluated(&target.origin, *evaluated),
                     None => measurements.base_evaluated(*evaluated),
                 }
             }
@@ -464,18 +492,23 @@ impl Queue {
     }
 }
 
+fn allocate_job(allocate: Option<&(AllocateSpec, Vec<Override>)>, store: &Path) -> Option<AllocateJob> {
+    allocate.map(|(spec, pins)| AllocateJob { spec: spec.clone(), pins: pins.clone(), store: store.to_owned() })
+}
+
 /// The engine's job; nothing when there is nothing to evaluate.
-fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path) -> Result<Option<Job>> {
+fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path, data: &Path) -> Result<Option<Job>> {
     let session = &run.session;
     match work {
+        Work::Measure(job) => Ok(Some(Job::Sensitivity(job.clone()))),
         Work::Quantize(index) => {
             let target = &run.targets[*index];
             Ok(Some(Job::Quantize(Box::new(QuantizeJob {
                 model: session.model.name(),
                 name: target.spec.name.clone(),
                 recipe: target.recipe.clone(),
-                steps: target.steps.clone(),
-                plan: target.plan.clone(),
+                steps: target.origin.steps.clone(),
+                plan: target.origin.plan.clone(),
                 sample: session.calibration.clone(),
                 evaluation: session.evaluate.files(),
                 storage: StorageLayout::Native,
@@ -483,12 +516,12 @@ fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path) -> Res
                 store: store.to_owned(),
                 force: false,
                 donors: None,
-                allocate: None,
+                allocate: allocate_job(target.origin.allocate.as_ref(), data),
             }))))
         }
         Work::Evaluate => {
             let model = |target: &Target| {
-                let measured = measurements.find(&target.steps, &target.plan)?;
+                let measured = measurements.find(&target.origin)?;
                 Some(ModelToEvaluate { name: target.spec.name.clone(), path: measured.path.display().to_string() })
             };
             let mut request = session.evaluate.request()?;

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::allocating::Allocating;
 use super::background::Query;
-use super::document::Document;
+use super::document::{Document, Draft};
 use super::filter::Filter;
 use super::keymap::Keymap;
-use super::measurements::Measurements;
+use super::losses::Losses;
+use super::measurements::{Measurements, Origin};
 use super::popups::Popup;
 use super::queue::{Level, LogLine, Queue};
 use super::theme::Theme;
@@ -110,6 +112,19 @@ pub struct Layers {
     /// Where a range selection began.
     pub anchor: Option<usize>,
     pub filter: Filter,
+    pub strip: Strip,
+}
+
+/// What the lower line of the strip shows of each block.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Strip {
+    /// Bits of the weights.
+    #[default]
+    Bits,
+    /// What it is predicted to lose.
+    Loss,
+    /// Its measured output error.
+    Error,
 }
 
 /// How the plan is shown, and what is copied from it.
@@ -258,6 +273,9 @@ pub struct State {
     pub plan: PlanView,
     pub queue: Queue,
     pub measurements: Measurements,
+    pub losses: Losses,
+    /// The front, while a budget is moved over it.
+    pub allocating: Option<Box<Allocating>>,
     pub results: ResultsView,
     pub looks: Looks,
     pub playground: Playground,
@@ -305,6 +323,8 @@ impl State {
             plan: PlanView::default(),
             queue: Queue::default(),
             measurements: Measurements::default(),
+            losses: Losses::default(),
+            allocating: None,
             results: ResultsView::default(),
             looks: Looks::default(),
             playground: Playground::default(),
@@ -376,6 +396,8 @@ impl State {
         self.zoom = remembered.zoom;
         self.results.hide_differences = remembered.hide_differences;
         self.apply_ui();
+        let model = self.document.settings().model.id.clone();
+        self.document.select_named(remembered.edited(self.path.as_deref(), &model));
     }
 
     /// Takes note of how the screen is.
@@ -383,6 +405,7 @@ impl State {
         let ui = self.ui();
         (remembered.pane, remembered.sort) = (ui.pane, ui.sort);
         (remembered.zoom, remembered.hide_differences) = (self.zoom, self.results.hide_differences);
+        remembered.edits(self.path.as_deref(), &self.document.settings().model.id, &self.document.draft().name);
     }
 
     /// Whether something on the screen depends on the time.
@@ -424,10 +447,37 @@ impl State {
         self.tell(Message { level: Level::Error, text: format!("{}{hint}", error.message) });
     }
 
+    /// The plan on the screen: the one under the budget, or else that of the variant being edited.
+    pub fn plan(&self) -> &Plan {
+        self.allocating.as_ref().map_or_else(|| self.plan_of(self.document.draft()), |allocating| &allocating.found.plan)
+    }
+
+    /// The plan of a variant. Where the formats are found by measurement, it is the one that was made, or else, for the
+    /// variant being edited, the one that would be; before anything is measured, the budget.
+    pub fn plan_of<'a>(&'a self, draft: &'a Draft) -> &'a Plan {
+        if !draft.is_allocated() {
+            return &draft.plan;
+        }
+        let made = self.measurements.of(draft).map(|row| &row.plan);
+        let found = || self.losses.found().filter(|_| std::ptr::eq(draft, self.document.draft())).and_then(|found| found.as_ref().ok());
+        made.or_else(found).unwrap_or(&draft.plan)
+    }
+
+    /// Follows the document and the measurements: what is found from them is found anew where they changed.
+    pub fn follow(&mut self) {
+        let draft = self.document.draft();
+        if self.allocating.as_ref().is_some_and(|allocating| !allocating.holds(draft)) {
+            self.allocating = None;
+        }
+        self.losses.find(&self.document);
+        let made = || self.measurements.of(draft).filter(|_| draft.is_allocated()).map(|row| &row.plan);
+        let plan = self.allocating.as_ref().map(|allocating| &allocating.found.plan).or_else(made);
+        self.losses.show(&self.document.layout, draft, plan);
+    }
+
     /// The blocks that the filter lets through.
     pub fn visible_blocks(&self) -> Vec<usize> {
-        let plan = &self.document.draft().plan;
-        self.layers.filter.visible(&self.document.layout, plan)
+        self.layers.filter.visible(&self.document.layout, self.plan())
     }
 
     /// One of the models that are compared.
@@ -470,12 +520,13 @@ impl State {
     pub fn error(&self, block: usize) -> Option<(f64, bool)> {
         let draft = self.document.draft();
         if let Some(target) = self.queue.quantizing()
-            && target.plan == draft.plan
+            && self.allocating.is_none()
+            && target.origin == Origin::of(draft)
             && let Some(error) = self.queue.progress.errors.get(block)
         {
             return Some((*error, true));
         }
-        self.measurements.error(&draft.recipe.steps(), &draft.plan, block)
+        self.measurements.error(draft, self.plan(), block)
     }
 
     /// What `plan` would cost on the chosen GPU.

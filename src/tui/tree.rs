@@ -35,14 +35,15 @@ pub enum Column {
     Bytes,
     Format,
     Error,
+    Loss,
     Outliers,
     Risk,
 }
 
 impl Column {
     /// In the order of the list.
-    pub const ALL: [Self; 8] =
-        [Self::Number, Self::Kind, Self::Parameters, Self::Bytes, Self::Format, Self::Error, Self::Outliers, Self::Risk];
+    pub const ALL: [Self; 9] =
+        [Self::Number, Self::Kind, Self::Parameters, Self::Bytes, Self::Format, Self::Error, Self::Loss, Self::Outliers, Self::Risk];
 
     /// The head of the column, which is also its name in a session file.
     pub fn title(self) -> &'static str {
@@ -53,6 +54,7 @@ impl Column {
             Self::Bytes => "bytes",
             Self::Format => "format",
             Self::Error => "error",
+            Self::Loss => "ΔKLD",
             Self::Outliers => "max/rms",
             Self::Risk => "risk",
         }
@@ -60,7 +62,7 @@ impl Column {
 
     /// What a block is sorted by.
     fn key(self, state: &State, block: usize) -> f64 {
-        let plan = &state.document.draft().plan;
+        let plan = state.plan();
         let row = &state.inventory.blocks[block];
         match self {
             Self::Number => block as f64,
@@ -69,6 +71,7 @@ impl Column {
             Self::Bytes => bytes(state, plan, block) as f64,
             Self::Format => Format::ALL.iter().position(|format| *format == plan.blocks[block]).unwrap_or(Format::ALL.len()) as f64,
             Self::Error => state.error(block).map_or(-1.0, |(error, _)| error),
+            Self::Loss => state.losses.block(block).unwrap_or(-1.0),
             Self::Outliers => row.outlier_ratio.unwrap_or(-1.0),
             Self::Risk => f64::from(row.sensitivity as u8),
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::background::Answer;
 use super::document::Document;
 use super::known::Known;
+use super::losses::Losses;
 use super::message::{Effect, Msg, SaveOutcome};
 use super::popups::Popup;
 use super::queue::{Level, Status};
@@ -55,6 +56,11 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
             if model == state.document.settings().model.name() {
                 greet(state, &known);
                 known.recall(&mut state.measurements);
+            }
+        }
+        Msg::LossesRecalled { model, key, found } => {
+            if model == state.document.settings().model.name() {
+                state.losses.recalled(&key, found);
             }
         }
         Msg::Recent(files) => actions::files::choose_recent(state, files),
@@ -125,6 +131,8 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
             }
         }
     }
+    effects.extend(state.losses.wanted(&state.document));
+    state.follow();
     // A run has its folder before its first job begins.
     effects.extend(state.queue.bookkeeping());
     if let Some(job) = state.queue.next(&state.measurements, state.clock) {
@@ -171,6 +179,10 @@ fn engine(state: &mut State, event: Event) -> Vec<Effect> {
     match event {
         Event::Observed { inputs, .. } => {
             state.looks.inputs.insert(inputs.block, *inputs);
+            return Vec::new();
+        }
+        Event::Sensitivities { sensitivities, .. } => {
+            state.losses.measured(*sensitivities);
             return Vec::new();
         }
         Event::Spoken { step, .. } => {
@@ -220,6 +232,10 @@ fn replace_document(state: &mut State, document: Document, path: Option<PathBuf>
     if (&old.model, &old.calibration, &old.evaluate) != (&new.model, &new.calibration, &new.evaluate) {
         state.measurements = measurements::Measurements::default();
     }
+    if (&old.model, &old.calibration) != (&new.model, &new.calibration) {
+        state.losses = Losses::default();
+    }
+    state.allocating = None;
     state.layers = Layers::default();
     state.results = ResultsView::default();
     state.looks = Looks::default();

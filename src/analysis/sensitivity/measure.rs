@@ -5,12 +5,14 @@
 //! to be measured there; only the blocks behind it are computed for the branch, all branches side by side, so that memory
 //! holds one block and some streams. A transformed block sits in the unquantized model between a rotation and its inverse.
 
+use std::path::PathBuf;
+
 use super::store::{self, Rows, Store};
-use super::{Check, Loss, Request, SENSITIVITY_SCHEMA, Sensitivities, Unit, UnitLosses, units};
+use super::{Check, Loss, Request, SENSITIVITY_SCHEMA, Sensitivities, SensitivitySpec, Unit, UnitLosses, units};
 use crate::analysis::allocate::{self, AllocateRequest, Budget};
 use crate::analysis::reference::Reference;
 use crate::backend::{Backend, Emit, Sequences};
-use crate::checkpoint::LinearSpec;
+use crate::checkpoint::{Checkpoint, LinearSpec};
 use crate::error::{Error, Result};
 use crate::eval::statistics;
 use crate::format::{Format, LinearWeights};
@@ -20,6 +22,9 @@ use crate::quant::Donors;
 
 /// Share of the windows on which output errors are taken: they only rank.
 const SCREENED: usize = 4;
+
+/// Blocks over all windows that making a unit's donor and taking its output error cost, about.
+const SCREENING: f64 = 4.0;
 
 /// Where between the cheapest and the dearest plan the checks are, as shares of the bytes between them.
 const CHECKS: [f64; 5] = [0.1, 0.3, 0.5, 0.7, 0.9];
@@ -37,6 +42,7 @@ pub fn measure<B: Backend>(backend: &B, request: &Request<'_>, fresh: bool, moni
     let donors = Donors::open(backend, request.checkpoint, &request.steps, &request.calibration, &folder, monitor)?;
     let units = units(&request.checkpoint.layout, request.by);
     let mut run = Run { backend, request, basis: Basis::new(backend, &donors)?, donors, units, store, monitor };
+    run.plan();
     run.screen()?;
     let reference = Reference::new(backend, request.checkpoint, &request.measured.sequences, request.positions, monitor)?;
     run.ends(&reference)?;
@@ -74,6 +80,21 @@ pub fn load(request: &Request<'_>) -> Result<Sensitivities> {
     checks.sort_by(|a, b| a.predicted.total_cmp(&b.predicted));
     found.checks = checks;
     Ok(found)
+}
+
+/// Reads what was measured before and holds for `spec`. The formats of embedding and head touch no unit's loss, so
+/// measurements with others serve where there are none with those of `spec`; [`Sensitivities::identity`] says with which.
+/// `None` where nothing of the model was measured at all; an error says why what there is does not fit.
+pub fn recall(checkpoint: &Checkpoint, spec: &SensitivitySpec, store: PathBuf) -> Result<Option<Sensitivities>> {
+    if !store::knows(&store, &checkpoint.name) {
+        return Ok(None);
+    }
+    let request = Request::new(checkpoint, spec, store)?;
+    load(&request).map(Some).or_else(|error| {
+        let others = store::other_ends(&request.store, &request.identity()?);
+        let mut found = others.into_iter().filter_map(|(embedding, head)| load(&Request { embedding, head, ..request.clone() }).ok());
+        found.next().map(Some).ok_or(error)
+    })
 }
 
 /// A unit by index, and a format.
@@ -136,6 +157,23 @@ impl<B: Backend> Run<'_, B> {
 
     fn measured(&self, (unit, format): Pair) -> bool {
         self.store.rows.losses.contains_key(&(self.units[unit].name.clone(), format))
+    }
+
+    /// Says ahead what is to be done, in blocks that are computed over all windows.
+    fn plan(&self) {
+        let (blocks, formats) = (self.request.checkpoint.layout.blocks.len(), &self.request.formats);
+        let pairs: Vec<Pair> = (0..self.units.len()).flat_map(|unit| formats.iter().map(move |format| (unit, *format))).collect();
+        let open = |pairs: &[Pair]| pairs.iter().filter(|pair| !self.measured(**pair)).copied().collect::<Vec<_>>();
+        let behind = |pair: &Pair| (blocks - self.units[pair.0].block) as f64;
+        let probes = open(&probes(&pairs));
+        let (probed, rest): (f64, f64) = (probes.iter().map(behind).sum(), open(&pairs).iter().map(behind).sum());
+        let screened = pairs.iter().filter(|(unit, format)| self.screened(*unit, *format).is_none()).count();
+        self.monitor.plan([
+            ("screen", SCREENING * screened as f64),
+            ("probe", probed),
+            ("measure", (self.request.exact * rest - probed).max(0.0)),
+            ("check", (CHECKS.len() * blocks) as f64),
+        ]);
     }
 
     /// Makes every donor, and takes the output error of every unit in every format.

@@ -14,7 +14,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use measure::{load, measure};
+pub use measure::{load, measure, recall};
 pub use store::donors_directory;
 
 use crate::checkpoint::{BlockSpec, Checkpoint, Layout, TOOL, sha256_hex};
@@ -118,6 +118,7 @@ impl Identity {
 }
 
 /// A measurement about to be made or looked up: the request with the model at hand.
+#[derive(Clone)]
 pub struct Request<'a> {
     pub checkpoint: &'a Checkpoint,
     pub steps: Steps,
@@ -151,11 +152,11 @@ impl<'a> Request<'a> {
         formats.dedup();
         Ok(Self {
             checkpoint,
-            // Linears find the scales of their inputs at run time.
+            // Donors are not smoothed, and linears find the scales of their inputs at run time.
             steps: Steps {
                 activations: Activations { ssm: spec.steps.activations.ssm, ..Activations::default() },
                 observers: spec.steps.observers,
-                ..Steps::new(spec.steps.transforms.clone(), spec.steps.method)
+                ..Steps::new(spec.steps.without_smoothing().transforms, spec.steps.method)
             },
             embedding: spec.embedding,
             head: spec.head,
@@ -278,6 +279,11 @@ impl UnitLosses {
         self.losses.iter().find(|loss| loss.format == format)
     }
 
+    /// What it loses in `format`, in nats a token: nothing where it stays as it is in the checkpoint.
+    pub fn kld(&self, format: Format) -> Option<f64> {
+        if format == Format::W16A16 { Some(0.0) } else { self.loss(format).map(|loss| loss.kld) }
+    }
+
     /// What int8 activations alone lose, int8 SSM internals among them: W8A8 less W8A16, whose weights are the same. `None` where either is missing.
     pub fn activation_kld(&self) -> Option<f64> {
         Some((self.loss(Format::W8A8)?.kld - self.loss(Format::W8A16)?.kld).max(0.0))
@@ -329,11 +335,17 @@ impl Sensitivities {
     /// Divergence that `plan` is predicted to have: the sum of what its units and the ends lose. `None` where a unit's
     /// linears differ in format, or have one that was not measured.
     pub fn predict(&self, plan: &Plan, layout: &Layout) -> Option<f64> {
-        let mut sum = self.ends_kld;
+        self.blocks(plan, layout).into_iter().try_fold(self.ends_kld, |sum, block| Some(sum + block?))
+    }
+
+    /// What each block is predicted to lose under `plan`: the sum over its units. `None` as in [`Sensitivities::predict`].
+    pub fn blocks(&self, plan: &Plan, layout: &Layout) -> Vec<Option<f64>> {
+        let mut blocks = vec![Some(0.0); layout.blocks.len()];
         for unit in &self.units {
-            sum += unit.loss(unit_format(plan, layout, unit)?)?.kld;
+            let kld = unit_format(plan, layout, unit).and_then(|format| unit.kld(format));
+            blocks[unit.block] = blocks[unit.block].zip(kld).map(|(sum, kld)| sum + kld);
         }
-        Some(sum)
+        blocks
     }
 
     /// Losses by name of the unit.
@@ -345,6 +357,11 @@ impl Sensitivities {
 /// The one format that `plan` gives to all linears (and slices) of a unit.
 pub fn unit_format(plan: &Plan, layout: &Layout, unit: &UnitLosses) -> Option<Format> {
     let block = &layout.blocks[unit.block];
+    // Names sort by block: the first one that could be of this block tells whether any is.
+    let named = plan.linears.range(block.prefix.clone()..).next().is_some_and(|(name, _)| name.starts_with(&block.prefix));
+    if !named {
+        return plan.blocks.get(unit.block).copied();
+    }
     let mut formats = unit.linears.iter().filter_map(|name| block.linear(name)).flat_map(|linear| {
         let slices = linear.slices.iter().map(|slice| plan.slice(unit.block, &linear.stem, slice.name));
         std::iter::once(plan.linear(unit.block, &linear.stem)).chain(slices)

@@ -152,6 +152,21 @@ pub(super) fn folder(store: &Path, identity: &Identity, model: &str) -> Result<P
     Err(Error::input(message).hint("measure them with `strata sensitivity`, with the same model, recipe and calibration"))
 }
 
+/// Whether anything was measured of a model of this name.
+pub(super) fn knows(store: &Path, model: &str) -> bool {
+    others(&measurements_directory(store)).iter().any(|other| other.model == model)
+}
+
+/// Formats of embedding and head that measurements were made with which differ from `identity` in nothing else.
+pub(super) fn other_ends(store: &Path, identity: &Identity) -> Vec<(Format, Format)> {
+    let ends = |other: Named| {
+        let Identity { embedding, head, .. } = other.identity;
+        let same = Identity { embedding: identity.embedding, head: identity.head, ..other.identity } == *identity;
+        (same && (embedding, head) != (identity.embedding, identity.head)).then_some((embedding, head))
+    };
+    others(&measurements_directory(store)).into_iter().filter_map(ends).collect()
+}
+
 /// Every readable identity.
 fn others(directory: &Path) -> Vec<Named> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();

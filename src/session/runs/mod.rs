@@ -6,6 +6,7 @@
 //!   run.json       how, and for what title   log            a line an event, with time and level
 //!   lock           the process that runs it  results.jsonl  variants made and models evaluated so far
 //!   output         what a run without a terminal printed    cancel   appears to ask the run to stop
+//!   seen           somebody has looked at how it ended
 //! ```
 //!
 //! A run is a session being replayed: [`Run::create`] writes it down, a [`RunWriter`] keeps the rest up to date while
@@ -56,6 +57,9 @@ impl Request {
         Self { schema: RUN_SCHEMA.into(), title: title.into(), session_file, options }
     }
 }
+
+/// Runs that are over and are kept, the newest.
+pub const KEPT: usize = 50;
 
 /// For how long a run that was handed over may belong to no process: one ends before the other begins.
 const HAND_OVER: Duration = Duration::from_secs(10);
@@ -178,6 +182,7 @@ impl Run {
             message: None,
             hint: None,
         })?;
+        Self::prune(root, KEPT);
         Ok(run)
     }
 
@@ -307,6 +312,27 @@ impl Run {
         made
     }
 
+    /// Takes note that somebody has looked at how it ended.
+    pub fn mark_seen(&self) {
+        // Without the note the folder is kept longer than needed.
+        drop(fs::write(self.file("seen"), ""));
+    }
+
+    /// Whether it went wrong and nobody has looked at it since.
+    fn is_unread_failure(&self, state: State) -> bool {
+        matches!(state, State::Failed | State::Interrupted) && !self.file("seen").exists()
+    }
+
+    /// Removes the oldest runs of `root` that are over, so that `keep` of them stay. One that failed or was interrupted stays
+    /// until somebody has looked at it. Returns the names of those that are gone.
+    pub fn prune(root: &Path, keep: usize) -> Vec<String> {
+        let over = Self::list(root).into_iter().filter(|status| status.state.is_over());
+        let old = over.skip(keep).map(|status| (Self { folder: root.join(&status.id) }, status));
+        let removable = old.filter(|(run, status)| !run.is_unread_failure(status.state) && !run.is_handed_over());
+        // What another process holds or removes meanwhile is not this one's to remove.
+        removable.filter(|(run, _)| run.remove().is_ok()).map(|(_, status)| status.id).collect()
+    }
+
     /// Removes the folder of a run that is over; variants and results stay.
     pub fn remove(&self) -> Result<()> {
         let _lock = self.lock(Duration::ZERO)?;
@@ -343,4 +369,32 @@ fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
 
 fn now() -> String {
     utc(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_are_kept_and_so_is_a_failure_that_nobody_has_seen() {
+        let root = tempfile::tempdir().unwrap();
+        let request = Request::new("a run", None, ReplayOptions::default());
+        let runs: Vec<Run> = (0..6).map(|_| Run::create(root.path(), &Session::demo().unwrap(), &request).unwrap()).collect();
+        let end = |run: &Run, state: State| {
+            let status = Status { state, ..read_json(&run.file("status.json")).unwrap() };
+            run.write_status(&status).unwrap();
+        };
+        let states = [State::Done, State::Failed, State::Failed, State::Cancelled, State::Done, State::Done];
+        runs.iter().zip(states).for_each(|(run, state)| end(run, state));
+        runs[2].mark_seen();
+        let gone = Run::prune(root.path(), 2);
+        assert_eq!(gone, [runs[3].id(), runs[2].id(), runs[0].id()]);
+        let left: Vec<String> = Run::list(root.path()).into_iter().map(|status| status.id).collect();
+        assert_eq!(left, [runs[5].id(), runs[4].id(), runs[1].id()]);
+        assert!(Run::prune(root.path(), 2).is_empty());
+        // One that its process holds is not over.
+        end(&runs[4], State::Running);
+        let _lock = runs[4].lock(Duration::ZERO).unwrap();
+        assert!(Run::prune(root.path(), 1).is_empty());
+    }
 }

@@ -78,8 +78,9 @@ impl RunWriter {
         (status.state, status.message, status.hint) = (State::Waiting, None, None);
         status.job = run.made().variants.len();
         let id = run.id();
-        // Asked of a process before this one.
+        // Asked of a process before this one, and what became of it.
         drop(std::fs::remove_file(run.file("cancel")));
+        drop(std::fs::remove_file(run.file("seen")));
         let path = run.file("log");
         let log = OpenOptions::new().create(true).append(true).open(&path).map_err(|error| Error::io("opening", &path, &error))?;
         let worker = Worker {

@@ -42,14 +42,14 @@ pub fn wider(state: &mut State) -> Vec<Effect> {
 }
 
 fn cycle(state: &mut State, by: usize) -> Vec<Effect> {
-    let current = state.document.draft().plan.blocks[state.layers.cursor];
+    let current = state.plan().blocks[state.layers.cursor];
     let at = STEPS.iter().position(|format| *format == current).unwrap_or(STEPS.len() - 1);
     set_blocks(state, STEPS[(at + by) % STEPS.len()])
 }
 
 /// Copies the formats of the selection, or that of the block under the cursor.
 pub fn copy(state: &mut State) -> Vec<Effect> {
-    let blocks = &state.document.draft().plan.blocks;
+    let blocks = state.plan().blocks.clone();
     state.plan.clipboard = if state.layers.selected.is_empty() {
         vec![blocks[state.layers.cursor]]
     } else {
@@ -119,16 +119,27 @@ fn set_linears(state: &mut State, format: Format) {
 
 /// Sets formats and says what that does to the size.
 fn set(state: &mut State, targets: &[Selector], format: Format, what: &str) {
-    let before = state.document.footprint.total_bytes(&state.document.draft().plan);
+    let before = (state.document.footprint.total_bytes(&state.document.draft().plan), loss(state));
     match state.document.set_format(targets, format, format!("{what} to {format}")) {
+        Ok(true) if state.document.draft().is_allocated() => state.say(format!("{what}: pinned to {format}; the others are found anew")),
         Ok(true) => {
-            let after = state.document.footprint.total_bytes(&state.document.draft().plan);
-            let (sign, difference) = if after < before { ("−", before - after) } else { ("+", after - before) };
-            state.say(format!("{what}: {format}, {sign}{}", report::bytes(difference)));
+            let after = (state.document.footprint.total_bytes(&state.document.draft().plan), loss(state));
+            let (sign, bytes) = if after.0 < before.0 { ("−", before.0 - after.0) } else { ("+", after.0 - before.0) };
+            let nats = before.1.zip(after.1).map_or_else(String::new, |(before, after)| {
+                let sign = if after < before { "−" } else { "+" };
+                format!(", KLD ~{sign}{:.1e}", (after - before).abs())
+            });
+            state.say(format!("{what}: {format}, {sign}{}{nats}", report::bytes(bytes)));
         }
         Ok(false) => state.say(format!("{what}: {format} already")),
         Err(error) => state.complain(&error),
     }
+}
+
+/// Nats a token that the variant is predicted to lose.
+fn loss(state: &State) -> Option<f64> {
+    let draft = state.document.draft();
+    state.losses.predict(&state.document.layout, draft, &draft.plan).map(|predicted| predicted.kld)
 }
 
 fn choose(state: &mut State, title: &str, formats: &[Format], current: Format, pick: fn(&mut State, usize) -> Vec<Effect>) -> Vec<Effect> {
@@ -164,8 +175,9 @@ pub fn suggested(state: &mut State) -> Vec<Effect> {
 }
 
 pub fn reset(state: &mut State) -> Vec<Effect> {
-    match state.document.recipe_plan() {
-        Ok(plan) => set_plan(state, plan, "back to the recipe"),
+    match state.document.reset("back to the recipe") {
+        Ok(true) => state.say(format!("{}: back to the recipe", state.document.draft().name)),
+        Ok(false) => state.say(format!("{} is as its recipe says", state.document.draft().name)),
         Err(error) => state.complain(&error),
     }
     Vec::new()

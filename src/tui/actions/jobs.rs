@@ -1,51 +1,37 @@
 //! Running, pausing, cancelling, and what becomes of runs.
 
 use super::super::document::Draft;
+use super::super::measurements::Origin;
 use super::super::message::Effect;
 use super::super::popups::{Choice, Confirm, Popup, Runs};
-use super::super::queue::{Level, Run, Target};
+use super::super::queue::{Level, Purpose, Run, Target};
 use super::super::state::{Pane, State};
-use crate::error::Error;
-use crate::session::VariantSpec;
 
 fn target(draft: &Draft) -> Target {
-    Target {
-        spec: VariantSpec { name: draft.name.clone(), recipe: draft.recipe_name.clone(), overrides: draft.overrides.clone() },
-        recipe: draft.recipe.name.clone(),
-        steps: draft.recipe.steps(),
-        plan: draft.plan.clone(),
-    }
+    Target { spec: draft.spec(), recipe: draft.recipe.name.clone(), origin: Origin::of(draft) }
 }
 
-/// Queues the drafts that give their formats themselves.
-fn queue(state: &mut State, drafts: &[Draft], evaluate: bool) -> Vec<Effect> {
-    if let Some(draft) = drafts.iter().find(|draft| draft.recipe.allocate.is_some()) {
-        let error = Error::input(format!("the formats of {} are found by measurement, which does not run in the workbench", draft.name));
-        state.complain(&error.hint("run it with `strata replay` or `strata quantize`"));
-    }
-    let targets: Vec<Target> = drafts.iter().filter(|draft| draft.recipe.allocate.is_none()).map(target).collect();
-    if targets.is_empty() {
-        return Vec::new();
-    }
+/// Queues a run about `drafts` and goes to the Run pane.
+pub fn queue(state: &mut State, drafts: &[Draft], purpose: Purpose) -> Vec<Effect> {
     let session = state.document.session();
-    state.queue.push(session, targets, evaluate);
+    state.queue.push(session, drafts.iter().map(target).collect(), purpose);
     state.focus = Pane::Run;
     Vec::new()
 }
 
 pub fn run(state: &mut State) -> Vec<Effect> {
     let draft = state.document.draft().clone();
-    queue(state, &[draft], true)
+    queue(state, &[draft], Purpose::Evaluate)
 }
 
 pub fn run_all(state: &mut State) -> Vec<Effect> {
     let drafts = state.document.drafts.clone();
-    queue(state, &drafts, true)
+    queue(state, &drafts, Purpose::Evaluate)
 }
 
 pub fn quantize(state: &mut State) -> Vec<Effect> {
     let draft = state.document.draft().clone();
-    queue(state, &[draft], false)
+    queue(state, &[draft], Purpose::Quantize)
 }
 
 pub fn is_busy(state: &State) -> Result<(), &'static str> {
@@ -65,7 +51,7 @@ pub fn can_cancel(state: &State) -> Result<(), &'static str> {
 pub fn cancel(state: &mut State) -> Vec<Effect> {
     let Some(run) = cancelled_run(state) else { return Vec::new() };
     let (key, title) = (run.key, format!("Cancel {}?", run.title));
-    let line = if run.is_running() { "It stops within a step. Finished blocks and rows are kept." } else { "It has not begun." };
+    let line = if run.is_running() { "It stops within a step. Finished blocks, losses and rows are kept." } else { "It has not begun." };
     let mut choices = vec![Choice::new('y', "cancel it", move |state| state.queue.cancel(key).map(Effect::Cancel).into_iter().collect())];
     if state.queue.runs.iter().filter(|run| !run.is_over()).count() > 1 {
         choices.push(Choice::new('a', "cancel all", |state| {
@@ -87,7 +73,6 @@ pub fn can_retry(state: &State) -> Result<(), &'static str> {
     match state.queue.selected() {
         None => Err("there is no run to try again"),
         Some(run) if !run.is_over() => Err("this run is not over"),
-        Some(run) if !run.can_be_handed_over() => Err("ask for this again where you asked for it first"),
         Some(_) => Ok(()),
     }
 }

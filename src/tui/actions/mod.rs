@@ -1,5 +1,6 @@
 //! What the commands do to the state, by subject.
 
+pub mod allocate;
 pub mod files;
 pub mod formats;
 pub mod jobs;

@@ -56,6 +56,11 @@ fn step(state: &mut State, by: isize) -> Vec<Effect> {
             }
             super::select::extend(state);
         }
+        // While a budget is moved, the cursor goes over the blocks, whose bits are explained.
+        Pane::Plan if state.allocating.is_some() => {
+            let block = moved(state.layers.cursor, state.document.kinds.len());
+            go_to(state, Row::Block(block));
+        }
         Pane::Block => {
             if by.abs() > 1 {
                 state.looks.scroll = (state.looks.scroll as isize).saturating_add(by).clamp(0, BLOCK_LINES) as usize;

@@ -41,7 +41,7 @@ pub fn beside(state: &mut State) -> Vec<Effect> {
     }
     let bytes = |name: &String| {
         let draft = state.document.drafts.iter().find(|draft| draft.name == *name);
-        draft.map_or_else(String::new, |draft| format!("~{}", report::bytes(state.document.footprint.linear_bytes(&draft.plan))))
+        draft.map_or_else(String::new, |draft| format!("~{}", report::bytes(state.document.footprint.linear_bytes(state.plan_of(draft)))))
     };
     let items = others.iter().map(|name| (name.clone(), bytes(name))).collect();
     state.popups.push(Choose::popup("Put beside it the plan of", items, 0, move |state, index| {

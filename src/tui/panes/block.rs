@@ -4,7 +4,7 @@ use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
-use super::{dim, percent, scheme_name, short};
+use super::{dim, percent, predicted, scheme_name, short};
 use crate::checkpoint::BlockSpec;
 use crate::engine::inspect::LinearLook;
 use crate::format::{Format, Plan};
@@ -50,14 +50,18 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
 /// Kind, size, format, and what a rule of thumb and the largest weight say.
 fn facts(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
     let style = |role| state.theme.style(role);
-    let format = state.document.draft().plan.blocks[block.index];
+    let format = state.plan().blocks[block.index];
     let row = &state.inventory.blocks[block.index];
     let mut facts = vec![
         Span::styled(format!(" {} {}", block.kind.letter(), short(block.kind)), style(Role::of_kind(block.kind))),
         Span::raw(format!("  {}  ", report::count(row.parameters))),
         Span::styled(format.to_string(), style(Role::of_format(format))),
-        dim(state, "  risk "),
-        Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted)),
+        dim(state, if state.losses.are_shown() { "  ΔKLD " } else { "  risk " }),
+        match state.losses.block(block.index) {
+            Some(loss) => predicted(state, format!("{loss:.1e}")),
+            None if state.losses.are_shown() => dim(state, "–"),
+            None => predicted(state, row.sensitivity.name()),
+        },
         dim(state, "  suggested "),
         Span::styled(row.suggested.to_string(), style(Role::of_format(row.suggested))),
     ];
@@ -70,7 +74,7 @@ fn facts(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
 /// A linear: shape and bytes, its slices, the histogram of its weights, the largest of its inputs.
 fn module_lines(state: &State, block: &BlockSpec, module: &Module, width: usize) -> Vec<Line<'static>> {
     let style = |role| state.theme.style(role);
-    let plan = &state.document.draft().plan;
+    let plan = state.plan();
     let linear = module.linears[0];
     let (format, same) = module.format(plan, block.index);
     let count = if module.linears.len() > 1 { format!(" ×{}", module.linears.len()) } else { String::new() };
@@ -143,7 +147,7 @@ fn input_line(state: &State, maxima: &[f32], width: usize) -> Line<'static> {
 /// Bytes and output error of the block in every format, two a line.
 fn formats(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
     let style = |role| state.theme.style(role);
-    let current = state.document.draft().plan.blocks[block.index];
+    let current = state.plan().blocks[block.index];
     let steps = state.document.draft().recipe.steps();
     // Fewer than 4 bits are for exploration: shown where the block has them.
     let shown: Vec<Format> = Format::ALL.into_iter().filter(|format| format.weight_bits() >= 4 || *format == current).collect();

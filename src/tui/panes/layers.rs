@@ -10,7 +10,7 @@ use super::{dim, percent, scheme_name, short};
 use crate::format::{BlockKind, Format};
 use crate::session::report;
 use crate::tui::popups::window;
-use crate::tui::state::{Inspection, State};
+use crate::tui::state::{Inspection, State, Strip};
 use crate::tui::text::cut;
 use crate::tui::theme::Role;
 use crate::tui::tree::{self, Column, Row};
@@ -56,7 +56,7 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let rows = tree::rows(state);
     let parts = parts(state, area, &rows);
     let mut lines = strip(state, strip_width(area), parts.strip);
-    let columns = Columns::new(width);
+    let columns = Columns::new(state, width);
     lines.push(columns.head(state));
     let worst = worst_error(state);
     let blank = parts.room - parts.rows.len();
@@ -75,10 +75,11 @@ fn strip_width(area: Rect) -> usize {
     (area.width as usize).saturating_sub(2).max(1)
 }
 
-/// Pairs of lines, kinds above and bits of the weights below, a letter a block. A stack that needs more lines than
+/// Pairs of lines, kinds above and bits of the weights (or what was chosen to be seen) below, a letter a block. A stack that needs more lines than
 /// there are shows the part around the cursor.
-fn strip(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
-    let (kinds, plan) = (&state.document.kinds, &state.document.draft().plan);
+pub fn strip(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
+    let (kinds, plan) = (&state.document.kinds, state.plan());
+    let worst = worst_error(state);
     let pairs: Vec<usize> = (0..kinds.len().div_ceil(width)).collect();
     let around = window(state.layers.cursor / width, pairs.len(), most / 2);
     let mut lines = Vec::new();
@@ -96,8 +97,12 @@ fn strip(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
                 }
             };
             above.push(Span::styled(kind.letter().to_string(), marked(Role::of_kind(*kind))));
-            let format = plan.blocks[index];
-            below.push(Span::styled(bits(format), marked(Role::of_format(format))));
+            let (text, role) = match state.layers.strip {
+                Strip::Bits => (bits(plan.blocks[index]).to_owned(), Role::of_format(plan.blocks[index])),
+                Strip::Loss => height(loss_share(state, index)),
+                Strip::Error => height(state.error(index).map(|(error, _)| if worst > 0.0 { error / worst } else { 0.0 })),
+            };
+            below.push(Span::styled(text, marked(role)));
         }
         lines.extend([Line::from(above), Line::from(below)]);
     }
@@ -115,6 +120,32 @@ fn bits(format: Format) -> &'static str {
     }
 }
 
+/// A bar as high as a share of the worst, in the colour of how bad that is; `·` where it is not known.
+fn height(share: Option<f64>) -> (String, Role) {
+    let Some(share) = share else { return ("·".into(), Role::Dim) };
+    let role = match share {
+        share if share > 2.0 / 3.0 => Role::Bad,
+        share if share > 1.0 / 3.0 => Role::Warning,
+        _ => Role::Good,
+    };
+    (bar_letter(share).to_string(), role)
+}
+
+/// Where a block's predicted loss lies between the least and the most of all, on a logarithmic scale; 0 where nothing is lost.
+fn loss_share(state: &State, index: usize) -> Option<f64> {
+    let loss = state.losses.block(index)?;
+    let [low, high] = state.losses.range().unwrap_or([loss, loss]);
+    if loss <= 0.0 {
+        return Some(0.0);
+    }
+    // The least of all has the lowest bar there is.
+    let share = if high > low { (loss / low).ln() / (high / low).ln() } else { 1.0 };
+    Some(LOWEST + (1.0 - LOWEST) * share)
+}
+
+/// Share of the lowest bar that is seen.
+const LOWEST: f64 = 1.0 / 8.0;
+
 /// The largest error on screen, which fills an error bar.
 fn worst_error(state: &State) -> f64 {
     let errors = (0..state.document.kinds.len()).filter_map(|index| state.error(index)).map(|(error, _)| error);
@@ -125,11 +156,13 @@ fn worst_error(state: &State) -> f64 {
 struct Columns {
     /// What the weights say.
     weights: bool,
+    /// What each block is predicted to lose, in place of the rule of thumb.
+    losses: bool,
 }
 
 impl Columns {
-    fn new(width: usize) -> Self {
-        Self { weights: width >= 72 }
+    fn new(state: &State, width: usize) -> Self {
+        Self { weights: width >= 72, losses: state.losses.are_shown() }
     }
 
     fn head(&self, state: &State) -> Line<'static> {
@@ -142,8 +175,14 @@ impl Columns {
             (Column::Format, 9, Some(3)),
             (Column::Error, 9, None),
         ];
+        if self.losses {
+            cells.push((Column::Loss, 8, None));
+        }
         if self.weights {
-            cells.extend([(Column::Outliers, 11, None), (Column::Risk, 9, Some(3))]);
+            cells.push((Column::Outliers, 11, None));
+        }
+        if self.weights && !self.losses {
+            cells.push((Column::Risk, 9, Some(3)));
         }
         let cell = |(column, width, indent): (Column, usize, Option<usize>)| {
             let sorted = state.layers.sort == Some(column);
@@ -174,7 +213,7 @@ impl Columns {
 
     fn block_row(&self, state: &State, index: usize, worst: f64) -> Line<'static> {
         let block = &state.document.layout.blocks[index];
-        let plan = &state.document.draft().plan;
+        let plan = state.plan();
         let format = plan.blocks[index];
         let style = |role| state.theme.style(role);
         let selected = state.layers.selected.contains(&index);
@@ -186,7 +225,7 @@ impl Columns {
         ];
         spans.push(Span::raw(format!("{:>9}", report::count(state.inventory.blocks[index].parameters))));
         spans.push(Span::raw(format!(" {:>8} ", report::bytes(tree::bytes(state, plan, index)))));
-        let changed = state.document.saved_format(index) != Some(format);
+        let changed = changed(state, index);
         spans.push(Span::styled(if changed { " ▸" } else { "  " }, style(Role::Changed)));
         spans.push(Span::styled(format!("{format:<6}"), style(Role::of_format(format))));
         let mixed = plan.linears.keys().any(|name| name.starts_with(&block.prefix));
@@ -199,6 +238,11 @@ impl Columns {
             }
             None => [Span::raw("  "), dim(state, format!("{:>6}", "–"))],
         });
+        if self.losses {
+            let loss = state.losses.block(index);
+            let text = loss.map_or_else(|| "–".to_owned(), |loss| if loss > 0.0 { format!("~{loss:.1e}") } else { "0".into() });
+            spans.push(Span::styled(format!("{text:>8}"), style(Role::Predicted)));
+        }
         if self.weights {
             let row = &state.inventory.blocks[index];
             let ratio = match (row.outlier_ratio, state.inspection) {
@@ -207,7 +251,9 @@ impl Columns {
                 (None, _) => "–".into(),
             };
             spans.push(Span::raw(format!("   {ratio:>8}   ")));
-            spans.push(Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted)));
+            if !self.losses {
+                spans.push(Span::styled(format!("~{}", row.sensitivity.name()), style(Role::Predicted)));
+            }
         }
         Line::from(spans)
     }
@@ -218,7 +264,7 @@ impl Columns {
         let modules = tree::modules(spec);
         let module = &modules[place];
         let linear = module.linears[0];
-        let plan = &state.document.draft().plan;
+        let plan = state.plan();
         let float_bytes = state.document.layout.float_bytes;
         let last = place + 1 == modules.len();
         let (label, rows, weights, bytes, format, same, scheme) = if let Some(slice) = slice {
@@ -260,6 +306,20 @@ fn module_label(name: &str) -> String {
         .replace("_latent_proj", "_latent")
 }
 
+/// Whether a block differs: under a budget from the variant's plan, otherwise from the session's file, and where formats are
+/// found by measurement, by being pinned.
+fn changed(state: &State, index: usize) -> bool {
+    let draft = state.document.draft();
+    if state.allocating.is_some() {
+        return state.plan_of(draft).blocks[index] != state.plan().blocks[index];
+    }
+    if draft.is_allocated() {
+        let kind = state.document.kinds[index];
+        return draft.overrides.iter().any(|rule| rule.selector.meets(index, kind));
+    }
+    state.document.saved_format(index) != Some(draft.plan.blocks[index])
+}
+
 fn kind_row(state: &State, kind: BlockKind) -> Line<'static> {
     let name = match kind {
         BlockKind::Ssm => "state-space blocks",
@@ -282,7 +342,7 @@ fn total_lines(state: &State) -> usize {
 
 /// Sums by kind: blocks, parameters, bytes under the plan.
 fn totals(state: &State, width: usize) -> Vec<Line<'static>> {
-    let (layout, plan) = (&state.document.layout, &state.document.draft().plan);
+    let (layout, plan) = (&state.document.layout, state.plan());
     let mut kinds: BTreeMap<BlockKind, (usize, u64, u64)> = BTreeMap::new();
     for row in &state.inventory.blocks {
         let (count, parameters, total) = kinds.entry(row.kind).or_default();

@@ -1,16 +1,19 @@
 //! The panes: each draws itself from the state into its inner area.
 
 pub mod block;
+pub mod front;
 pub mod layers;
 pub mod plan;
 pub mod playground;
 pub mod results;
 pub mod run;
 
-use ratatui::text::Span;
+use ratatui::Frame;
+use ratatui::layout::Rect;
+use ratatui::text::{Line, Span};
 
 use super::queue::Work;
-use super::state::{Pane, State};
+use super::state::{Pane, State, Strip};
 use super::theme::Role;
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, Scheme};
@@ -30,12 +33,20 @@ pub fn caption(state: &State, pane: Pane) -> String {
     match pane {
         Pane::Layers => {
             let (blocks, shown) = (state.document.kinds.len(), state.visible_blocks().len());
+            let strip = match state.layers.strip {
+                Strip::Bits => "",
+                Strip::Loss => "· strip: ΔKLD ",
+                Strip::Error => "· strip: error ",
+            };
             match state.layers.filter.text.as_str() {
-                "" => format!("{blocks} blocks "),
-                text => format!("{shown} of {blocks} blocks: {text} "),
+                "" => format!("{blocks} blocks {strip}"),
+                text => format!("{shown} of {blocks} blocks: {text} {strip}"),
             }
         }
-        Pane::Plan => format!("{} ", state.document.draft().name),
+        Pane::Plan => {
+            let front = if state.allocating.is_some() { "· plans by budget " } else { "" };
+            format!("{} {front}", state.document.draft().name)
+        }
         Pane::Run => match (state.queue.running(), state.queue.waiting()) {
             _ if state.queue.paused => "paused ".into(),
             (None, _) => "nothing runs ".into(),
@@ -76,6 +87,22 @@ fn scheme_name(scheme: Scheme) -> String {
         Scheme::Int8 => "int8".into(),
         Scheme::Grouped { bits, group } => format!("int{bits}/{group}"),
     }
+}
+
+/// A chart's axes with the values at their ends; `plot` has eight columns to its left and two lines below it.
+fn axes(frame: &mut Frame, plot: Rect, state: &State, [high, low]: [&str; 2], [left, right]: [&str; 2]) {
+    let style = state.theme.style(Role::Border);
+    for y in plot.y..plot.bottom() {
+        frame.render_widget(Line::styled("│", style), Rect { x: plot.x - 1, y, width: 1, height: 1 });
+    }
+    let line = format!("╰{}", "─".repeat(plot.width as usize));
+    frame.render_widget(Line::styled(line, style), Rect { x: plot.x - 1, y: plot.bottom(), width: plot.width + 1, height: 1 });
+    for (text, y) in [(high, plot.y), (low, plot.bottom().saturating_sub(1))] {
+        frame.render_widget(Line::from(dim(state, format!("{text:>6}"))), Rect { x: plot.x - 8, y, width: 7, height: 1 });
+    }
+    let gap = (plot.width as usize).saturating_sub(left.chars().count() + right.chars().count());
+    let line = format!("{left}{}{right}", " ".repeat(gap));
+    frame.render_widget(Line::from(dim(state, line)), Rect { x: plot.x, y: plot.bottom() + 1, width: plot.width, height: 1 });
 }
 
 /// A relative error in percent with two significant digits.

@@ -4,10 +4,11 @@ use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
-use super::{dim, predicted};
+use super::{dim, front, predicted};
 use crate::analysis::Prediction;
 use crate::format::Plan;
 use crate::session::report;
+use crate::tui::losses::Known;
 use crate::tui::popups::window;
 use crate::tui::state::{Pane, State};
 use crate::tui::text::cut;
@@ -36,6 +37,9 @@ fn above(state: &State, width: usize, height: usize) -> Vec<Line<'static>> {
 
 /// The variant whose row is in line `line` of the pane.
 pub fn variant_at(state: &State, area: Rect, line: u16) -> Option<usize> {
+    if state.allocating.is_some() {
+        return None;
+    }
     let (height, above) = (area.height as usize, above(state, area.width as usize, area.height as usize).len());
     let rows = window(state.document.current(), state.document.drafts.len(), height.saturating_sub(above));
     let index = rows.start + (line as usize).checked_sub(above)?;
@@ -43,6 +47,10 @@ pub fn variant_at(state: &State, area: Rect, line: u16) -> Option<usize> {
 }
 
 pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
+    if let Some(allocating) = &state.allocating {
+        front::draw(frame, area, state, allocating);
+        return;
+    }
     let mut lines = above(state, area.width as usize, area.height as usize);
     let room = (area.height as usize).saturating_sub(lines.len());
     for index in window(state.document.current(), state.document.drafts.len(), room) {
@@ -53,13 +61,13 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     }
 }
 
-fn label(state: &State, text: &str) -> Span<'static> {
+pub fn label(state: &State, text: &str) -> Span<'static> {
     dim(state, format!(" {text:<width$}", width = LABEL - 1))
 }
 
 /// What follows from the plan, all of it predicted.
 fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
-    let (footprint, plan) = (&state.document.footprint, &state.document.draft().plan);
+    let (footprint, plan) = (&state.document.footprint, state.plan());
     let float = Plan::unquantized(plan.blocks.len());
     let (linears, linears_float) = (footprint.linear_bytes(plan), footprint.linear_bytes(&float));
     let (total, total_float) = (footprint.total_bytes(plan), footprint.total_bytes(&float));
@@ -90,7 +98,7 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
         dim(state, " a weight, scales included"),
     ];
     let prediction = state.predict(plan);
-    let mut lines = vec![Line::from(size), Line::from(bits), Line::from(model)];
+    let mut lines = vec![Line::from(size), Line::from(bits), Line::from(model), loss(state, width)];
     lines.extend(cost(state, &prediction));
     lines.push(Line::from(vec![
         label(state, "transitions"),
@@ -105,8 +113,41 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
     lines
 }
 
+/// The divergence that the plan on the screen is predicted to have, or what has to be measured first.
+pub fn loss(state: &State, width: usize) -> Line<'static> {
+    let (draft, room) = (state.document.draft(), width.saturating_sub(LABEL));
+    let said = |text: &str| Line::from(vec![label(state, "KLD"), dim(state, cut(text, room))]);
+    if let (Some(Err(error)), None) = (state.losses.found(), &state.allocating) {
+        return Line::from(vec![label(state, "KLD"), Span::styled(cut(&error.message, room), state.theme.style(Role::Bad))]);
+    }
+    match state.losses.known(draft) {
+        None | Some(Known::Asked) => return said("looking for what was measured …"),
+        Some(Known::Nothing(None)) => return said("not predicted yet: M measures what each part loses"),
+        Some(Known::Nothing(Some(error))) => {
+            let why = error.message.rsplit_once(": ").map_or(error.message.as_str(), |(_, why)| why);
+            let why = why.strip_prefix("they were measured ").map_or_else(|| why.to_owned(), |rest| format!("so far {rest}"));
+            return said(&format!("M measures it; {why}"));
+        }
+        Some(Known::Measured(_)) => {}
+    }
+    let Some(found) = state.losses.predict(&state.document.layout, draft, state.plan()) else {
+        let block = state.losses.unmeasured().map_or_else(String::new, |block| format!(" of block {block}"));
+        return said(&format!("a format{block} was not measured"));
+    };
+    let mut spans = vec![label(state, "KLD"), predicted(state, format!("{:.2e}", found.kld)), dim(state, " nats a token")];
+    let range = found.interval.map_or_else(String::new, |[low, high]| format!("{low:.1e} to {high:.1e}"));
+    let note = match found.other_ends {
+        Some([embedding, head]) => format!("  {range}; ends {embedding}, {head}"),
+        None if range.is_empty() => String::new(),
+        None => format!("  {range} by {} checked plans", found.checks),
+    };
+    let room = width.saturating_sub(Line::from(spans.clone()).width());
+    spans.push(dim(state, cut(&note, room)));
+    Line::from(spans)
+}
+
 /// Fit, context and time on the chosen GPU.
-fn cost(state: &State, prediction: &Prediction) -> [Line<'static>; 2] {
+pub fn cost(state: &State, prediction: &Prediction) -> [Line<'static>; 2] {
     let gpu = label(state, prediction.gpu);
     let fit = match (prediction.fits, prediction.context_tokens) {
         (false, _) => vec![gpu, Span::styled("~does not fit", state.theme.style(Role::Bad)), dim(state, "   t chooses another GPU")],
@@ -144,7 +185,8 @@ fn rate(tokens_per_s: f64) -> String {
 fn comparison(state: &State, other: usize, width: usize) -> Vec<Line<'static>> {
     let document = &state.document;
     let (own, other) = (document.draft(), &document.drafts[other]);
-    let plans = [&own.plan, &other.plan];
+    let drafts = [own, other];
+    let plans = drafts.map(|draft| state.plan_of(draft));
     let column = (width.saturating_sub(LABEL + 2) / 3).clamp(8, 16);
     let mut head = vec![label(state, "")];
     for name in [own.name.as_str(), other.name.as_str(), "difference"] {
@@ -176,13 +218,15 @@ fn comparison(state: &State, other: usize, width: usize) -> Vec<Line<'static>> {
     row("linears", both(&|plan| Some(footprint.linear_bytes(plan) as f64)), &|bytes| report::bytes(bytes as u64), true, true);
     row("bits", both(&|plan| Some(footprint.bits_per_weight(plan))), &|bits| format!("{bits:.2}"), false, true);
     row("whole model", both(&|plan| Some(footprint.total_bytes(plan) as f64)), &|bytes| report::bytes(bytes as u64), true, true);
+    let kld = drafts.map(|draft| state.losses.predict(&document.layout, draft, state.plan_of(draft)).map(|predicted| predicted.kld));
+    row("KLD", kld, &|nats| format!("{nats:.1e}"), true, true);
     let predictions = plans.map(|plan| state.predict(plan));
     let cost = |of: &dyn Fn(&Prediction) -> Option<f64>| [of(&predictions[0]), of(&predictions[1])];
     row(predictions[0].gpu, cost(&|cost| Some(cost.decode_seconds)), &milliseconds, true, true);
     row("  prefill/s", cost(&|cost| Some(cost.prefill_tokens_per_s)), &|rate| report::count(rate as u64), true, false);
     row("  context", cost(&|cost| cost.context_tokens.map(|tokens| tokens as f64)), &|tokens| report::count(tokens as u64), true, false);
     row("transitions", cost(&|cost| Some(cost.transitions as f64)), &|count| format!("{count:.0}"), false, true);
-    let differing: Vec<usize> = (0..own.plan.blocks.len()).filter(|index| own.plan.blocks[*index] != other.plan.blocks[*index]).collect();
+    let differing: Vec<usize> = (0..plans[0].blocks.len()).filter(|index| plans[0].blocks[*index] != plans[1].blocks[*index]).collect();
     let blocks = match differing.len() {
         0 => "no block differs".to_owned(),
         count => format!("{count}: {}", differing.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")),
@@ -194,14 +238,17 @@ fn comparison(state: &State, other: usize, width: usize) -> Vec<Line<'static>> {
 /// What the variant changes in its recipe, and the latest edits.
 fn edits(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
     let room = width.saturating_sub(LABEL);
-    let overrides = match state.document.draft().overrides.as_slice() {
+    let draft = state.document.draft();
+    let name = if draft.is_allocated() { "pins" } else { "overrides" };
+    let overrides = match draft.overrides.as_slice() {
+        [] if draft.is_allocated() => dim(state, "none: measurement finds all formats"),
         [] => dim(state, "none: the recipe as it is"),
         rules => {
             let rules: Vec<String> = rules.iter().map(|rule| format!("{} {}", rule.selector, rule.format)).collect();
             Span::raw(cut(&rules.join(", "), room))
         }
     };
-    let mut lines = vec![Line::from(vec![label(state, "overrides"), overrides])];
+    let mut lines = vec![Line::from(vec![label(state, name), overrides])];
     let (done, undone) = state.document.history();
     if done.is_empty() && undone.is_empty() {
         lines.push(Line::from(vec![label(state, "history"), dim(state, "no edits yet")]));
@@ -242,8 +289,9 @@ fn variant(state: &State, index: usize) -> Line<'static> {
         }
     };
     let measured = result.is_some();
-    let bytes = result.map_or_else(|| footprint.linear_bytes(&draft.plan), |result| result.weight_bytes);
-    let bits = result.map_or_else(|| footprint.bits_per_weight(&draft.plan), |result| result.bits_per_weight);
+    let plan = state.plan_of(draft);
+    let bytes = result.map_or_else(|| footprint.linear_bytes(plan), |result| result.weight_bytes);
+    let bits = result.map_or_else(|| footprint.bits_per_weight(plan), |result| result.bits_per_weight);
     let changed = if state.document.changed(index) { "▸" } else { " " };
     let beside = state.plan.beside.as_ref() == Some(&draft.name) && !current;
     let line = Line::from(vec![

@@ -14,6 +14,7 @@ use crate::eval::result::{RESULTS_SCHEMA, ResultSet};
 use crate::eval::{ModelResult, Task};
 use crate::session::report;
 use crate::tui::document::Draft;
+use crate::tui::queue::Purpose;
 use crate::tui::state::{Pane, ResultsTab, Side, State};
 use crate::tui::theme::Role;
 
@@ -146,7 +147,9 @@ pub fn order(state: &State) -> Vec<usize> {
         let key = |index: &usize| {
             let draft = &drafts[*index];
             match (column.figure, result(state, draft)) {
-                (Figure::Bytes | Figure::Ratio | Figure::Bits, None) => Some(state.document.footprint.linear_bytes(&draft.plan) as f64),
+                (Figure::Bytes | Figure::Ratio | Figure::Bits, None) => {
+                    Some(state.document.footprint.linear_bytes(state.plan_of(draft)) as f64)
+                }
                 (Figure::Bytes | Figure::Ratio | Figure::Bits, Some(result)) => Some(result.weight_bytes as f64),
                 (_, result) => result.and_then(|result| column.value(result, 1)),
             }
@@ -167,7 +170,7 @@ pub fn shown(state: &State) -> Vec<usize> {
     let words: Vec<String> = state.results.filter.to_lowercase().split_whitespace().map(str::to_owned).collect();
     let meets = |index: &usize| {
         let draft = &state.document.drafts[*index];
-        let mut formats: Vec<String> = draft.plan.blocks.iter().map(ToString::to_string).collect();
+        let mut formats: Vec<String> = state.plan_of(draft).blocks.iter().map(ToString::to_string).collect();
         formats.dedup();
         let text = format!("{} {} {}", draft.name, draft.recipe_name, formats.join(" ")).to_lowercase();
         words.iter().all(|word| text.contains(word))
@@ -274,11 +277,13 @@ fn table_lines(state: &State, area: Rect) -> Vec<Line<'static>> {
     let mut lines = vec![Line::from(head)];
     lines.extend(rows.into_iter().skip(first).flatten());
     if state.measurements.base.is_none() && lines.len() + 3 <= area.height as usize {
-        lines.extend([
-            Line::default(),
-            Line::from(dim(state, "    nothing is measured yet: A runs all variants")),
-            Line::from(dim(state, "    ~ marks what follows from the plan")),
-        ]);
+        let evaluates = state.queue.runs.iter().any(|run| !run.is_over() && run.purpose == Purpose::Evaluate);
+        let first = if evaluates {
+            "    a run is under way: rows fill when it evaluates"
+        } else {
+            "    nothing is measured yet: A runs all variants"
+        };
+        lines.extend([Line::default(), Line::from(dim(state, first)), Line::from(dim(state, "    ~ marks what follows from the plan"))]);
     }
     lines
 }
@@ -329,7 +334,7 @@ fn variant_rows(state: &State, index: usize, columns: &[&'static Column]) -> Vec
     let mut spans = marks(state, &draft.name, index == state.document.current());
     spans.push(Span::raw(name(&draft.name)));
     let (Some(result), Some(base)) = (result(state, draft), &state.measurements.base) else {
-        spans.extend(columns.iter().map(|column| prediction(state, column, &draft.plan)));
+        spans.extend(columns.iter().map(|column| prediction(state, column, state.plan_of(draft))));
         return vec![Line::from(spans)];
     };
     spans.extend(columns.iter().map(|column| measured(state, column, result, base.weight_bytes)));

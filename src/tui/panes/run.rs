@@ -33,8 +33,8 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
         lines.push(memory_line(state));
         lines.extend(state.gpus.iter().map(|gpu| gpu_line(state, gpu, width)));
     }
-    if queue.running().is_some() || !queue.progress.errors.is_empty() {
-        lines.extend(plot_lines(state, &queue.progress.errors, &queue.progress.divergence, width));
+    if queue.running().is_some() || !queue.progress.errors.is_empty() || !queue.progress.losses.is_empty() {
+        lines.extend(plot_lines(state, &queue.progress.snapshot(state.clock), width));
     }
     let room = (area.height as usize).saturating_sub(lines.len());
     lines.extend(log_lines(state, room, width));
@@ -188,8 +188,10 @@ fn gpu_line(state: &State, gpu: &GpuReading, width: usize) -> Line<'static> {
     Line::from(vec![dim(state, format!(" {name:<13} ")), Span::raw(cut(&what, width.saturating_sub(16)))])
 }
 
-/// A bar a block, as high as its error; a bar a text window, as high as the mean divergence up to there.
-pub fn plot_lines(state: &State, errors: &[f64], divergence: &[f64], width: usize) -> Vec<Line<'static>> {
+/// A bar a block, as high as its error, or as its largest loss so far; a bar a text window, as high as the mean divergence
+/// up to there.
+pub fn plot_lines(state: &State, job: &Snapshot, width: usize) -> Vec<Line<'static>> {
+    let (errors, losses, divergence) = (&job.errors, &job.losses, &job.divergence);
     let plot = |label: &'static str, values: &[f64], what: String| {
         let worst = values.iter().copied().fold(0.0, f64::max);
         // The latest are those that are looked at.
@@ -202,6 +204,12 @@ pub fn plot_lines(state: &State, errors: &[f64], divergence: &[f64], width: usiz
     if !errors.is_empty() {
         let worst = errors.iter().copied().fold(0.0, f64::max);
         lines.push(plot(" error a block ", errors, format!("worst {}", percent(worst))));
+    }
+    if !losses.is_empty() {
+        let worst = losses.iter().copied().fold(0.0, f64::max);
+        // Losses lie decades apart: the root lets the small ones be seen.
+        let roots: Vec<f64> = losses.iter().map(|loss| loss.sqrt()).collect();
+        lines.push(plot(" loss a block  ", &roots, format!("worst {worst:.1e} nats")));
     }
     if let Some(latest) = divergence.last() {
         lines.push(plot(" KLD so far    ", divergence, format!("{latest:.1e} nats a token")));

@@ -9,6 +9,7 @@ use ratatui::text::{Line, Span};
 use super::{Popup, Reply, show, window};
 use crate::tui::message::Effect;
 use crate::tui::state::State;
+use crate::tui::text::{cut, wrap};
 use crate::tui::theme::Role;
 
 /// What happens with the index of what was chosen.
@@ -48,21 +49,33 @@ impl Choose {
     }
 
     pub(super) fn draw(&self, frame: &mut Frame, area: Rect, state: &State) {
-        let names = self.items.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-        let details = self.items.iter().map(|(_, detail)| detail.chars().count()).max().unwrap_or(0);
-        let rows = window(self.selected, self.items.len(), area.height.saturating_sub(4).max(1) as usize);
-        let mut lines: Vec<Line> = rows
+        let longest = |texts: &mut dyn Iterator<Item = &String>| texts.map(|text| text.chars().count()).max().unwrap_or(0);
+        let names = longest(&mut self.items.iter().map(|(name, _)| name));
+        let wanted = longest(&mut self.items.iter().map(|(_, detail)| detail));
+        let numbers = self.items.len().to_string().len();
+        let room = (area.width as usize).saturating_sub(names + numbers + 8);
+        let details = wanted.min(room);
+        // What is cut in its row is said in full below.
+        let chosen = self.items.get(self.selected).map_or("", |(_, detail)| detail.as_str());
+        let below = if wanted > room { wrap(chosen, (area.width as usize).saturating_sub(6)) } else { Vec::new() };
+        let lines_below = if wanted > room { below.len().max(2) } else { 0 };
+        let height = (area.height as usize).saturating_sub(4 + lines_below).max(1);
+        let mut lines: Vec<Line> = window(self.selected, self.items.len(), height)
             .map(|index| {
                 let (name, detail) = &self.items[index];
                 let role = if index == self.selected { Role::Cursor } else { Role::Text };
                 Line::from(vec![
-                    Span::styled(format!(" {} ", index + 1), state.theme.style(Role::Key)),
-                    Span::styled(format!(" {name:<names$}  {detail:<details$} "), state.theme.style(role)),
+                    Span::styled(format!(" {:>numbers$} ", index + 1), state.theme.style(Role::Key)),
+                    Span::styled(format!(" {name:<names$}  {:<details$} ", cut(detail, details)), state.theme.style(role)),
                 ])
             })
             .collect();
+        lines.extend((0..lines_below).map(|line| {
+            let text = below.get(line).map_or("", String::as_str);
+            Line::styled(format!("  {text}"), state.theme.style(Role::Dim))
+        }));
         lines.push(Line::styled(" enter choose  esc leave", state.theme.style(Role::Dim)));
-        let width = (names + details + 9).max(self.title.chars().count() + 4).max(28);
+        let width = (names + details + numbers + 8).max(self.title.chars().count() + 4).max(28);
         show(frame, area, state, &self.title, width as u16, lines);
     }
 }

@@ -121,7 +121,7 @@ impl Runs {
         }
         if let Some(run) = list.get(at).filter(|_| self.follow) {
             lines.extend(pane::progress_lines(state, &run.progress, inner));
-            lines.extend(pane::plot_lines(state, &run.progress.errors, &run.progress.divergence, inner));
+            lines.extend(pane::plot_lines(state, &run.progress, inner));
             if let Some(message) = &run.message {
                 let hint = run.hint.as_ref().map_or_else(String::new, |hint| format!(" ({hint})"));
                 lines.push(Line::styled(format!(" {message}{hint}"), state.theme.style(Role::Bad)));

@@ -21,9 +21,11 @@ use crate::format::Format;
 use crate::monitor::Report;
 use crate::quant::Method;
 use crate::session::Session;
+use crate::tui::bench::losses;
 use crate::tui::document::Document;
 use crate::tui::effects;
 use crate::tui::keys;
+use crate::tui::measurements::Origin;
 use crate::tui::message::{Effect, Msg};
 use crate::tui::state::{BlockLook, State};
 use crate::tui::theme::Theme;
@@ -57,8 +59,8 @@ pub fn busy(size: (u16, u16)) -> State {
     for (index, bytes, bits, loss) in [(0, 5_380_000, 8.09, 0.002), (1, 2_750_000, 4.13, 0.024)] {
         let draft = state.document.drafts[index].clone();
         let manifest = manifest(&state, index, 0.002 + loss);
-        state.measurements.quantized(&draft.recipe.steps(), draft.plan.clone(), PathBuf::from("variant"), &manifest);
-        state.measurements.evaluated(&draft.recipe.steps(), &draft.plan, evaluated(&draft.name, bytes, bits, loss));
+        state.measurements.quantized(&Origin::of(&draft), PathBuf::from("variant"), &manifest);
+        state.measurements.evaluated(&Origin::of(&draft), evaluated(&draft.name, bytes, bits, loss));
     }
     press(&mut state, &["2", "n", "3", "1", "g", "j", "j", "space", "space", "6", "R", "1"]);
     let id = JobId(1);
@@ -250,6 +252,13 @@ pub fn spoken(mut state: State) -> State {
         }
     }
     state.playground.divergence = vec![1e-6, 2e-5, 1e-4, 3e-3, 0.2, 0.04, 0.6, 1e-3];
+    state
+}
+
+/// With losses measured for the variant being edited.
+pub fn with_losses(mut state: State) -> State {
+    let sensitivities = Box::new(losses(&state.document));
+    update(&mut state, Msg::Engine(Event::Sensitivities { id: JobId(0), sensitivities }));
     state
 }
 

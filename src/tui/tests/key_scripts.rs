@@ -181,7 +181,7 @@ fn a_run_quantizes_then_evaluates_what_was_made() {
     // Results follow the plan: an edit hides them, undoing it brings them back.
     let has_result = |state: &State| {
         let draft = state.document.draft();
-        state.measurements.find(&draft.recipe.steps(), &draft.plan).is_some_and(|row| row.result.is_some())
+        state.measurements.of(draft).is_some_and(|row| row.result.is_some())
     };
     assert!(has_result(&state));
     press(&mut state, &["1", "4"]);
@@ -255,6 +255,8 @@ fn what_happens_by_itself_is_said_for_a_while_and_kept_among_the_messages() {
 fn a_read_only_workbench_looks_and_does_not_touch() {
     let mut state = fresh((80, 24));
     state.read_only = true;
+    // What is measured may be read.
+    tick(&mut state, 1);
     for key in ["4", "R", "A", "ctrl-s"] {
         assert!(press(&mut state, &[key]).is_empty());
         assert!(state.message.as_ref().is_some_and(|message| message.text.starts_with("read-only")), "{key}");
@@ -267,6 +269,7 @@ fn a_read_only_workbench_looks_and_does_not_touch() {
 #[test]
 fn quitting_asks_for_unsaved_changes_and_running_jobs() {
     let mut state = fresh((80, 24));
+    tick(&mut state, 1);
     assert!(matches!(press(&mut state, &["q"])[..], [Effect::Quit]));
     press(&mut state, &["4"]);
     assert!(press(&mut state, &["ctrl-c"]).is_empty());

@@ -19,6 +19,7 @@ use crate::tui::document::Document;
 use crate::tui::effects::Outside;
 use crate::tui::event_loop::{EventLoop, Signal};
 use crate::tui::keys;
+use crate::tui::measurements::Origin;
 use crate::tui::state::State;
 use crate::tui::terminal::Screen;
 use crate::tui::theme::Theme;
@@ -125,6 +126,7 @@ pub fn with_loop(session: Session, folder: &Path, script: impl AsyncFnOnce(Typis
     let mut state = State::new(Document::open(session).unwrap(), None, Theme::find(Some("ansi16"), false).unwrap(), false, (160, 48));
     let places = Places { data: folder.join("data"), state: folder.join("state") };
     state.queue.store = places.variants();
+    state.queue.data = places.data.clone();
     state.queue.journal = Some(places.evaluations());
     let (keys, mut typed) = unbounded_channel();
     let (signal_sender, signals) = unbounded_channel();
@@ -175,7 +177,7 @@ fn browse_plan_undo_run_compare_save_reload() {
     // What a replay of the saved file would make is just what was measured on screen.
     for (spec, draft) in reloaded.variants.iter().zip(&state.document.drafts) {
         let (recipe, plan) = spec.plan(&state.document.layout).unwrap();
-        let measured = state.measurements.find(&recipe.steps(), &plan).unwrap();
+        let measured = state.measurements.find(&Origin::new(&recipe, &plan, &spec.overrides)).unwrap();
         assert!(measured.result.is_some() && plan == draft.plan);
     }
     assert_eq!(state.measurements.base.as_ref().unwrap().variant, "base");
@@ -210,8 +212,12 @@ fn a_running_job_is_cancelled_and_the_engine_goes_on() {
 fn opening_another_session_and_a_bad_one() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("other.toml");
-    std::fs::write(&path, "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[[variant]]\nname = \"mine\"\nrecipe = \"phase2\"\n")
-        .unwrap();
+    std::fs::write(
+        &path,
+        "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[[variant]]\nname = \"mine\"\nrecipe = \"phase2\"\n\
+        [[variant]]\nname = \"other\"\nrecipe = \"phase1\"\n",
+    )
+    .unwrap();
     let state = with_loop(small_session(), folder.path(), async |typist: Typist| {
         typist.press(&["ctrl-o"]);
         typist.type_text("/nowhere/at-all.toml");
@@ -221,8 +227,17 @@ fn opening_another_session_and_a_bad_one() {
         typist.type_text(path.to_str().unwrap());
         typist.press(&["enter"]);
         typist.sees("variant mine").await;
+        typist.press(&["]"]);
+        typist.sees("variant other").await;
+        // Opened again, it is edited where it was left.
+        typist.press(&["ctrl-o"]);
+        typist.type_text(path.to_str().unwrap());
+        typist.press(&["enter"]);
+        typist.sees("opened ").await;
+        typist.sees("variant other").await;
         typist.press(&["q"]);
     });
+    assert_eq!(state.document.draft().name, "other");
     assert_eq!(state.path.as_deref(), Some(path.as_path()));
 }
 

@@ -1,8 +1,8 @@
 //! Runs through the real loop with the real engine: pause, order, cancel, try again, and what is written down of them.
 
 use super::real_loop::{Typist, small_session, with_loop};
-use crate::session::Session;
 use crate::session::runs::{Run, State as RunState};
+use crate::session::{Session, VariantSpec};
 use crate::tui::queue::Status;
 
 /// Each variant takes a second or two.
@@ -72,4 +72,54 @@ fn results_are_there_at_once_when_the_session_is_opened_again() {
         typist.press(&["q"]);
     });
     assert!(other.measurements.base.is_none());
+}
+
+const QUICK: &str = r#"
+schema = "strata.recipe/1"
+name = "quick"
+method = "rtn"
+[allocate]
+formats = ["w8a8", "w4a8"]
+[formats]
+ssm = "w8a8"
+mlp = "w8a8"
+attention = "w8a8"
+moe = "w8a8"
+embedding = "w8a16"
+head = "w8a8"
+"#;
+
+#[test]
+fn a_variant_found_by_measurement_is_measured_found_made_and_known_when_it_is_opened_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut session = small_session();
+    // Round to nearest: its donors take no time.
+    let recipe = folder.path().join("quick.toml");
+    std::fs::write(&recipe, QUICK).unwrap();
+    session.variants = vec![VariantSpec { bits: Some(5.0), ..VariantSpec::new("found", recipe.display().to_string()) }];
+    session.calibration.length = 32;
+    let first = with_loop(session.clone(), folder.path(), async |typist: Typist| {
+        typist.sees("M measures what each part loses").await;
+        typist.press(&["M"]);
+        typist.sees("✓ measure what the parts lose by quick").await;
+        typist.sees("checked plans").await;
+        // The front, a smaller budget, and back.
+        typist.press(&["1", "a", "left", "left"]);
+        typist.sees("plans by budget").await;
+        typist.press(&["esc", "R"]);
+        typist.sees("✓ evaluate base, found").await;
+        typist.press(&["q"]);
+    });
+    let draft = first.document.draft();
+    let made = first.measurements.of(draft).unwrap();
+    let found = first.losses.found().unwrap().as_ref().unwrap();
+    assert_eq!(made.plan, *found, "the plan on the screen was the one that was made");
+    assert!(made.result.as_ref().unwrap().bits_per_weight <= 5.0);
+
+    let second = with_loop(session, folder.path(), async |typist: Typist| {
+        typist.sees("against base").await;
+        typist.sees("checked plans").await;
+        typist.press(&["q"]);
+    });
+    assert_eq!(second.measurements, first.measurements);
 }

@@ -2,9 +2,10 @@
 
 use ratatui::buffer::Buffer;
 use ratatui::style::Style;
+use rstest::rstest;
 
-use super::fixture::{answer, busy, fresh, looked, press, render, spoken, text, type_text};
-use crate::tui::state::{Pane, State};
+use super::fixture::{answer, busy, fresh, looked, press, render, spoken, text, type_text, with_losses};
+use crate::tui::state::State;
 use crate::tui::theme::{BUILT_IN, Theme};
 
 /// The themes in the order of the legend.
@@ -62,33 +63,77 @@ fn describe(style: &Style) -> String {
     format!("{fg}{bg}{}", modifiers.to_lowercase())
 }
 
-/// Every view: its pane and what is typed to see it.
-fn views() -> Vec<(&'static str, State)> {
-    let view = |script: &[&str]| {
-        let mut state = looked(spoken(busy((80, 24))));
-        let effects = press(&mut state, script);
-        answer(&mut state, &effects);
-        state
-    };
-    vec![
-        ("layers", view(&["1", "esc", "l", "j", "j", "4"])),
-        ("layers_grouped", view(&["1", "o", "o", "o", "O", "K", "esc"])),
-        ("plan", view(&["2"])),
-        ("plan_beside", view(&["2", "b", "1"])),
-        ("run", view(&["f3"])),
-        ("block", view(&["f4"])),
-        ("results", view(&["f5"])),
-        ("compare", view(&["f5", "j", "j", "b", "c"])),
-        ("flips", view(&["f5", "j", "j", "b", "f", "j"])),
-        ("plot", view(&["f5", "p"])),
-        ("playground", view(&["f6", "p"])),
-    ]
+/// Every view by name: its pane and what is typed to see it. `measured` views know what the model's parts lose.
+const VIEWS: [(&str, bool, &[&str]); 14] = [
+    ("layers", false, &["1", "esc", "l", "j", "j", "4"]),
+    ("layers_grouped", false, &["1", "o", "o", "o", "O", "K", "esc"]),
+    ("layers_losses", true, &["1", "esc", "m", "j", "4"]),
+    ("plan", false, &["2"]),
+    ("plan_beside", false, &["2", "b", "1"]),
+    ("plan_front", true, &["2", "a", "left", "left", "left", "left", "left", "left", "left", "left"]),
+    ("why", true, &["1", "esc", "g", "w"]),
+    ("run", false, &["f3"]),
+    ("block", false, &["f4"]),
+    ("results", false, &["f5"]),
+    ("compare", false, &["f5", "j", "j", "b", "c"]),
+    ("flips", false, &["f5", "j", "j", "b", "f", "j"]),
+    ("plot", false, &["f5", "p"]),
+    ("playground", false, &["f6", "p"]),
+];
+
+fn view(name: &str, size: (u16, u16)) -> State {
+    let (_, measured, script) = VIEWS.into_iter().find(|(other, ..)| *other == name).unwrap();
+    let mut state = looked(spoken(busy(size)));
+    if measured {
+        // The variant that was edited first.
+        press(&mut state, &["[", "["]);
+        state = with_losses(state);
+    }
+    let effects = press(&mut state, script);
+    answer(&mut state, &effects);
+    state
 }
 
-#[test]
-fn every_view_at_80x24_in_every_theme() {
-    for (name, mut state) in views() {
-        insta::assert_snapshot!(format!("{name}_80x24"), styled(&mut state, (80, 24)));
+#[rstest]
+fn a_view_in_every_theme(
+    #[values(
+        "layers",
+        "layers_grouped",
+        "layers_losses",
+        "plan",
+        "plan_beside",
+        "plan_front",
+        "why",
+        "run",
+        "block",
+        "results",
+        "compare",
+        "flips",
+        "plot",
+        "playground"
+    )]
+    name: &str,
+) {
+    let size = (80, 24);
+    insta::assert_snapshot!(format!("{name}_80x24"), styled(&mut view(name, size), size));
+}
+
+/// What `all_120x40` does not hold: views that take the place of another, and the pane that is always alone.
+#[rstest]
+fn a_larger_view_in_every_theme(#[values("layers_losses", "plan_front", "compare", "plot", "playground")] name: &str) {
+    let size = (120, 40);
+    let mut state = view(name, size);
+    state.zoom = true;
+    insta::assert_snapshot!(format!("{name}_120x40"), styled(&mut state, size));
+}
+
+/// No view is drawn on too small a screen, and none fails on the smallest.
+#[rstest]
+fn a_view_on_small_screens(#[values((40, 10), (60, 15), (79, 23))] size: (u16, u16)) {
+    for (name, ..) in VIEWS {
+        let shown = text(&render(&view(name, size), size));
+        let refused = shown.trim_end() == format!("strata needs 60x15; this is {}x{}", size.0, size.1);
+        assert_eq!(refused, size == (40, 10), "{name}\n{shown}");
     }
 }
 
@@ -111,14 +156,7 @@ fn a_deep_stack_with_experts_is_seen_at_once() {
 }
 
 #[test]
-fn too_small_and_unmeasured() {
-    for pane in Pane::ALL {
-        let mut state = looked(spoken(busy((40, 10))));
-        state.focus = pane;
-        assert_eq!(text(&render(&state, (40, 10))).trim_end(), "strata needs 60x15; this is 40x10");
-        // The smallest screen that is drawn on holds every pane.
-        render(&state, (60, 15));
-    }
+fn unmeasured() {
     let mut state = fresh((80, 24));
     insta::assert_snapshot!("layers_fresh_80x24", text(&render(&state, (80, 24))));
     press(&mut state, &["5"]);
@@ -151,7 +189,8 @@ fn popups() {
 #[test]
 fn ascii_screens_hold_ascii_only_and_nothing_unknown() {
     for size in [(80, 24), (160, 48)] {
-        for (name, mut state) in views() {
+        for (name, ..) in VIEWS {
+            let mut state = view(name, size);
             state.ascii = true;
             let text = text(&render(&state, size));
             assert!(text.is_ascii());

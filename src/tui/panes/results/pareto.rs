@@ -2,13 +2,13 @@
 
 use ratatui::Frame;
 use ratatui::layout::Rect;
-use ratatui::style::Style;
 use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::canvas::{Canvas, Line as Stroke};
 
 use super::{COLUMNS, Figure, dim, result};
 use crate::session::report;
+use crate::tui::panes::axes;
 use crate::tui::state::{Ordinate, State};
 use crate::tui::theme::Role;
 
@@ -98,7 +98,8 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
             }
         });
     frame.render_widget(canvas, plot);
-    axes(frame, plot, state, [&label(ys[1]), &label(ys[0])], xs);
+    let ends = xs.map(|bytes| report::bytes(bytes.max(0.0) as u64));
+    axes(frame, plot, state, [&label(ys[1]), &label(ys[0])], [&ends[0], &ends[1]]);
 
     let rows = points.iter().map(|point| {
         Line::from(vec![
@@ -114,21 +115,4 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     for (row, y) in rows.zip(place.y..place.bottom()) {
         frame.render_widget(row, Rect { y, height: 1, ..place });
     }
-}
-
-/// The ends of both axes.
-fn axes(frame: &mut Frame, plot: Rect, state: &State, [high, low]: [&str; 2], xs: [f64; 2]) {
-    let style: Style = state.theme.style(Role::Border);
-    for y in plot.y..plot.bottom() {
-        frame.render_widget(Line::styled("│", style), Rect { x: plot.x - 1, y, width: 1, height: 1 });
-    }
-    let line = format!("╰{}", "─".repeat(plot.width as usize));
-    frame.render_widget(Line::styled(line, style), Rect { x: plot.x - 1, y: plot.bottom(), width: plot.width + 1, height: 1 });
-    for (text, y) in [(high, plot.y), (low, plot.bottom().saturating_sub(1))] {
-        frame.render_widget(Line::from(dim(state, format!("{text:>6}"))), Rect { x: plot.x - 8, y, width: 7, height: 1 });
-    }
-    let ends = xs.map(|bytes| report::bytes(bytes.max(0.0) as u64));
-    let gap = (plot.width as usize).saturating_sub(ends[0].len() + ends[1].len());
-    let line = format!("{}{}{}", ends[0], " ".repeat(gap), ends[1]);
-    frame.render_widget(Line::from(dim(state, line)), Rect { x: plot.x, y: plot.bottom() + 1, width: plot.width, height: 1 });
 }
