@@ -15,7 +15,10 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     for (tokens, cols) in shapes {
         let shape = format!("{tokens}x{cols}");
         all.push(Check::new("gram", shape.clone(), FLOAT, move |lab| gram(lab, tokens, cols)));
-        all.push(Check::new("gram_add", shape.clone(), HALVES, move |lab| gram_of_halves(lab, tokens, cols)));
+        // Its reference is three products on the host: the small shapes do.
+        if cols <= 512 {
+            all.push(Check::new("gram_add", shape.clone(), HALVES, move |lab| gram_of_halves(lab, tokens, cols)));
+        }
         all.push(Check::new("squared_difference", shape.clone(), FLOAT, move |lab| squared_difference(lab, tokens, cols)));
         all.push(Check::new("undecidedness", shape.clone(), FLOAT, move |lab| undecidedness(lab, tokens, cols)));
         all.push(Check::new("abs_max", shape.clone(), EXACT, move |lab| abs_max(lab, tokens, cols)));
