@@ -210,6 +210,7 @@ DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& valu
         if (lane < count) {
             const C* row = keys.values + (rows + key) * width + kv_head * d;
             const float key_scale = keys.scale(rows + key, kv_head);
+#pragma unroll 8
             for (int c = 0; c < d; c += 4) {
                 const float4 k = read_four(row + c, key_scale);
 #pragma unroll
@@ -233,6 +234,7 @@ DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& valu
         }
         __syncwarp();
         if (lane * 4 < d)
+#pragma unroll 8
             for (int i = 0; i < count; ++i) {
                 const i64 at = rows + tile * KEYS + i;
                 const float4 v = read_four(values.values + at * width + kv_head * d + lane * 4, values.scale(at, kv_head));

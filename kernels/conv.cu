@@ -36,15 +36,21 @@ KERNEL(128, conv, (const float* projected, int stride, int inner, const float* w
         taps[k] = k < kernel ? weight[c * kernel + k] : 0.0f;
         held[k] = k < kernel - 1 ? input(tokens, stride, window, channels, kernel, c, first - kernel + 1 + k) : 0.0f;
     }
-    for (int t = first; t < minimum(first + TOKENS, length); ++t) {
-        const float newest = tokens[static_cast<i64>(t) * stride + c];
-        float sum = bias[c];
+    float inputs[TOKENS];
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i)
+        if (first + i < length) inputs[i] = tokens[static_cast<i64>(first + i) * stride + c];
+    const float start = bias[c];
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i) {
+        if (first + i >= length) break;
+        float sum = start;
 #pragma unroll
         for (int k = 0; k < MAX_KERNEL; ++k) {
-            if (k == kernel - 1) held[k] = newest;
+            if (k == kernel - 1) held[k] = inputs[i];
             if (k < kernel) sum = fmaf(taps[k], held[k], sum);
         }
-        out[static_cast<i64>(own.begin + t) * channels + c] = silu(sum);
+        out[static_cast<i64>(own.begin + first + i) * channels + c] = silu(sum);
 #pragma unroll
         for (int k = 0; k + 1 < MAX_KERNEL; ++k) held[k] = held[k + 1];
     }
@@ -66,18 +72,24 @@ KERNEL(128, conv_window, (const float* projected, int stride, int inner, int cha
 }
 
 KERNEL(128, conv_step, (const float* projected, int stride, int inner, const float* weight, const float* bias, int channels, int kernel, float* windows, float* out)) {
-    depend();
+    wait_previous();
     const int c = blockIdx.x * blockDim.x + threadIdx.x, slot = blockIdx.y;
     if (c >= channels) return;
     float* window = windows + static_cast<i64>(slot) * (kernel - 1) * channels + c;
-    const float newest = projected[static_cast<i64>(slot) * stride + inner + c];
-    float sum = bias[c];
+    float values[MAX_KERNEL], taps[MAX_KERNEL];
 #pragma unroll
     for (int k = 0; k < MAX_KERNEL; ++k) {
         if (k >= kernel) break;
-        const float value = k < kernel - 1 ? window[static_cast<i64>(k) * channels] : newest;
-        sum = fmaf(weight[c * kernel + k], value, sum);
-        if (k > 0) window[static_cast<i64>(k - 1) * channels] = value;
+        taps[k] = weight[c * kernel + k];
+        values[k] = k < kernel - 1 ? window[static_cast<i64>(k) * channels] : projected[static_cast<i64>(slot) * stride + inner + c];
+    }
+    float sum = bias[c];
+    launch_next();
+#pragma unroll
+    for (int k = 0; k < MAX_KERNEL; ++k) {
+        if (k >= kernel) break;
+        sum = fmaf(taps[k], values[k], sum);
+        if (k > 0) window[static_cast<i64>(k - 1) * channels] = values[k];
     }
     out[static_cast<i64>(slot) * channels + c] = silu(sum);
 }

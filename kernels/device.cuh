@@ -8,6 +8,8 @@
 #else
 
 #define KERNEL(threads, name, parameters) extern "C" __global__ void __launch_bounds__(threads) name parameters
+// The same for a kernel of which a multiprocessor is to hold so many blocks: bounds its registers.
+#define RESIDENT_KERNEL(threads, blocks, name, parameters) extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
 #define DEVICE static __device__ __forceinline__
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define SHARED_ROWS(type, name, rows, cols) __shared__ __align__(16) type name[rows][cols]
@@ -21,17 +23,25 @@ typedef unsigned int u32;
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
-// First in every kernel, in front of it at most `prefetch`: the launch behind may get ready now, and everything before this one
-// is done and seen. What waits for less than its predecessor must not exist: each kernel waits for all.
-DEVICE void depend() {
+// The launch behind may get ready now: first in every kernel.
+DEVICE void launch_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Everything before this launch is done and seen. In front of it a kernel may only read what no launch writes: weights. What waits
+// for less than its predecessor must not exist: each kernel waits for all.
+DEVICE void wait_previous() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Brings the line at this address into the second-level cache. What no launch writes, weights, may be asked for before `depend`.
-DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
+DEVICE void depend() {
+    launch_next();
+    wait_previous();
+}
 
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
@@ -81,10 +91,11 @@ DEVICE void copy_async(void* to, const void* from, bool valid) {
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(Pending) : "memory"); }
 
-// 16 bytes that are read once: not kept in the first-level cache.
+// 16 bytes that are read once: not kept in the first-level cache. No `.nc`: the assembler would move such loads behind what waits for
+// their neighbours, to save registers.
 DEVICE uint4 load_once(const void* from) {
     uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
     return x;
 }
 

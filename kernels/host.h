@@ -89,13 +89,15 @@ struct Registration {
 }  // namespace strata
 
 // Launches run one after another here.
+inline void launch_next() {}
+inline void wait_previous() {}
 inline void depend() {}
-inline void prefetch(const void*) {}
 
 #define KERNEL(threads, name, parameters)                                            \
     static void name parameters;                                                     \
     static const strata::Registration name##_registration(#name, threads, &name);   \
     static void name parameters
+#define RESIDENT_KERNEL(threads, blocks, name, parameters) KERNEL(threads, name, parameters)
 #define DEVICE static inline
 #define SHARED(type, name, count)                          \
     static const int name##_site = strata::new_site();     \

@@ -9,6 +9,7 @@
 
 #define EXPERTS_PARAMETERS const int *tiles, const int *x_rows
 #define TAIL_PARAMETERS const float *bias, const float *residual, float *out, int out_stride
+#define TAIL_ARGUMENTS bias, residual, out, out_stride
 
 namespace {
 
@@ -32,33 +33,49 @@ DEVICE int x_row(const Tile& tile, int token, const int* x_rows) {
     return x_rows ? x_rows[pair] : pair;
 }
 
-// product (+ bias) (+ residual) of token `token` and row `row`.
-DEVICE void finish(float product, int token, int row, TAIL_PARAMETERS) {
+// A result's place, and what is added to it: read before the products, which would keep the load waiting.
+struct Result {
+    i64 at;
+    float bias, residual;
+};
+
+DEVICE Result result(bool present, int token, int row, TAIL_PARAMETERS) {
     const i64 at = static_cast<i64>(token) * out_stride + row;
-    if (bias) product = product + bias[row];
-    if (residual) product = residual[at] + product;
-    out[at] = product;
+    return {at, bias && present ? bias[row] : 0.0f, residual && present ? residual[at] : 0.0f};
+}
+
+// product (+ bias) (+ residual).
+DEVICE void finish(float product, const Result& to, TAIL_PARAMETERS) {
+    if (bias) product = product + to.bias;
+    if (residual) product = to.residual + product;
+    out[to.at] = product;
 }
 
 DEVICE uint4 zero() { return make_uint4(0, 0, 0, 0); }
 
 DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
 
-}  // namespace
-
-KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    depend();
+// int8 weights, of which the first are asked for before the launch in front is waited for. `partial` holds the warps' sums.
+DEVICE void few_int8(int* partial, const i8* w, const float* w_scales, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
     constexpr int UNROLL = 4;
-    SHARED(int, partial, WARPS * ROWS * TOKENS);
-    const Tile tile = tile_of_block(tokens, tiles);
-    if (tile.count == 0) return;
     const int width = ld(cols), warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
     w += static_cast<i64>(tile.expert) * rows * width;
     w_scales += static_cast<i64>(tile.expert) * rows;
     const i8* upper = w + static_cast<i64>(minimum(tile.row + line, rows - 1)) * width + quad * 16;
     const i8* lower = w + static_cast<i64>(minimum(tile.row + line + 8, rows - 1)) * width + quad * 16;
-    const bool present = line < tile.count;
+    // The weights of the first inputs are asked for ahead. No more of them: loads come back in order, and the activations follow.
+    uint4 next_upper, next_lower;
+    const auto fetch = [&](int at) {
+        next_upper = at < width ? load_once(upper + at) : zero();
+        next_lower = at < width ? load_once(lower + at) : zero();
+    };
+    fetch(warp * 64);
+    wait_previous();
+    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
+    const bool present = line < tile.count, stores = token < tile.count && row < rows;
     const i8* input = x + static_cast<i64>(present ? x_row(tile, line, x_rows) : 0) * width + quad * 16;
+    const float scale = stores ? __fmul_rn(x_scales[x_row(tile, token, x_rows)], w_scales[row]) : 0.0f;
+    const Result to = result(stores, tile.first + token, row, TAIL_ARGUMENTS);
     int sum[4] = {0, 0, 0, 0};
     for (int start = warp * 64; start < width; start += WARPS * 64 * UNROLL) {
         uint4 a[UNROLL], b[UNROLL], c[UNROLL];
@@ -66,10 +83,12 @@ KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const fl
         for (int i = 0; i < UNROLL; ++i) {
             const int at = start + i * WARPS * 64;
             const bool inside = at < width;
-            a[i] = inside ? load_once(upper + at) : zero();
-            b[i] = inside ? load_once(lower + at) : zero();
+            a[i] = i == 0 ? next_upper : inside ? load_once(upper + at) : zero();
+            b[i] = i == 0 ? next_lower : inside ? load_once(lower + at) : zero();
             c[i] = inside && present ? load(input + at) : zero();
         }
+        fetch(start + WARPS * 64 * UNROLL);
+        __syncwarp();  // all are under way before the first is used
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
             mma_s8(sum, a[i].x, b[i].x, a[i].y, b[i].y, c[i].x, c[i].y);
@@ -79,20 +98,17 @@ KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const fl
 #pragma unroll
     for (int i = 0; i < 4; ++i) partial[warp * ROWS * TOKENS + (quad * 2 + i % 2) * ROWS + line + i / 2 * 8] = sum[i];
     __syncthreads();
-    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
-    if (token >= tile.count || row >= rows) return;
+    if (!stores) return;
     int total = 0;
     for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
-    const float scale = __fmul_rn(x_scales[x_row(tile, token, x_rows)], w_scales[row]);
-    finish(__fmul_rn(static_cast<float>(total), scale), tile.first + token, row, bias, residual, out, out_stride);
+    finish(__fmul_rn(static_cast<float>(total), scale), to, TAIL_ARGUMENTS);
 }
-
-namespace {
 
 // int4 weights with PARTS groups in a segment of 128 inputs. `products` holds acc_g·s_w[g] of a window of 32 groups, twice, so
 // that the next window is computed while this one is added up.
 template <int PARTS>
-DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
+DEVICE void few_groups(float* products, const u8* w, const bf16* w_scales, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
+    wait_previous();
     constexpr int UNROLL = 4 / PARTS, WINDOW = 32, GROUP = 128 / PARTS;
     const int width = ld(cols), groups = cols / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
     const int upper_row = minimum(tile.row + line, rows - 1), lower_row = minimum(tile.row + line + 8, rows - 1);
@@ -103,8 +119,11 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i
     const bool present = line < tile.count;
     const i8* input = x + static_cast<i64>(present ? x_row(tile, line, x_rows) : 0) * width + quad * 32;
     const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
+    const bool stores = token < tile.count && row < rows;
+    const Result to = result(stores, tile.first + token, row, TAIL_ARGUMENTS);
     float total = 0.0f;
     uint4 a[UNROLL], b[UNROLL], c[UNROLL], d[UNROLL];
+    bf16 above_scales[UNROLL * PARTS], below_scales[UNROLL * PARTS];
     const auto fetch = [&](int window) {
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
@@ -114,6 +133,12 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i
             b[i] = inside ? load_once(lower + segment * 64) : zero();
             c[i] = inside && present ? load(input + segment * 128) : zero();
             d[i] = inside && present ? load(input + segment * 128 + 16) : zero();
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                const int group = segment * PARTS + part;
+                above_scales[i * PARTS + part] = group < groups ? upper_scales[group] : bf16{0};
+                below_scales[i * PARTS + part] = group < groups ? lower_scales[group] : bf16{0};
+            }
         }
     };
     fetch(0);
@@ -132,14 +157,12 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i
                 for (int k = 0; k < 4; ++k)
                     mma_s8(sum, above[k] << 4 & 0xf0f0f0f0u, below[k] << 4 & 0xf0f0f0f0u, above[k] & 0xf0f0f0f0u, below[k] & 0xf0f0f0f0u,
                            mine ? low[k] : 0, mine ? high[k] : 0);
-                const int slot = (i * WARPS + warp) * PARTS + part, group = window * WINDOW + slot;
-                const float above_scale = group < groups ? widen(upper_scales[group]) : 0.0f;
-                const float below_scale = group < groups ? widen(lower_scales[group]) : 0.0f;
-                float* to = own + slot * ROWS * TOKENS + quad * 2 * ROWS + line;
-                to[0] = __fmul_rn(static_cast<float>(sum[0] >> 4), above_scale);
-                to[ROWS] = __fmul_rn(static_cast<float>(sum[1] >> 4), above_scale);
-                to[8] = __fmul_rn(static_cast<float>(sum[2] >> 4), below_scale);
-                to[ROWS + 8] = __fmul_rn(static_cast<float>(sum[3] >> 4), below_scale);
+                const float above_scale = widen(above_scales[i * PARTS + part]), below_scale = widen(below_scales[i * PARTS + part]);
+                float* slot = own + ((i * WARPS + warp) * PARTS + part) * ROWS * TOKENS + quad * 2 * ROWS + line;
+                slot[0] = __fmul_rn(static_cast<float>(sum[0] >> 4), above_scale);
+                slot[ROWS] = __fmul_rn(static_cast<float>(sum[1] >> 4), above_scale);
+                slot[8] = __fmul_rn(static_cast<float>(sum[2] >> 4), below_scale);
+                slot[ROWS + 8] = __fmul_rn(static_cast<float>(sum[3] >> 4), below_scale);
             }
         }
         if ((window + 1) * WINDOW < groups) fetch(window + 1);
@@ -149,22 +172,48 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, const i
             for (int i = 0; i < count; ++i) total = __fadd_rn(total, own[i * ROWS * TOKENS + threadIdx.x]);
         }
     }
-    if (token < tile.count && row < rows)
-        finish(__fmul_rn(total, x_scales[x_row(tile, token, x_rows)]), tile.first + token, row, bias, residual, out, out_stride);
+    if (stores) finish(__fmul_rn(total, x_scales[x_row(tile, token, x_rows)]), to, TAIL_ARGUMENTS);
 }
+
+DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
+    w += static_cast<i64>(tile.expert) * rows * (ld(cols) / 2);
+    w_scales += static_cast<i64>(tile.expert) * rows * (cols / group);
+    if (group == 128) few_groups<1>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
+    if (group == 64) few_groups<2>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
+    if (group == 32) few_groups<4>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
+}
+
+constexpr int PRODUCTS = 2 * 32 * ROWS * TOKENS;
 
 }  // namespace
 
-KERNEL(256, few_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    depend();
-    SHARED(float, products, 2 * 32 * ROWS * TOKENS);
+KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    launch_next();
+    if (tiles) wait_previous();
+    SHARED(int, partial, WARPS * ROWS * TOKENS);
     const Tile tile = tile_of_block(tokens, tiles);
-    if (tile.count == 0) return;
-    w += static_cast<i64>(tile.expert) * rows * (ld(cols) / 2);
-    w_scales += static_cast<i64>(tile.expert) * rows * (cols / group);
-    if (group == 128) few_int4<1>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, bias, residual, out, out_stride);
-    if (group == 64) few_int4<2>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, bias, residual, out, out_stride);
-    if (group == 32) few_int4<4>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+    if (tile.count > 0) few_int8(partial, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
+}
+
+RESIDENT_KERNEL(256, 2, few_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+    depend();
+    SHARED(float, products, PRODUCTS);
+    const Tile tile = tile_of_block(tokens, tiles);
+    if (tile.count > 0) few_int4(products, w, w_scales, group, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
+}
+
+// A linear of two parts, int4 rows in front of int8 rows, in one launch: its first blocks take the int8 rows, 16 each.
+RESIDENT_KERNEL(256, 2, few_w4w8a8, (const u8* w, const bf16* w_scales, int group, int rows, const i8* other_w, const float* other_scales, int other_rows, const i8* x, const float* x_scales, int tokens, int cols, TAIL_PARAMETERS)) {
+    launch_next();
+    SHARED(float, products, PRODUCTS);
+    Tile tile = tile_of_block(tokens, nullptr);
+    const int others = divide_up(other_rows, ROWS) * ROWS;
+    if (tile.row < others) {
+        few_int8(reinterpret_cast<int*>(products), other_w, other_scales, x, x_scales, other_rows, cols, tile, nullptr, bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
+        return;
+    }
+    tile.row -= others;
+    few_int4(products, w, w_scales, group, x, x_scales, rows, cols, tile, nullptr, TAIL_ARGUMENTS);
 }
 
 namespace {
@@ -201,6 +250,21 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     const u8* lower = base + static_cast<i64>(lower_row) * bytes;
     const int groups = KIND == INT4 ? cols / group : 1;
     const bf16* group_scales = static_cast<const bf16*>(w_scales) + static_cast<i64>(tile.expert) * rows * groups;
+    constexpr int AHEAD = 2;
+    uint4 above_held[AHEAD], below_held[AHEAD];
+    const auto fetch = [&](int start) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;
+            above_held[i] = at < width ? load_once(upper + at / INPUTS * 16) : zero();
+            below_held[i] = at < width ? load_once(lower + at / INPUTS * 16) : zero();
+        }
+    };
+    fetch(warp);
+    wait_previous();
+    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
+    const bool stores = token < tile.count && row < rows;
+    const Result to = result(stores, tile.first + token, row, TAIL_ARGUMENTS);
     const int part = line % 4;
     const float* inputs[SETS];
     bool present[SETS];
@@ -211,15 +275,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     }
     const bool wide = x_stride % 4 == 0 && cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
     float sums[SETS][4] = {};
-    constexpr int AHEAD = 2;
     for (int start = warp; start * 4 * INPUTS < width; start += WARPS * AHEAD) {
-        uint4 above_held[AHEAD], below_held[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;
-            above_held[i] = at < width ? load_once(upper + at / INPUTS * 16) : zero();
-            below_held[i] = at < width ? load_once(lower + at / INPUTS * 16) : zero();
-        }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             const int at = ((start + i * WARPS) * 4 + quad) * INPUTS;  // this lane's first input
@@ -277,6 +333,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
                 }
             }
         }
+        fetch(start + WARPS * AHEAD);
     }
     // Columns 4 t … 4 t + 2 of a set are the parts of its token t; quads 2 t and 2 t + 1 hold them.
 #pragma unroll
@@ -284,38 +341,40 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
         const float upper_half = sums[set][0] + sums[set][1], lower_half = sums[set][2] + sums[set][3];
         const float upper_sum = upper_half + shuffle_xor(upper_half, 1), lower_sum = lower_half + shuffle_xor(lower_half, 1);
         if (quad % 2 == 0) {
-            float* to = partial + warp * ROWS * TOKENS + (set * 2 + quad / 2) * ROWS + line;
-            to[0] = upper_sum;
-            to[8] = lower_sum;
+            float* own = partial + warp * ROWS * TOKENS + (set * 2 + quad / 2) * ROWS + line;
+            own[0] = upper_sum;
+            own[8] = lower_sum;
         }
     }
     __syncthreads();
-    const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
-    if (token >= tile.count || row >= rows) return;
+    if (!stores) return;
     float total = 0.0f;
     for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
     if (KIND == INT8) total *= static_cast<const float*>(w_scales)[static_cast<i64>(tile.expert) * rows + row];
-    finish(total, tile.first + token, row, bias, residual, out, out_stride);
+    finish(total, to, TAIL_ARGUMENTS);
 }
 
 }  // namespace
 
 KERNEL(256, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    depend();
+    launch_next();
+    if (tiles) wait_previous();
     const Tile tile = tile_of_block(tokens, tiles);
-    if (tile.count > 0) few_float<BF16>(w, nullptr, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+    if (tile.count > 0) few_float<BF16>(w, nullptr, 0, x, x_stride, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 KERNEL(256, few_w8a16, (const i8* w, const float* w_scales, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    depend();
+    launch_next();
+    if (tiles) wait_previous();
     const Tile tile = tile_of_block(tokens, tiles);
-    if (tile.count > 0) few_float<INT8>(w, w_scales, 0, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+    if (tile.count > 0) few_float<INT8>(w, w_scales, 0, x, x_stride, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 KERNEL(256, few_w4a16, (const u8* w, const bf16* w_scales, int group, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
-    depend();
+    launch_next();
+    if (tiles) wait_previous();
     const Tile tile = tile_of_block(tokens, tiles);
-    if (tile.count > 0) few_float<INT4>(w, w_scales, group, x, x_stride, rows, cols, tile, x_rows, bias, residual, out, out_stride);
+    if (tile.count > 0) few_float<INT4>(w, w_scales, group, x, x_stride, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 // f32 weights, two rows a warp.
@@ -330,7 +389,7 @@ KERNEL(256, few_f32, (const float* w, const float* x, int x_stride, int tokens, 
             float sum = 0.0f;
             for (int c = lane; c < cols; c += 32) sum = fmaf(weights[c], input[c], sum);
             sum = warp_sum(sum);
-            if (lane == 0) finish(sum, tile.first + token, row, bias, residual, out, out_stride);
+            if (lane == 0) finish(sum, result(true, tile.first + token, row, TAIL_ARGUMENTS), TAIL_ARGUMENTS);
         }
     }
 }

@@ -3,8 +3,9 @@
 
 namespace {
 
-constexpr int WARPS = 8;
-constexpr int RUN = 8;  // exponentials that are added in f32 before they go into the f64 sum
+constexpr int MAX_WARPS = 32;
+constexpr int AHEAD = 16;  // logits that a thread reads before it compares the first
+constexpr int RUN = 8;     // exponentials that are added in f32 before they go into the f64 sum
 
 struct Top {
     float value;
@@ -15,28 +16,37 @@ DEVICE Top better(Top a, Top b) { return b.value > a.value || (b.value == a.valu
 
 // The first largest value of the row, for all threads.
 DEVICE Top largest(const float* row, int cols) {
-    SHARED(float, values, WARPS);
-    SHARED(int, indices, WARPS);
+    SHARED(float, values, MAX_WARPS);
+    SHARED(int, indices, MAX_WARPS);
     Top top = {-INFINITY, cols};
-    for (int c = threadIdx.x; c < cols; c += blockDim.x)
-        if (row[c] > top.value) top = {row[c], c};
+    for (int start = threadIdx.x; start < cols; start += blockDim.x * AHEAD) {
+        float held[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int c = start + i * blockDim.x;
+            held[i] = c < cols ? row[c] : -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (held[i] > top.value) top = {held[i], static_cast<int>(start + i * blockDim.x)};
+    }
     for (int mask = 16; mask > 0; mask /= 2) top = better(top, {shuffle_xor(top.value, mask), shuffle_xor(top.index, mask)});
     __syncthreads();  // an earlier call's values have been read
     if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top.value, indices[threadIdx.x / 32] = top.index;
     __syncthreads();
     top = {values[0], indices[0]};
-    for (int warp = 1; warp < WARPS; ++warp) top = better(top, {values[warp], indices[warp]});
+    for (int warp = 1; warp < static_cast<int>(blockDim.x) / 32; ++warp) top = better(top, {values[warp], indices[warp]});
     return top;
 }
 
 DEVICE double block_sum(double x) {
-    SHARED(double, partial, WARPS);
+    SHARED(double, partial, MAX_WARPS);
     x = warp_sum(x);
     __syncthreads();  // an earlier call's values have been read
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
     __syncthreads();
     double total = 0.0;
-    for (int warp = 0; warp < WARPS; ++warp) total += partial[warp];
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) total += partial[warp];
     return total;
 }
 
@@ -84,7 +94,7 @@ KERNEL(256, divergence, (const float* reference, const float* logits, int cols, 
     same_top[blockIdx.x] = p_top.index == q_top.index;
 }
 
-KERNEL(256, argmax, (const float* logits, int cols, int* out)) {
+KERNEL(1024, argmax, (const float* logits, int cols, int* out)) {
     depend();
     const Top top = largest(logits + static_cast<i64>(blockIdx.x) * cols, cols);
     if (threadIdx.x == 0) out[blockIdx.x] = top.index;

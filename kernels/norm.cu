@@ -1,6 +1,6 @@
 // Norms and relu², and the forms in which they hand a row on: floats, int8 codes with a scale, either after a block-Hadamard
 // transform. One block a token; the row stays in shared memory, so that it is read and written once. With one token a single
-// block works, so what counts is how much it has under way: rows are read four vectors a thread at a time.
+// block works, so what counts is how much it has under way: rows are read six vectors a thread at a time.
 #include "device.cuh"
 
 #define EMIT_PARAMETERS float *out, i8 *codes, float *scales, const float *static_scale, int hadamard
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int THREADS = 1024;
 constexpr int MAX_GROUPS = 256;
-constexpr int AHEAD = 4;  // vectors of four that a thread reads before it uses the first
+constexpr int AHEAD = 6;  // vectors of four that a thread reads before it uses the first
 
 // Where value c of the row lies in shared memory: one place is left out after 32, so that strides of 16 and 32 meet different banks.
 DEVICE int place(int c) { return c + (c >> 5); }
@@ -32,11 +32,6 @@ DEVICE int block_max(int x, int* partial) {
     int largest = 0;
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) largest = maximum(largest, partial[warp]);
     return largest;
-}
-
-// Asks for a norm's weight while the launch in front still runs.
-DEVICE void prefetch_weight(const float* weight, int cols) {
-    for (int c = threadIdx.x * 32; c < cols; c += blockDim.x * 32) prefetch(weight + c);
 }
 
 DEVICE bool aligned(const void* a) { return reinterpret_cast<u64>(a) % 16 == 0; }
@@ -61,6 +56,62 @@ template <class F> DEVICE void read_row(const float* from, int cols, F use) {
             const int at = start + i * blockDim.x;
             if (at >= cols / 4) break;
             use(4 * at, held[i].x), use(4 * at + 1, held[i].y), use(4 * at + 2, held[i].z), use(4 * at + 3, held[i].w);
+        }
+    }
+}
+
+// A norm's weight. A thread's part of it, where that is at most two vectors, is read while the launch in front still runs.
+struct Weight {
+    static constexpr int HELD = 2;
+    const float* from;
+    int cols;
+    bool held;
+    float4 own[HELD];
+
+    Weight(const float* from, int cols) : from(from), cols(cols), held(cols % 4 == 0 && aligned(from) && cols <= 4 * HELD * static_cast<int>(blockDim.x)) {
+        if (!held) return;
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int at = threadIdx.x + i * blockDim.x;
+            if (at < cols / 4) own[i] = reinterpret_cast<const float4*>(from)[at];
+        }
+    }
+
+    // As `read_row`.
+    template <class F> void each(F use) const {
+        if (!held) {
+            read_row(from, cols, use);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int at = threadIdx.x + i * blockDim.x;
+            if (at >= cols / 4) break;
+            use(4 * at, own[i].x), use(4 * at + 1, own[i].y), use(4 * at + 2, own[i].z), use(4 * at + 3, own[i].w);
+        }
+    }
+};
+
+// The same with the values of two rows.
+template <class F> DEVICE void read_rows(const float* first, const float* second, int cols, F use) {
+    constexpr int HALF = AHEAD / 2;
+    if (cols % 4 != 0 || !aligned(first) || !aligned(second)) {
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) use(c, first[c], second[c]);
+        return;
+    }
+    const float4 *a = reinterpret_cast<const float4*>(first), *b = reinterpret_cast<const float4*>(second);
+    for (int start = threadIdx.x; start < cols / 4; start += blockDim.x * HALF) {
+        float4 x[HALF], y[HALF];
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const int at = start + i * blockDim.x;
+            if (at < cols / 4) x[i] = a[at], y[i] = b[at];
+        }
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const int at = start + i * blockDim.x;
+            if (at >= cols / 4) break;
+            use(4 * at, x[i].x, y[i].x), use(4 * at + 1, x[i].y, y[i].y), use(4 * at + 2, x[i].z, y[i].z), use(4 * at + 3, x[i].w, y[i].w);
         }
     }
 }
@@ -149,8 +200,8 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
 }  // namespace
 
 KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, EMIT_PARAMETERS)) {
-    prefetch_weight(weight, cols);
-    depend();
+    const Weight own_weight(weight, cols);
+    wait_previous();
     DYNAMIC_SHARED(float, row);
     SHARED(float, partial, THREADS / 32);
     float sum = 0.0f;
@@ -161,25 +212,25 @@ KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(block_sum(sum, partial) / static_cast<float>(cols) + eps));
     // Each thread meets the values again that it wrote.
     int largest = 0;
-    read_row(weight, cols, [&](int c, float value) {
+    own_weight.each([&](int c, float value) {
         const float result = row[place(c)] * scale * value;
         row[place(c)] = result;
         largest = maximum(largest, magnitude(result));
     });
+    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
 
 KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_stride, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
-    prefetch_weight(weight, cols);
-    depend();
+    const Weight own_weight(weight, cols);
+    wait_previous();
     DYNAMIC_SHARED(float, row);
     SHARED(float, sums, MAX_GROUPS);
     SHARED(float, factors, MAX_GROUPS);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     y += static_cast<i64>(blockIdx.x) * cols;
     projected += static_cast<i64>(blockIdx.x) * projected_stride;
-#pragma unroll 4
-    for (int c = threadIdx.x; c < cols; c += blockDim.x) row[place(c)] = __ldg(y + c) * silu(__ldg(projected + c));
+    read_rows(y, projected, cols, [&](int c, float value, float z) { row[place(c)] = value * silu(z); });
     __syncthreads();
     // Each group is a few warps', each of which adds up a part.
     const int groups = cols / group, sharing = maximum(1, warps / groups);
@@ -201,16 +252,17 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
     int largest = 0, shift = -1;
     if ((group & (group - 1)) == 0)
         for (shift = 0; 1 << shift < group;) ++shift;
-    read_row(weight, cols, [&](int c, float value) {
+    own_weight.each([&](int c, float value) {
         const float result = row[place(c)] * factors[shift < 0 ? c / group : c >> shift] * value;
         row[place(c)] = result;
         largest = maximum(largest, magnitude(result));
     });
+    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
 
 KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
-    depend();
+    wait_previous();
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
@@ -218,16 +270,18 @@ KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
         row[place(c)] = positive * positive;
         largest = maximum(largest, magnitude(positive * positive));
     });
+    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
 
 KERNEL(1024, emit, (const float* x, int cols, EMIT_PARAMETERS)) {
-    depend();
+    wait_previous();
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
         row[place(c)] = value;
         largest = maximum(largest, magnitude(value));
     });
+    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }

@@ -72,9 +72,17 @@ KERNEL(32, ssd_decay, (const float* projected, int stride, int dt_offset, const 
     depend();
     const int head = blockIdx.x * blockDim.x + threadIdx.x;
     if (head >= heads) return;
+    const int end = chunks[2 * blockIdx.y + 1];
     float sum = 0.0f;
-    for (int t = chunks[2 * blockIdx.y]; t < chunks[2 * blockIdx.y + 1]; ++t)
-        decays(projected[static_cast<i64>(t) * stride + dt_offset + head], t, head, a, dt_bias, dt_min, dt_max, heads, sum, dt, decay);
+    for (int start = chunks[2 * blockIdx.y]; start < end; start += AHEAD) {
+        float raw[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < end) raw[i] = projected[static_cast<i64>(start + i) * stride + dt_offset + head];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < end) decays(raw[i], start + i, head, a, dt_bias, dt_min, dt_max, heads, sum, dt, decay);
+    }
 }
 
 // The same from codes: `scales` has a token's scale of dt every `scale_stride`, `fixed` one a head.
@@ -82,11 +90,19 @@ KERNEL(32, ssd_decay_i8, (const i8* projected, int stride, int dt_offset, const 
     depend();
     const int head = blockIdx.x * blockDim.x + threadIdx.x;
     if (head >= heads) return;
+    const int end = chunks[2 * blockIdx.y + 1];
     float sum = 0.0f;
-    for (int t = chunks[2 * blockIdx.y]; t < chunks[2 * blockIdx.y + 1]; ++t) {
-        const float scale = fixed ? fixed[head] : scales[static_cast<i64>(t) * scale_stride];
-        const float raw = __fmul_rn(static_cast<float>(projected[static_cast<i64>(t) * stride + dt_offset + head]), scale);
-        decays(raw, t, head, a, dt_bias, dt_min, dt_max, heads, sum, dt, decay);
+    for (int start = chunks[2 * blockIdx.y]; start < end; start += AHEAD) {
+        float raw[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (start + i >= end) break;
+            const float scale = fixed ? fixed[head] : scales[static_cast<i64>(start + i) * scale_stride];
+            raw[i] = __fmul_rn(static_cast<float>(projected[static_cast<i64>(start + i) * stride + dt_offset + head]), scale);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < end) decays(raw[i], start + i, head, a, dt_bias, dt_min, dt_max, heads, sum, dt, decay);
     }
 }
 

@@ -123,6 +123,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     }
     const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
     const float decay = expf(dt * m.a[head]);
+    launch_next();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
         const int p = blockIdx.y * ROWS + own * WARPS + warp;
@@ -159,7 +160,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
 
 #define STEP(name, int8_name, State)                                                                                                            \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
-                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { depend(); \
+                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { wait_previous(); \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
         const Floats in = {xbc, projected, channels, stride, heads * head_dim + channels};                                                      \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
@@ -167,7 +168,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         else step<State, 2>(in, mixer, state, state_scales, y);                                                                                 \
     }                                                                                                                                           \
     KERNEL(128, int8_name, (const i8* xbc, const float* scales, const float* fixed, const i8* projected, int stride, const float* dt_scales, int dt_scale_stride, const float* dt_fixed, \
-                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { depend(); \
+                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { wait_previous(); \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
         const Codes in = {xbc, projected, channels, stride, heads * head_dim + channels, heads + 2 * groups, dt_scale_stride, scales, fixed, dt_scales, dt_fixed}; \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \

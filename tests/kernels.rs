@@ -29,7 +29,7 @@ fn every_kernel_agrees_with_its_reference() {
     }
     let device = Arc::new(Emulated::new().unwrap());
     let memory = Memory::new(Arc::clone(&device) as Arc<dyn Device>);
-    let checks = checks(Extent::Small);
+    let checks = checks(Extent::Small, 0);
     for order in ORDERS {
         device.set_order(order);
         let run = |(index, check): (usize, &Check)| match check.error(&memory, index as u64 + 1) {
@@ -83,7 +83,7 @@ fn a_kernel_that_is_broken_in_one_place_is_caught() {
     if compiler_is_missing() {
         return;
     }
-    let checks = checks(Extent::Small);
+    let checks = checks(Extent::Small, 0);
     let survivors: Vec<&str> = MUTANTS
         .iter()
         .filter_map(|(file, before, after)| {

@@ -132,7 +132,7 @@ impl Bench {
             DeviceChoice::Cpu | DeviceChoice::Emulated => (Cuda::emulated()?, Extent::Small),
         };
         let (mut results, mut failed) = (Vec::new(), 0);
-        for check in verify::checks(extent) {
+        for check in verify::checks(extent, cuda.device().arch()) {
             let outcome = check.error(cuda.memory(), 1);
             let passes = outcome.as_ref().is_ok_and(|error| check.passes(*error));
             failed += usize::from(!passes);

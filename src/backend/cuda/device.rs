@@ -84,6 +84,9 @@ pub trait Device: Send + Sync {
     /// `arguments` point to values of the kernel's parameter types, and what the kernel then reads and writes is
     /// allocated.
     unsafe fn launch(&self, kernel: &str, grid: Grid, arguments: &mut [*mut c_void]) -> Result<()>;
+    /// How the copy engine of Hopper sees a matrix of bytes: boxes of 64 rows by `wide` bytes; of 128, their chunks are permuted as
+    /// products of a warpgroup want them.
+    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize, wide: usize) -> Result<TensorMap>;
     /// A matrix product by a library; `false` where there is none.
     ///
     /// # Safety
@@ -338,11 +341,17 @@ pub fn as_bytes<T: Plain>(values: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
 }
 
+/// A matrix as the copy engine sees it; see [`Device::tensor_map`].
+#[derive(Debug, Clone, Copy)]
+pub struct TensorMap(pub [u64; 16]);
+
 /// A kernel's arguments in order.
 #[derive(Clone, Default)]
 pub struct Arguments {
-    /// Each value in eight bytes of its own, where its address stays.
+    /// Each value in eight bytes of its own, a tensor map in 128.
     values: Vec<u64>,
+    /// Where in `values` each argument begins.
+    starts: Vec<usize>,
 }
 
 /// What a kernel takes: an address, an `int` or a `float`.
@@ -398,13 +407,23 @@ impl Arguments {
     #[must_use]
     #[allow(clippy::needless_pass_by_value, reason = "arguments are references and numbers")]
     pub fn with(mut self, argument: impl Argument) -> Self {
+        self.starts.push(self.values.len());
         self.values.push(argument.bits());
+        self
+    }
+
+    #[must_use]
+    pub fn with_map(mut self, map: &TensorMap) -> Self {
+        self.starts.push(self.values.len());
+        self.values.extend(map.0);
         self
     }
 
     /// These arguments, then `more`.
     #[must_use]
     pub fn then(mut self, more: &Self) -> Self {
+        let first = self.values.len();
+        self.starts.extend(more.starts.iter().map(|start| first + start));
         self.values.extend(&more.values);
         self
     }
@@ -417,7 +436,8 @@ impl Arguments {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
-        let mut pointers: Vec<*mut c_void> = self.values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let values = self.values.as_mut_ptr();
+        let mut pointers: Vec<*mut c_void> = self.starts.iter().map(|start| values.wrapping_add(*start).cast()).collect();
         // SAFETY: the caller's promise; little-endian machines find an int or float in the first four bytes.
         unsafe { device.launch(kernel, grid, &mut pointers) }
     }

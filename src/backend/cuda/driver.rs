@@ -9,7 +9,7 @@ use cudarc::driver::result::{self, DriverError, event, graph, module, stream};
 use cudarc::driver::sys;
 use rayon::prelude::*;
 
-use super::device::{Device, Element, Gemm, Grid, Pinned, Recording};
+use super::device::{Device, Element, Gemm, Grid, Pinned, Recording, TensorMap};
 use super::libraries::{DRIVER_MINIMUM, Found, HOW_TO_GET, Libraries, show};
 use super::nvrtc::{self, Nvrtc};
 use super::sources;
@@ -439,6 +439,39 @@ impl Device for Gpu {
         // SAFETY: the caller's promise; the configuration lives until the call returns.
         unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut()).result() }
             .map_err(|error| failed(&format!("launching `{kernel}` on {grid:?}"), error))
+    }
+
+    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize, wide: usize) -> Result<TensorMap> {
+        self.enter()?;
+        let (sizes, strides) = ([row_bytes as u64, rows as u64], [row_bytes as u64]);
+        let (boxes, steps) = ([wide as u32, 64], [1, 1]);
+        let swizzle = if wide == 128 {
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
+        } else {
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
+        };
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: the arrays have as many elements as the matrix has dimensions, and live until the call returns; the address is
+        // only noted.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+        }
+        .map_err(|error| failed(&format!("describing a matrix of {rows} rows of {row_bytes} bytes"), error))?;
+        Ok(TensorMap(map.opaque))
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool> {

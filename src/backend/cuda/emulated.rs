@@ -12,7 +12,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::device::{Device, Gemm, Grid, Pinned, Recording};
+use super::device::{Device, Gemm, Grid, Pinned, Recording, TensorMap};
 use super::sources::{self, Source};
 use crate::error::{Error, Result};
 
@@ -254,6 +254,10 @@ impl Device for Emulated {
         let arguments = arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read() }).collect();
         // SAFETY: the caller's promise.
         unsafe { self.operate(Operation::Launch { kernel, grid, arguments }) }
+    }
+
+    fn tensor_map(&self, _address: u64, _rows: usize, _row_bytes: usize, _wide: usize) -> Result<TensorMap> {
+        Err(Error::run("the copy engine is not emulated"))
     }
 
     unsafe fn gemm(&self, _gemm: &Gemm) -> Result<bool> {

@@ -4,7 +4,9 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::device::{Arguments, Buffer, Element, Gemm};
-use super::{Cuda, CudaActivation, CudaTensor, padded};
+use super::tensor::Codes;
+use super::wgmma::{self, Operands};
+use super::{Cuda, CudaActivation, CudaTensor, missing, padded};
 use crate::backend::Emit;
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart};
@@ -188,6 +190,18 @@ impl Cuda {
             return Err(Error::run(format!("a linear of {} inputs was given {}", linear.cols, x.cols)));
         }
         let out = self.tensor(x.tokens, linear.rows)?;
+        if x.tokens <= FEW
+            && linear.int8_activations
+            && let [Part { rows, weights: Weights::Int4 { codes, scales, group } }, Part { rows: others, weights: other }] = &*linear.parts
+            && let Weights::Int8 { codes: other_codes, scales: other_scales } = other
+        {
+            let arguments = Arguments::default().with(codes).with(scales).with(*group).with(*rows).with(other_codes).with(other_scales);
+            let arguments = arguments.with(*others).with(&x.int8()?.codes).with(&x.int8()?.scales).with(x.tokens).with(linear.cols);
+            let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset: 0 };
+            let blocks = [rows.div_ceil(16) + others.div_ceil(16), x.tokens.div_ceil(8), 1];
+            self.launch("few_w4w8a8", blocks, 256, 0, place.tail(arguments))?;
+            return Ok(out);
+        }
         let mut offset = 0;
         for part in &linear.parts {
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
@@ -223,8 +237,26 @@ impl Cuda {
         self.launch(kernel, blocks, 256, 0, place.tail(experts(sizes(arguments))))
     }
 
+    /// A matrix product by Hopper's own instructions, for int8 activations.
+    fn many_on_hopper(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<()> {
+        let (weights, scales, group) = match &part.weights {
+            Weights::Int8 { codes, scales } => (codes, scales, None),
+            Weights::Int4 { codes, scales, group } => (codes, scales, Some(*group)),
+            Weights::F32(_) | Weights::Bf16(_) => return Err(missing("int8")),
+        };
+        let Codes { codes, scales: codes_scales } = x.int8()?;
+        let operands = Operands { weights, scales, group, codes, codes_scales, tokens: x.tokens, rows: part.rows, cols: linear.cols };
+        let launch = wgmma::Launch::of(group.is_some(), x.tokens);
+        let blocks = launch.blocks(x.tokens, part.rows, self.device().multiprocessors());
+        let arguments = place.tail(launch.arguments(self.device(), &operands)?);
+        self.launch(launch.kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)
+    }
+
     /// A matrix product: cuBLAS for float weights where it is there, otherwise a kernel.
     fn many(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<()> {
+        if self.device().arch() == wgmma::ARCH && linear.int8_activations && part.weights.is_quantized() {
+            return self.many_on_hopper(part, linear, x, place);
+        }
         let begin = Arguments::default();
         let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
         let (kernel, arguments) = match &part.weights {

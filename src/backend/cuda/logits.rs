@@ -32,7 +32,7 @@ impl Cuda {
     pub(super) fn first_largest(&self, logits: &CudaTensor) -> Result<Vec<u32>> {
         let out = self.buffer::<u32>(logits.rows)?;
         let arguments = Arguments::default().with(logits.buffer()).with(logits.cols).with(&out);
-        self.launch("argmax", [logits.rows, 1, 1], 256, 0, arguments)?;
+        self.launch("argmax", [logits.rows, 1, 1], 1024, 0, arguments)?;
         let tops = out.download(logits.rows)?;
         self.check_fault()?;
         Ok(tops)

@@ -19,6 +19,7 @@ mod recording;
 pub mod sources;
 mod tensor;
 pub mod verify;
+mod wgmma;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -193,6 +193,8 @@ fn parse_resources(log: &str) -> Vec<KernelResources> {
 /// What NVRTC is asked for. Products and sums are only fused where a kernel says so, so that integer linears give the
 /// CPU's bits.
 pub fn options(arch: u32) -> Vec<String> {
+    // Hopper's warpgroup products are of its own architecture only.
+    let arch = if arch == super::wgmma::ARCH { "90a".to_owned() } else { arch.to_string() };
     vec![format!("--gpu-architecture=sm_{arch}"), "--std=c++17".into(), "--fmad=false".into(), "-default-device".into()]
 }
 

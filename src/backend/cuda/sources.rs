@@ -32,6 +32,7 @@ pub const KERNELS: &[Source] = &[
     source!("ssd.cu"),
     source!("ssm.cu"),
     source!("tensor.cu"),
+    source!("wgmma.cu"),
 ];
 
 /// What runs them on the processor: a header in front of each, and the scheduler.

@@ -5,6 +5,7 @@ use half::bf16;
 use super::{BF16_WEIGHTS, Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad};
 use crate::backend::cpu::int_matmul::{self, PackedMatrix, QuantizedRows};
 use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::cuda::wgmma::{self, Operands};
 use crate::error::Result;
 use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
 
@@ -57,7 +58,7 @@ fn gemm_kernel(suffix: &str) -> &'static str {
     }
 }
 
-pub fn checks(extent: Extent) -> Vec<Check> {
+pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     let mut all = Vec::new();
     let formats = |cols: usize| {
         let int4 = [128, 64, 32].into_iter().filter(move |group| cols.is_multiple_of(*group)).map(Weights::Int4);
@@ -103,12 +104,41 @@ pub fn checks(extent: Extent) -> Vec<Check> {
         let tolerance = if int8 { EXACT } else { FLOAT };
         all.push(Check::new(kernel, format!("experts {weights:?}"), tolerance, move |lab| experts(lab, kernel, weights, int8, 35, 128)));
     }
+    for group in [128, 64, 32] {
+        for (tokens, rows, others, cols) in [(1, 37, 5, 384), (3, 32, 20, 128), (8, 70, 16, 1152)] {
+            let shape = format!("{tokens}x({rows}+{others})x{cols} group {group}");
+            all.push(Check::new("few_w4w8a8", shape, EXACT, move |lab| two_parts(lab, group, tokens, rows, others, cols)));
+        }
+    }
+    if arch == wgmma::ARCH {
+        hopper(extent, &mut all);
+    }
     for (weights, int8) in [(Weights::Int8, true), (Weights::Int4(128), true)] {
         for kernel in [few_kernel(weights.suffix(int8)), gemm_kernel(weights.suffix(int8))] {
-            all.push(Check::new(kernel, "extreme codes", EXACT, move |lab| extremes(lab, kernel, weights)));
+            all.push(Check::new(kernel, "extreme codes", EXACT, move |lab| extremes(lab, kernel, weights, 9)));
         }
     }
     all
+}
+
+/// The warpgroup products of Hopper: tiles that are whole, that end early, and last rounds taken in pieces.
+fn hopper(extent: Extent, all: &mut Vec<Check>) {
+    let mut shapes = vec![(17, 40, 64), (64, 150, 192), (65, 64, 1152), (130, 150, 192), (300, 129, 320), (257, 30, 4224)];
+    if extent == Extent::Published {
+        shapes.extend([(1024, 4096, 4096), (64, 4096, 4096), (600, 1856, 2688), (129, 4480, 15680), (300, 21504, 4096)]);
+    }
+    for (tokens, rows, cols) in shapes {
+        let int4 = [128, 64, 32].into_iter().filter(|group| cols % group == 0).map(Weights::Int4);
+        for weights in int4.chain([Weights::Int8]) {
+            let kernel = wgmma::Launch::of(weights != Weights::Int8, tokens).kernel;
+            let shape = format!("{tokens}x{rows}x{cols} {weights:?}");
+            all.push(Check::new(kernel, shape, EXACT, move |lab| linear(lab, kernel, weights, true, tokens, rows, cols)));
+        }
+    }
+    for (weights, tokens) in [(Weights::Int8, 9), (Weights::Int8, 200), (Weights::Int4(128), 9), (Weights::Int4(128), 200)] {
+        let kernel = wgmma::Launch::of(weights != Weights::Int8, tokens).kernel;
+        all.push(Check::new(kernel, format!("extreme codes, {tokens} tokens"), EXACT, move |lab| extremes(lab, kernel, weights, tokens)));
+    }
 }
 
 /// Codes and scales by rounding to nearest.
@@ -232,8 +262,8 @@ fn linear(lab: &Lab, kernel: &str, weights: Weights, int8: bool, tokens: usize, 
 }
 
 /// The largest codes there are, all of one sign, against a sum that is as large as it gets.
-fn extremes(lab: &Lab, kernel: &str, weights: Weights) -> Result<f64> {
-    let (tokens, rows, cols) = (9, 20, 4096);
+fn extremes(lab: &Lab, kernel: &str, weights: Weights, tokens: usize) -> Result<f64> {
+    let (rows, cols) = (20, 4096);
     let (scheme, code) = match weights {
         Weights::Int4(group) => (Scheme::Grouped { bits: 4, group }, -8),
         _ => (Scheme::Int8, -127),
@@ -259,7 +289,15 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
         "gemm_w4a8" => (128, GEMM_W4A8_SHARED),
         _ => (128, GEMM_SHARED),
     };
-    if few {
+    if kernel.starts_with("wgmma") {
+        let launch = wgmma::Launch::of(weights.group.is_some(), tokens);
+        let ([own, scales], [codes, codes_scales]) = (&*weights.buffers, &*x.buffers) else { return Ok(f64::NAN) };
+        let operands = Operands { weights: own, scales, group: weights.group, codes, codes_scales, tokens, rows, cols };
+        let device = &*lab.memory.device;
+        let arguments = launch.arguments(device, &operands)?.with(&bias_buffer).with(place).with(place).with(stride);
+        let blocks = launch.blocks(tokens, rows, device.multiprocessors());
+        lab.launch(kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)?;
+    } else if few {
         lab.launch(kernel, [rows.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
     } else {
         lab.launch(kernel, [tokens.div_ceil(tile), rows.div_ceil(tile), 1], 256, shared, arguments)?;
@@ -281,6 +319,28 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
             difference(&found, &expected)
         }
     })
+}
+
+/// A linear of an int4 and an int8 part, into the middle of wider rows, with a bias, onto the output itself.
+fn two_parts(lab: &Lab, group: usize, tokens: usize, rows: usize, others: usize, cols: usize) -> Result<f64> {
+    let first = Prepared::new(lab, Weights::Int4(group), lab.normal(26, rows * cols), rows, cols)?;
+    let second = Prepared::new(lab, Weights::Int8, lab.normal(27, others * cols), others, cols)?;
+    let x = Input::new(lab, "few_w4w8a8", true, lab.normal(28, tokens * cols), cols)?;
+    let (offset, stride) = (3, rows + others + 8);
+    let (bias, residual) = (lab.normal(22, rows + others), lab.normal(23, tokens * stride));
+    let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
+    let arguments = second.buffers.iter().fold(first.arguments().with(rows), Arguments::with).with(others);
+    let place = out.address() + 4 * offset as u64;
+    let arguments = x.arguments(arguments).with(tokens).with(cols).with(&bias_buffer).with(place).with(place).with(stride);
+    lab.launch("few_w4w8a8", [rows.div_ceil(16) + others.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
+    let mut expected = residual;
+    for (part, start, count) in [(&first, 0, rows), (&second, rows, others)] {
+        let Product::Exact(product) = product(part, &x, tokens, count, cols) else { return Ok(f64::NAN) };
+        for (row, product) in expected.chunks_exact_mut(stride).zip(product.chunks_exact(count)) {
+            row[offset + start..].iter_mut().zip(product).zip(&bias[start..]).for_each(|((out, product), bias)| *out += product + bias);
+        }
+    }
+    Ok(mismatches(&out.download::<f32>(tokens * stride)?, &expected))
 }
 
 /// Pairs of tokens and experts in tiles: one of several pairs, one empty, single ones.

@@ -68,11 +68,11 @@ pub enum Extent {
     Published,
 }
 
-/// Every check.
-pub fn checks(extent: Extent) -> Vec<Check> {
-    let kernels: [fn(Extent) -> Vec<Check>; 6] =
-        [rows::checks, linears::checks, mamba::checks, internals::checks, attention::checks, calibration::checks];
-    kernels.into_iter().flat_map(|checks| checks(extent)).collect()
+/// Every check of a device of this architecture (90 for sm_90; 0: emulated).
+pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
+    let kernels: [fn(Extent) -> Vec<Check>; 5] = [rows::checks, mamba::checks, internals::checks, attention::checks, calibration::checks];
+    let others = kernels.into_iter().flat_map(|checks| checks(extent));
+    linears::checks(extent, arch).into_iter().chain(others).collect()
 }
 
 /// Where a check runs.

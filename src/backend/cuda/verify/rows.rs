@@ -301,7 +301,7 @@ fn log_softmax(row: &[f32]) -> Vec<f64> {
 fn argmax(lab: &Lab, rows: usize, cols: usize) -> Result<f64> {
     let x = logits(lab, 16, rows, cols);
     let (input, out) = (lab.put(&x)?, lab.poisoned::<i32>(rows)?);
-    lab.launch("argmax", [rows, 1, 1], 256, 0, Arguments::default().with(&input).with(cols).with(&out))?;
+    lab.launch("argmax", [rows, 1, 1], 1024, 0, Arguments::default().with(&input).with(cols).with(&out))?;
     let expected: Vec<i32> = x.chunks_exact(cols).map(|row| first_largest(row) as i32).collect();
     Ok(mismatches(&out.download::<i32>(rows)?, &expected))
 }

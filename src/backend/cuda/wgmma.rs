@@ -1,0 +1,77 @@
+//! Launches of `kernels/wgmma.cu`: integer linears for many tokens on Hopper.
+
+use super::device::{Arguments, Buffer, Device};
+use crate::error::Result;
+
+/// Architecture that has these instructions: sm_90a alone.
+pub const ARCH: u32 = 90;
+
+/// Tokens up to which the kernels with tiles of 64 tokens are faster: then the weights' bytes are what counts.
+const NARROW: usize = 128;
+
+/// Inputs of a stage.
+const DEPTH: usize = 128;
+
+/// A kernel and its launch.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch {
+    pub kernel: &'static str,
+    pub threads: usize,
+    /// Bytes.
+    pub shared: usize,
+    rows: usize,
+    tokens: usize,
+    /// Blocks that a multiprocessor holds.
+    resident: usize,
+}
+
+impl Launch {
+    /// The kernel for int4 or int8 weights and this many tokens.
+    pub fn of(int4: bool, tokens: usize) -> Self {
+        let launch = |kernel, consumers: usize, tokens: usize, stages: usize| {
+            let rows = 64 * consumers;
+            let stage = DEPTH * (rows + tokens) + if int4 { DEPTH / 2 * rows } else { 0 };
+            // 1024 to align the first stage, three barriers a stage.
+            let shared = 1024 + stages * (stage + 24);
+            Self { kernel, threads: 128 * (consumers + 1), shared, rows, tokens, resident: 3 - consumers }
+        };
+        match (int4, tokens <= NARROW) {
+            (false, false) => launch("wgmma_w8a8", 2, 256, 4),
+            (false, true) => launch("wgmma_w8a8_64", 1, 64, 6),
+            (true, false) => launch("wgmma_w4a8", 2, 128, 5),
+            (true, true) => launch("wgmma_w4a8_64", 1, 64, 5),
+        }
+    }
+
+    /// Blocks for a linear of `rows` outputs: as many as the device holds, each of which takes tile after tile.
+    pub fn blocks(&self, tokens: usize, rows: usize, multiprocessors: usize) -> usize {
+        let pieces = tokens.div_ceil(self.tokens.min(64)) * rows.div_ceil(self.rows);
+        pieces.min(self.resident * multiprocessors)
+    }
+
+    /// The kernel's arguments but for the last, which say where results go.
+    pub fn arguments(&self, device: &dyn Device, operands: &Operands<'_>) -> Result<Arguments> {
+        let Operands { weights, group, codes, tokens, rows, cols, .. } = *operands;
+        let width = super::padded(cols);
+        let packing = if group.is_some() { 2 } else { 1 };
+        let arguments = Arguments::default().with_map(&device.tensor_map(weights.address(), rows, width / packing, DEPTH / packing)?);
+        let arguments = arguments.with(operands.scales);
+        let arguments = if let Some(group) = group { arguments.with(group) } else { arguments };
+        let arguments = arguments.with_map(&device.tensor_map(codes.address(), tokens, width, DEPTH)?).with(operands.codes_scales);
+        Ok(arguments.with(tokens).with(rows).with(cols))
+    }
+}
+
+/// What a kernel multiplies.
+#[derive(Clone, Copy)]
+pub struct Operands<'a> {
+    pub weights: &'a Buffer,
+    pub scales: &'a Buffer,
+    /// Of int4 weights.
+    pub group: Option<usize>,
+    pub codes: &'a Buffer,
+    pub codes_scales: &'a Buffer,
+    pub tokens: usize,
+    pub rows: usize,
+    pub cols: usize,
+}
