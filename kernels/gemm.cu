@@ -46,6 +46,21 @@ DEVICE void finish(float product, int token, int row, TAIL_PARAMETERS) {
 DEVICE void multiply(int (&d)[4], const u32* a, const u32* b) { mma_s8(d, a[0], a[1], a[2], a[3], b[0], b[1]); }
 DEVICE void multiply(float (&d)[4], const u32* a, const u32* b) { mma_bf16(d, a[0], a[1], a[2], a[3], b[0], b[1]); }
 
+// Calls `use(step)` for every step in order, when what `fetch(step)` asked for STAGES − 1 steps before has come for all threads.
+template <int STAGES, class Fetch, class Use> DEVICE void pipeline(int steps, Fetch fetch, Use use) {
+    const auto ask = [&](int step) {
+        if (step < steps) fetch(step);
+        copy_commit();
+    };
+    for (int step = 0; step < STAGES - 1; ++step) ask(step);
+    for (int step = 0; step < steps; ++step) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        ask(step + STAGES - 1);
+        use(step);
+    }
+}
+
 // x wᵀ of two matrices with rows of `row_bytes` bytes: int8 with sums in int, or bf16 with sums in float. Leaves
 // sums[m][n][i] = token 16 m + 8 (i / 2) + lane / 4, row 8 n + lane % 4 · 2 + i % 2 of the warp's tile.
 template <class Sum> DEVICE void product_tile(u8* shared, const u8* w, const u8* x, int tokens, int rows, int row_bytes, Sum (&sums)[4][4][4]) {
@@ -53,18 +68,11 @@ template <class Sum> DEVICE void product_tile(u8* shared, const u8* w, const u8*
     const int first_token = blockIdx.x * TILE, first_row = blockIdx.y * TILE, steps = row_bytes / 64;
     const int warp = threadIdx.x / 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
     const auto fetch = [&](int step) {
-        if (step < steps) {
-            u8* stage = shared + step % STAGES * STAGE;
-            fetch_rows(stage, x, first_token, tokens, row_bytes, static_cast<i64>(step) * 64);
-            fetch_rows(stage + TILE * 64, w, first_row, rows, row_bytes, static_cast<i64>(step) * 64);
-        }
-        copy_commit();
+        u8* stage = shared + step % STAGES * STAGE;
+        fetch_rows(stage, x, first_token, tokens, row_bytes, static_cast<i64>(step) * 64);
+        fetch_rows(stage + TILE * 64, w, first_row, rows, row_bytes, static_cast<i64>(step) * 64);
     };
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    for (int step = 0; step < steps; ++step) {
-        copy_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(step + STAGES - 1);
+    pipeline<STAGES>(steps, fetch, [&](int step) {
         const u8* stage = shared + step % STAGES * STAGE;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -78,7 +86,7 @@ template <class Sum> DEVICE void product_tile(u8* shared, const u8* w, const u8*
 #pragma unroll
                 for (int n = 0; n < 4; ++n) multiply(sums[m][n], a[m], b[n / 2] + n % 2 * 2);
         }
-    }
+    });
 }
 
 // Calls `value(sum, token, row)` for each of the thread's results inside the output and stores what it returns.
@@ -126,19 +134,12 @@ template <int PARTS> DEVICE void int4_tile(u8* shared, const u8* w, const bf16* 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
     const u8* activations = reinterpret_cast<const u8*>(x);
     const auto fetch = [&](int step) {
-        if (step < steps) {
-            u8* stage = shared + step % STAGES * STAGE;
-            fetch_rows(stage, activations, first_token, tokens, width, static_cast<i64>(step) * 128);
-            fetch_rows(stage + TILE * 64, activations, first_token, tokens, width, static_cast<i64>(step) * 128 + 64);
-            fetch_rows(stage + 2 * TILE * 64, w, first_row, rows, width / 2, static_cast<i64>(step) * 64);
-        }
-        copy_commit();
+        u8* stage = shared + step % STAGES * STAGE;
+        fetch_rows(stage, activations, first_token, tokens, width, static_cast<i64>(step) * 128);
+        fetch_rows(stage + TILE * 64, activations, first_token, tokens, width, static_cast<i64>(step) * 128 + 64);
+        fetch_rows(stage + 2 * TILE * 64, w, first_row, rows, width / 2, static_cast<i64>(step) * 64);
     };
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    for (int step = 0; step < steps; ++step) {
-        copy_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(step + STAGES - 1);
+    pipeline<STAGES>(steps, fetch, [&](int step) {
         const u8* stage = shared + step % STAGES * STAGE;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
@@ -176,7 +177,7 @@ template <int PARTS> DEVICE void int4_tile(u8* shared, const u8* w, const bf16* 
                 }
             }
         }
-    }
+    });
 }
 
 }  // namespace
@@ -202,22 +203,15 @@ template <bool INT4> DEVICE void widening_tile(u8* shared, const u8* w, const bf
     const int first_token = blockIdx.x * TILE, first_row = blockIdx.y * TILE;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
     const auto fetch = [&](int step) {
-        if (step < steps) {
-            u8* stage = shared + step % STAGES * STAGE;
-            fetch_rows(stage, reinterpret_cast<const u8*>(x), first_token, tokens, width * 2, static_cast<i64>(step) * 64);
-            const int row = threadIdx.x / (ROW / 16), chunk = threadIdx.x % (ROW / 16);
-            if (row < TILE) {
-                const bool valid = first_row + row < rows;
-                copy_async(stage + TILE * 64 + row * ROW + chunk * 16, valid ? w + (first_row + row) * row_bytes + step * ROW + chunk * 16 : w, valid);
-            }
+        u8* stage = shared + step % STAGES * STAGE;
+        fetch_rows(stage, reinterpret_cast<const u8*>(x), first_token, tokens, width * 2, static_cast<i64>(step) * 64);
+        const int row = threadIdx.x / (ROW / 16), chunk = threadIdx.x % (ROW / 16);
+        if (row < TILE) {
+            const bool valid = first_row + row < rows;
+            copy_async(stage + TILE * 64 + row * ROW + chunk * 16, valid ? w + (first_row + row) * row_bytes + step * ROW + chunk * 16 : w, valid);
         }
-        copy_commit();
     };
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    for (int step = 0; step < steps; ++step) {
-        copy_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(step + STAGES - 1);
+    pipeline<STAGES>(steps, fetch, [&](int step) {
         const u8* stage = shared + step % STAGES * STAGE;
         const u8* codes = stage + TILE * 64;
         float scales[4];
@@ -248,7 +242,7 @@ template <bool INT4> DEVICE void widening_tile(u8* shared, const u8* w, const bf
 #pragma unroll
                 for (int n = 0; n < 4; ++n) multiply(sums[m][n], a[m], b[n]);
         }
-    }
+    });
 }
 
 }  // namespace

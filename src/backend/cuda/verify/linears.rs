@@ -1,6 +1,7 @@
 //! Linears: matrix-vector and matrix products in every pair of formats, and the experts' grouped ones.
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::{BF16_WEIGHTS, Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad};
 use crate::backend::cpu::int_matmul::{self, PackedMatrix, QuantizedRows};
@@ -250,7 +251,9 @@ fn product(weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usiz
         }
         _ => {
             let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
-            Product::Float(x.values.chunks_exact(cols).flat_map(|x| weights.values.chunks_exact(cols).map(move |w| dot(x, w))).collect())
+            // One after the other the largest head alone would take most of a minute.
+            let element = |i: usize| dot(&x.values[i / rows * cols..][..cols], &weights.values[i % rows * cols..][..cols]);
+            Product::Float((0..tokens * rows).into_par_iter().map(element).collect())
         }
     }
 }
