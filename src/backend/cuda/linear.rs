@@ -248,7 +248,7 @@ impl Cuda {
         let operands = Operands { weights, scales, group, codes, codes_scales, tokens: x.tokens, rows: part.rows, cols: linear.cols };
         let launch = wgmma::Launch::of(group.is_some(), x.tokens);
         let blocks = launch.blocks(x.tokens, part.rows, self.device().multiprocessors());
-        let arguments = place.tail(launch.arguments(self.device(), &operands)?);
+        let arguments = place.tail(operands.arguments(self.device())?);
         self.launch(launch.kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)
     }
 

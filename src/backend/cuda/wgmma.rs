@@ -48,18 +48,6 @@ impl Launch {
         let pieces = tokens.div_ceil(self.tokens.min(64)) * rows.div_ceil(self.rows);
         pieces.min(self.resident * multiprocessors)
     }
-
-    /// The kernel's arguments but for the last, which say where results go.
-    pub fn arguments(&self, device: &dyn Device, operands: &Operands<'_>) -> Result<Arguments> {
-        let Operands { weights, group, codes, tokens, rows, cols, .. } = *operands;
-        let width = super::padded(cols);
-        let packing = if group.is_some() { 2 } else { 1 };
-        let arguments = Arguments::default().with_map(&device.tensor_map(weights.address(), rows, width / packing, DEPTH / packing)?);
-        let arguments = arguments.with(operands.scales);
-        let arguments = if let Some(group) = group { arguments.with(group) } else { arguments };
-        let arguments = arguments.with_map(&device.tensor_map(codes.address(), tokens, width, DEPTH)?).with(operands.codes_scales);
-        Ok(arguments.with(tokens).with(rows).with(cols))
-    }
 }
 
 /// What a kernel multiplies.
@@ -74,4 +62,18 @@ pub struct Operands<'a> {
     pub tokens: usize,
     pub rows: usize,
     pub cols: usize,
+}
+
+impl Operands<'_> {
+    /// The kernel's arguments but for the last, which say where results go.
+    pub fn arguments(&self, device: &dyn Device) -> Result<Arguments> {
+        let Self { weights, group, codes, tokens, rows, cols, .. } = *self;
+        let width = super::padded(cols);
+        let packing = if group.is_some() { 2 } else { 1 };
+        let arguments = Arguments::default().with_map(&device.tensor_map(weights.address(), rows, width / packing, DEPTH / packing)?);
+        let arguments = arguments.with(self.scales);
+        let arguments = if let Some(group) = group { arguments.with(group) } else { arguments };
+        let arguments = arguments.with_map(&device.tensor_map(codes.address(), tokens, width, DEPTH)?).with(self.codes_scales);
+        Ok(arguments.with(tokens).with(rows).with(cols))
+    }
 }

@@ -297,7 +297,7 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
         let ([own, scales], [codes, codes_scales]) = (&*weights.buffers, &*x.buffers) else { return Ok(f64::NAN) };
         let operands = Operands { weights: own, scales, group: weights.group, codes, codes_scales, tokens, rows, cols };
         let device = &*lab.memory.device;
-        let arguments = launch.arguments(device, &operands)?.with(&bias_buffer).with(place).with(place).with(stride);
+        let arguments = operands.arguments(device)?.with(&bias_buffer).with(place).with(place).with(stride);
         let blocks = launch.blocks(tokens, rows, device.multiprocessors());
         lab.launch(kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)?;
     } else if few {
