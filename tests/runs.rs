@@ -7,19 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{strata, succeeded, text, without_memory};
+use common::{short_session, strata, succeeded, text, without_memory};
 use serde_json::Value;
 use tempfile::TempDir;
-
-/// A session whose one variant takes some seconds, and whose evaluation takes none.
-fn session(folder: &Path) -> String {
-    let path = folder.join("fit.toml");
-    let text = "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[calibration]\nsequences = 10\nlength = 256\n\
-        [[variant]]\nname = \"small\"\nrecipe = \"phase2\"\n\
-        [evaluate]\ntasks = [\"piqa\"]\nlimit = 4\nwindows = 1\nwindow_tokens = 32\nspeed = false\n";
-    std::fs::write(&path, text).unwrap();
-    path.display().to_string()
-}
 
 /// What `strata runs --json` says of the newest run.
 fn newest(data: &Path) -> Value {
@@ -50,7 +40,7 @@ fn variants(data: &Path) -> Vec<PathBuf> {
 #[test]
 fn a_killed_run_is_seen_as_interrupted_and_goes_on_where_it_stopped() {
     let data = TempDir::new().unwrap();
-    let session = session(data.path());
+    let session = short_session(data.path()).display().to_string();
     let mut child = begun(data.path(), &["replay", &session]);
     child.kill().unwrap();
     child.wait().unwrap();
@@ -75,7 +65,7 @@ fn a_killed_run_is_seen_as_interrupted_and_goes_on_where_it_stopped() {
 #[test]
 fn a_run_is_followed_and_cancelled_by_another_process_and_its_id_is_checked() {
     let data = TempDir::new().unwrap();
-    let session = session(data.path());
+    let session = short_session(data.path()).display().to_string();
     let child = begun(data.path(), &["replay", &session]);
     let follow = strata(data.path()).args(["runs", "follow", "last"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let busy = strata(data.path()).args(["runs", "remove", "last"]).output().unwrap();

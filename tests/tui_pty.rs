@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail like the test")]
 
+mod common;
+
 use std::io::{Read, Write};
 use std::num::NonZeroU16;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -219,16 +221,6 @@ fn a_panic_gives_the_terminal_back_and_is_read_there() {
     assert!(!session.screen.screen().hide_cursor() && !session.screen.screen().bracketed_paste());
 }
 
-/// A session file with one variant that takes some seconds.
-fn session(home: &Path) -> PathBuf {
-    let path = home.join("fit.toml");
-    let text = "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[calibration]\nsequences = 10\nlength = 256\n\
-        [[variant]]\nname = \"small\"\nrecipe = \"phase2\"\n\
-        [evaluate]\ntasks = [\"piqa\"]\nlimit = 4\nwindows = 1\nwindow_tokens = 32\nspeed = false\n";
-    std::fs::write(&path, text).unwrap();
-    path
-}
-
 /// `strata` without a screen, for the same user.
 fn headless(home: &Path, arguments: &[&str]) -> (bool, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
@@ -240,7 +232,7 @@ fn headless(home: &Path, arguments: &[&str]) -> (bool, String) {
 #[test]
 fn a_run_outlives_its_terminal_and_a_later_workbench_shows_it() {
     let home = TempDir::new().unwrap();
-    let path = session(home.path());
+    let path = common::short_session(home.path());
     let path = path.to_str().unwrap();
     // Started by a shell, as most are: its end makes the system send SIGHUP and SIGCONT, and the terminal is gone.
     let mut command = CommandBuilder::new("sh");
@@ -278,7 +270,7 @@ fn a_run_outlives_its_terminal_and_a_later_workbench_shows_it() {
 #[test]
 fn a_run_that_is_left_goes_on_without_a_screen() {
     let home = TempDir::new().unwrap();
-    let path = session(home.path());
+    let path = common::short_session(home.path());
     let mut workbench = Session::open(home.path(), 120, 40, &[path.to_str().unwrap()]);
     workbench.sees("1 Layers");
     workbench.types("R");

@@ -4,10 +4,11 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::Shape;
-use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals};
+use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, Sequences, SsmInternals};
 use crate::checkpoint::LinearSpec;
 use crate::error::Result;
 use crate::format::{BlockKind, CacheFormat, CacheFormats, Format, LinearWeights, QuantizedMatrix, Scheme, WeightPart};
+use crate::model::mamba_shape;
 use crate::monitor::Monitor;
 
 /// Copies of an operation's weights that take turns, so that none is still in a cache; together at least so many bytes.
@@ -127,15 +128,7 @@ impl<B: Backend> Bench<'_, B> {
     /// Scan, gated norm and attention, as a decoding step for few tokens and as one sequence for many.
     fn mixers(&mut self, shape: &Shape, tokens: usize) -> Result<()> {
         let mamba = &shape.config.mamba;
-        let sizes = MambaShape {
-            heads: mamba.heads,
-            head_dim: mamba.head_dim,
-            groups: mamba.groups,
-            state: mamba.state,
-            kernel: mamba.conv_kernel,
-            dt_min: mamba.dt_min,
-            dt_max: mamba.dt_max,
-        };
+        let sizes = mamba_shape(mamba);
         let channels = sizes.conv_channels();
         let parameters = self.backend.prepare_mamba(MambaParameters {
             conv_weight: vec![0.25; channels * sizes.kernel],

@@ -100,3 +100,13 @@ pub fn without_memory(table: &str) -> String {
     assert!(kept.len() > 1, "{table}");
     kept.join("\n\n")
 }
+
+/// A session file in `folder` whose one variant takes some seconds, and whose evaluation takes none.
+pub fn short_session(folder: &Path) -> PathBuf {
+    let path = folder.join("fit.toml");
+    let text = "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[calibration]\nsequences = 10\nlength = 256\n\
+        [[variant]]\nname = \"small\"\nrecipe = \"phase2\"\n\
+        [evaluate]\ntasks = [\"piqa\"]\nlimit = 4\nwindows = 1\nwindow_tokens = 32\nspeed = false\n";
+    std::fs::write(&path, text).unwrap();
+    path
+}
