@@ -14,4 +14,5 @@ pub mod model;
 pub mod monitor;
 pub mod quant;
 pub mod session;
+pub mod size;
 pub mod tui;

@@ -4,187 +4,20 @@
 //! knapsack: [`Solution::new`] solves it for every budget at once, [`Solution::find`] looks a budget up. How far losses
 //! really add up is known from plans that were put together and measured; [`Correction`] is learned from them.
 
-use std::str::FromStr;
+mod request;
+
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::gpu::Gpu;
+use request::TICKS;
+pub use request::{Activations, AllocateRequest, Budget, CONTEXT, Cost, Objective};
+
 use super::knapsack::{Choice, Front};
-use super::predict::{self, AnswerTime};
 use super::sensitivity::{Loss, Sensitivities, UnitLosses};
-use crate::checkpoint::{Config, Layout};
+use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
-use crate::format::{BlockKind, Format, Plan, Selector};
-use crate::quant::{AllocateSpec, Override};
-
-/// What a plan may take, or lose.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Budget {
-    /// Stored bits a weight of the blocks' linears, scales included.
-    Bits(f64),
-    /// Bytes of the blocks' linears.
-    LinearBytes(u64),
-    /// Bytes of the whole model.
-    ModelBytes(u64),
-    /// The cheapest plan whose corrected prediction is at most so many nats a token.
-    Kld(f64),
-    /// A share (0…1) of the way from the cheapest plan to the dearest.
-    Share(f64),
-    /// Predicted seconds of an answered token, where that is the [`Cost`].
-    Seconds(f64),
-}
-
-/// What plans are short of.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Cost {
-    /// Bytes of the blocks' linears.
-    Bytes,
-    /// Predicted time of an answered token.
-    Time(AnswerTime),
-}
-
-/// Units of cost in a second: picoseconds.
-const TICKS: f64 = 1e12;
-
-impl Cost {
-    /// Bytes, or picoseconds, of a unit in a format.
-    fn of(&self, unit: &UnitLosses, loss: &Loss) -> u64 {
-        match self {
-            Self::Bytes => loss.bytes,
-            Self::Time(_) => (self.seconds(unit, loss).unwrap_or(0.0) * TICKS).ceil() as u64,
-        }
-    }
-
-    /// Seconds of a unit in a format, where they count.
-    fn seconds(&self, unit: &UnitLosses, loss: &Loss) -> Option<f64> {
-        match self {
-            Self::Bytes => None,
-            Self::Time(time) => {
-                let routed = unit.kind == BlockKind::Moe && unit.linears.iter().all(|name| name.starts_with("experts."));
-                Some(time.linears(loss.bytes, unit.weights, loss.format, routed))
-            }
-        }
-    }
-}
-
-impl Budget {
-    /// What fits on `gpu` beside the states and caches of one sequence of `context` tokens.
-    pub fn fitting(config: &Config, gpu: &Gpu, context: usize) -> Result<Self> {
-        predict::weight_room(config, gpu, context).map(Self::ModelBytes).ok_or_else(|| {
-            Error::input(format!("the caches of {context} tokens alone do not fit on a {}", gpu.name))
-                .hint("give a shorter context or a larger GPU")
-        })
-    }
-}
-
-/// A number of bytes with its unit: powers of 1000 (kB, MB, GB) or of 1024 (KiB, MiB, GiB).
-pub fn parse_bytes(text: &str) -> Result<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "kb" => 1e3,
-        "mb" => 1e6,
-        "gb" => 1e9,
-        "kib" => 1024.0,
-        "mib" => 1024.0 * 1024.0,
-        "gib" => 1024.0 * 1024.0 * 1024.0,
-        _ => f64::NAN,
-    };
-    match number.parse::<f64>() {
-        Ok(number) if (number * factor).is_finite() => Ok((number * factor) as u64),
-        _ => Err(Error::input(format!("`{text}` is not a size")).hint("write 6GiB, 900MB or a number of bytes")),
-    }
-}
-
-/// Which activation bits plans may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activations {
-    Int8,
-    Float,
-    Any,
-}
-
-impl Activations {
-    fn allow(self, format: Format) -> bool {
-        match self {
-            Self::Int8 => format.quantizes_activations(),
-            Self::Float => !format.quantizes_activations(),
-            Self::Any => true,
-        }
-    }
-}
-
-impl FromStr for Activations {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "8" => Ok(Self::Int8),
-            "16" => Ok(Self::Float),
-            "any" => Ok(Self::Any),
-            _ => Err(Error::input(format!("activations of `{text}` bits are not known")).hint("write 8, 16 or any")),
-        }
-    }
-}
-
-/// What counts as loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Objective {
-    /// Measured end to end.
-    Kld,
-    /// Relative squared error of the block's output: what is known without running the model behind it.
-    OutputError,
-}
-
-/// A question.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AllocateRequest {
-    /// Gives the formats of embedding and head.
-    pub base: Plan,
-    pub budget: Budget,
-    pub cost: Cost,
-    /// Formats that plans may use; `None`: all that were measured.
-    pub formats: Option<Vec<Format>>,
-    pub activations: Activations,
-    /// Parts that keep a format.
-    pub pins: Vec<Override>,
-    /// All linears of a block take one format.
-    pub whole_blocks: bool,
-    pub objective: Objective,
-}
-
-impl AllocateRequest {
-    /// `budget` with int8 activations and no pins; embedding and head as in `base`.
-    pub fn new(base: Plan, budget: Budget) -> Self {
-        Self {
-            base,
-            budget,
-            cost: Cost::Bytes,
-            formats: None,
-            activations: Activations::Int8,
-            pins: Vec::new(),
-            whole_blocks: false,
-            objective: Objective::Kld,
-        }
-    }
-
-    /// What a recipe's `[allocate]` asks for. `start` gives the bytes where it names no other budget, and the formats of
-    /// embedding and head; `pins` keep their formats.
-    pub fn of_recipe(spec: &AllocateSpec, pins: &[Override], config: &Config, layout: &Layout, start: &Plan) -> Result<Self> {
-        let budget = match (&spec.bits, &spec.gpu) {
-            (Some(bits), _) => Budget::Bits(*bits),
-            (None, Some(name)) => Budget::fitting(config, &Gpu::find(name)?, spec.context.unwrap_or(CONTEXT))?,
-            (None, None) => Budget::LinearBytes(layout.linear_bytes(start)),
-        };
-        let ends = Plan { embedding: start.embedding, head: start.head, ..Plan::unquantized(layout.blocks.len()) };
-        Ok(Self { formats: Some(spec.formats.clone()), activations: Activations::Any, pins: pins.to_vec(), ..Self::new(ends, budget) })
-    }
-}
-
-/// Tokens that have to fit beside the weights unless a recipe says how many.
-const CONTEXT: usize = 8192;
+use crate::format::{Format, Plan, Selector};
 
 /// Maps the sum of losses to the divergence that such plans were measured to have: `measured = scale · predictedᵖ`, fitted
 /// to the checks by least squares of logarithms. It is monotone, so it moves no plan, only what plans are said to lose.
@@ -638,7 +471,8 @@ fn explain(item: &Item<'_>, option: usize, cost: &Cost) -> Vec<UnitChoice> {
 mod tests {
     use super::*;
     use crate::analysis::sensitivity::{CANDIDATES, Check, Granularity, Identity, SENSITIVITY_SCHEMA, units};
-    use crate::analysis::{Footprint, Prediction};
+    use crate::analysis::{AnswerTime, Footprint, Gpu, Prediction};
+    use crate::quant::Override;
 
     /// Losses that fall fourfold with each bit and rise with the block's number; int8 activations add a little.
     fn losses(layout: &Layout) -> Sensitivities {
@@ -791,15 +625,5 @@ mod tests {
         assert!(found.corrected_kld <= 2e-4 && found.corrected_kld > 1e-4, "{}", found.corrected_kld);
         losses.checks.truncate(2);
         assert_eq!(Correction::learn(&losses), None);
-    }
-
-    #[test]
-    fn sizes_have_units_of_1000_and_1024() {
-        for (text, bytes) in [("6GiB", 6 << 30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2kib", 2048)] {
-            assert_eq!(parse_bytes(text).unwrap(), bytes, "{text}");
-        }
-        for wrong in ["", "six", "6 parsecs", "1.2.3GB"] {
-            assert!(parse_bytes(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
-use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, Cost, Solution, parse_bytes};
+use strata::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, CONTEXT, Cost, Solution};
 use strata::analysis::predict::{ANSWER_TOKENS, PROMPT_TOKENS};
 use strata::analysis::sensitivity::{Request, Sensitivities, SensitivitySpec, donors_directory, load};
 use strata::analysis::{AnswerTime, Footprint, Gpu};
@@ -17,6 +17,7 @@ use strata::quant::overlap::EvaluationFiles;
 use strata::quant::{Override, Recipe};
 use strata::session::replay::finish;
 use strata::session::{Session, VariantSpec, paths, report};
+use strata::size;
 
 use super::progress::Follow;
 use super::quantize::{self, parse_override};
@@ -42,8 +43,8 @@ pub struct Allocate {
     activations: Option<String>,
     /// What plans are short of: `bytes`, or `latency`, the predicted time of a token on `--gpu`, its share of reading the
     /// prompt included.
-    #[arg(long, value_name = "COST", default_value = "bytes")]
-    cost: String,
+    #[arg(long, value_enum, default_value_t = CostName::Bytes)]
+    cost: CostName,
     /// Keep a part at a format: `kind:attention=w8a8`, `block:3=w4a8`, `name:*.out_proj=w8a8`. May be given several times.
     #[arg(long = "pin", value_name = "MATCH=FORMAT")]
     pins: Vec<String>,
@@ -76,17 +77,23 @@ pub struct Allocate {
     random: usize,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CostName {
+    Bytes,
+    Latency,
+}
+
 #[derive(Args)]
 struct BudgetOptions {
     /// Stored bits a weight of the blocks' linears, scales included.
     #[arg(long, conflicts_with_all = ["size", "linears", "kld", "latency"])]
     bits: Option<f64>,
     /// Bytes of the whole model: 6GiB, 900MB, 4000000.
-    #[arg(long, value_name = "BYTES", conflicts_with_all = ["linears", "kld", "latency"])]
-    size: Option<String>,
+    #[arg(long, value_name = "BYTES", value_parser = size::parse, conflicts_with_all = ["linears", "kld", "latency"])]
+    size: Option<u64>,
     /// Bytes of the blocks' linears.
-    #[arg(long, value_name = "BYTES", conflicts_with_all = ["kld", "latency"])]
-    linears: Option<String>,
+    #[arg(long, value_name = "BYTES", value_parser = size::parse, conflicts_with_all = ["kld", "latency"])]
+    linears: Option<u64>,
     /// The cheapest plan that is predicted to lose at most so many nats a token.
     #[arg(long, value_name = "NATS", conflicts_with = "latency")]
     kld: Option<f64>,
@@ -98,18 +105,15 @@ struct BudgetOptions {
     latency: Option<f64>,
 }
 
-/// Tokens that have to fit on a GPU beside the weights unless `--context` says how many.
-const CONTEXT: usize = 8192;
-
 impl BudgetOptions {
-    /// The budget for a model of this configuration, with `context` tokens in its caches where it has to fit on the GPU.
-    fn budget(&self, config: &Config, context: usize, timed: bool) -> Result<Option<Budget>> {
-        Ok(match (self.bits, &self.size, &self.linears, self.kld, &self.gpu) {
+    /// The budget for a model of this configuration, with `context` tokens in its caches where it has to fit on `gpu`.
+    fn budget(&self, config: &Config, gpu: Option<&Gpu>, context: usize, timed: bool) -> Result<Option<Budget>> {
+        Ok(match (self.bits, self.size, self.linears, self.kld, gpu) {
             (Some(bits), ..) => Some(Budget::Bits(bits)),
-            (_, Some(size), ..) => Some(Budget::ModelBytes(parse_bytes(size)?)),
-            (_, _, Some(size), ..) => Some(Budget::LinearBytes(parse_bytes(size)?)),
+            (_, Some(size), ..) => Some(Budget::ModelBytes(size)),
+            (_, _, Some(size), ..) => Some(Budget::LinearBytes(size)),
             (_, _, _, Some(kld), _) => Some(Budget::Kld(kld)),
-            (_, _, _, _, Some(name)) if !timed => Some(Budget::fitting(config, &Gpu::find(name)?, context)?),
+            (_, _, _, _, Some(gpu)) if !timed => Some(Budget::fitting(config, gpu, context)?),
             _ => self.latency.map(|ms| Budget::Seconds(1e-3 * ms)),
         })
     }
@@ -121,6 +125,7 @@ impl Allocate {
             return Err(Error::input("--context says what has to fit on a GPU, and no --gpu is given").hint("add `--gpu H100`"));
         }
         let timed = self.timed()?;
+        let gpu = self.budget.gpu.as_deref().map(Gpu::find).transpose()?;
         let activations = match &self.activations {
             Some(bits) => bits.parse::<Activations>()?,
             None if timed => Activations::Any,
@@ -131,7 +136,7 @@ impl Allocate {
         if self.study {
             return self.study(spec, common);
         }
-        let budget = self.budget.budget(&checkpoint.config, self.context.unwrap_or(CONTEXT), timed)?;
+        let budget = self.budget.budget(&checkpoint.config, gpu.as_ref(), self.context.unwrap_or(CONTEXT), timed)?;
         let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
         let losses = load(&measurement)?;
         let request = AllocateRequest {
@@ -139,10 +144,10 @@ impl Allocate {
             activations,
             pins: self.pins.iter().map(|pin| parse_override(pin)).collect::<Result<_>>()?,
             whole_blocks: self.whole_blocks,
-            cost: match &self.budget.gpu {
-                Some(name) if timed => {
+            cost: match &gpu {
+                Some(gpu) if timed => {
                     let footprint = Footprint::new(&checkpoint.config, Arc::new(checkpoint.layout.clone()));
-                    Cost::Time(AnswerTime::new(&checkpoint.config, &footprint, &measurement.ends_plan(), &Gpu::find(name)?))
+                    Cost::Time(AnswerTime::new(&checkpoint.config, &footprint, &measurement.ends_plan(), gpu))
                 }
                 _ => Cost::Bytes,
             },
@@ -180,11 +185,7 @@ impl Allocate {
 
     /// Whether time is the cost.
     fn timed(&self) -> Result<bool> {
-        let timed = match self.cost.as_str() {
-            "bytes" => false,
-            "latency" => true,
-            other => return Err(Error::input(format!("plans cost `bytes` or `latency`, not `{other}`"))),
-        };
+        let timed = self.cost == CostName::Latency;
         match (timed, self.budget.latency, &self.budget.gpu) {
             (false, Some(_), _) => Err(Error::input("--latency is a budget of time, and the cost is bytes").hint("add `--cost latency`")),
             (false, None, Some(_)) if self.budget.kld.is_some() => {

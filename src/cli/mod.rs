@@ -77,30 +77,8 @@ pub struct Common {
     #[arg(long, global = true)]
     threads: Option<usize>,
     /// Memory that a model may take, as in `6GiB`; a larger one is evaluated block by block. What is free unless given.
-    #[arg(long, global = true, value_name = "SIZE", value_parser = bytes)]
+    #[arg(long, global = true, value_name = "SIZE", value_parser = strata::size::parse)]
     host_memory: Option<u64>,
-}
-
-/// A number of bytes as people write it: `800MB`, `6GiB`, `1.5e9`.
-fn bytes(text: &str) -> Result<u64, String> {
-    let unit_at = text.find(|c: char| c.is_ascii_alphabetic() && c != 'e').unwrap_or(text.len());
-    let (number, unit) = text.split_at(unit_at);
-    let factor = match unit {
-        "" | "B" => 1.0,
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "TB" => 1e12,
-        "KiB" => 1024.0,
-        "MiB" => f64::from(1 << 20),
-        "GiB" => f64::from(1 << 30),
-        "TiB" => f64::from(1 << 30) * 1024.0,
-        _ => return Err("the units are B, kB, MB, GB, TB, KiB, MiB, GiB and TiB".into()),
-    };
-    match number.trim().parse::<f64>() {
-        Ok(number) if number > 0.0 && number.is_finite() => Ok((number * factor) as u64),
-        _ => Err("expected a positive number with a unit, such as 6GiB".into()),
-    }
 }
 
 #[derive(Subcommand)]

@@ -6,18 +6,16 @@ use std::sync::Arc;
 use super::document::Draft;
 use super::state::State;
 use crate::analysis::Gpu;
-use crate::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, FrontPoint, Solution, parse_bytes};
+use crate::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, CONTEXT, FrontPoint, Solution};
 use crate::analysis::sensitivity::Sensitivities;
 use crate::engine::AllocateJob;
 use crate::error::{Error, Result};
 use crate::format::{Plan, Selector};
 use crate::quant::Override;
+use crate::size;
 
 /// Steps from one end of the front to the other.
 const STEPS: u64 = 100;
-
-/// Tokens that have to fit beside the weights when a GPU is the budget.
-const CONTEXT: usize = 8192;
 
 /// The front, and the plan that is looked at.
 pub struct Allocating {
@@ -130,7 +128,7 @@ pub fn set_budget(state: &mut State, text: &str) -> Result<()> {
     } else if let Ok(gpu) = Gpu::find(text) {
         Budget::fitting(&state.document.config, &gpu, CONTEXT)?
     } else {
-        Budget::ModelBytes(parse_bytes(text).map_err(|_| {
+        Budget::ModelBytes(size::parse(text).map_err(|_| {
             Error::input(format!("`{text}` is no budget"))
                 .hint("4.5 (bits a weight), 6 GiB (the whole model), 2e-5 nats, or a GPU such as RTX 4090")
         })?)
