@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Modules by level; one may use its own level and those before it.
 const LEVELS: [&[&str]; 7] = [
-    &["error", "files", "monitor", "format"],
+    &["error", "files", "monitor", "size", "format"],
     &["checkpoint", "backend"],
     &["model"],
     &["quant", "eval", "analysis", "bench"],
