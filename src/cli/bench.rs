@@ -27,6 +27,9 @@ pub struct Bench {
     /// With --verify: small shapes only, as for emulation.
     #[arg(long, requires = "verify")]
     small: bool,
+    /// With --verify: only every N-th check from the I-th on, so that parts 1/N to N/N are all of them.
+    #[arg(long, requires = "verify", value_name = "I/N", value_parser = part, default_value = "1/1")]
+    part: (usize, usize),
     /// Registers, spills and shared memory of every kernel, by architecture.
     #[arg(long)]
     kernels_report: bool,
@@ -132,7 +135,8 @@ impl Bench {
             DeviceChoice::Cpu | DeviceChoice::Emulated => (Cuda::emulated()?, Extent::Small),
         };
         let (mut results, mut failed) = (Vec::new(), 0);
-        for check in verify::checks(extent, cuda.device().arch()) {
+        let (first, count) = self.part;
+        for check in verify::checks(extent, cuda.device().arch()).into_iter().skip(first - 1).step_by(count) {
             let outcome = check.error(cuda.memory(), 1);
             let passes = outcome.as_ref().is_ok_and(|error| check.passes(*error));
             failed += usize::from(!passes);
@@ -153,6 +157,14 @@ impl Bench {
         }
         if failed == 0 { Ok(()) } else { Err(Error::run(format!("{failed} of {count} kernel checks failed on {}", cuda.name()))) }
     }
+}
+
+/// `I/N` with I from 1 to N.
+fn part(text: &str) -> std::result::Result<(usize, usize), String> {
+    let numbers = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+    numbers
+        .filter(|(index, count)| (1..=*count).contains(index))
+        .ok_or_else(|| format!("`{text}` is no part: give 1/4 for the first of four"))
 }
 
 fn state(text: &str) -> Result<CacheFormat> {
