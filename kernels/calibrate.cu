@@ -46,6 +46,12 @@ KERNEL(256, gram, (const float* x, int tokens, int cols, double* out)) {
         }
 }
 
+KERNEL(256, gram_diagonal, (const double* sum, int n, double* out)) {
+    depend();
+    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c < n) out[c] = sum[static_cast<i64>(c) * (n + 1)];
+}
+
 KERNEL(128, abs_max, (const float* x, int tokens, int cols, float* out)) {
     depend();
     const int c = blockIdx.x * blockDim.x + threadIdx.x;

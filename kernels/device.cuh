@@ -20,6 +20,8 @@
 typedef signed char i8;
 typedef unsigned char u8;
 typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
@@ -99,10 +101,72 @@ DEVICE uint4 load_once(const void* from) {
     return x;
 }
 
+// Brings the 128 bytes around `at` to the second-level cache.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER
+// A kernel's parameter: how the copy engine sees a matrix, rows of bytes taken in boxes of 64 rows, zeros outside.
+#define MAP const __grid_constant__ TensorMap
+
+struct __align__(64) TensorMap { u64 words[16]; };
+
+DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
+
+DEVICE void barrier_start(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory"); }
+DEVICE void barrier_arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
+// Waits until the phase of this parity has ended.
+DEVICE void barrier_wait(u64* barrier, int parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(address(barrier)), "r"(parity) : "memory");
+}
+// Arrives, and promises that many bytes of copies.
+DEVICE void barrier_expect(u64* barrier, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory"); }
+// Has the copy engine bring the box at byte `at` of row `row`.
+DEVICE void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(address(to)), "l"(&map), "r"(at), "r"(row), "r"(address(barrier)) : "memory");
+}
+// Barriers that were started are seen by the copy engine.
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// What this thread wrote to shared memory is seen by products.
+DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Registers of a warpgroup's threads, from what the launch gave them.
+template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
+// d = a b, added to d where `add`: 64 rows by 64, 128 or 256 tokens by 32 inputs. d[4 j + i] of a lane is row
+// 16 (warp % 4) + lane / 4 + 8 (i / 2), token 8 j + lane % 4 * 2 + i % 2.
+#define D4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define D32(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12), D4(i + 16), D4(i + 20), D4(i + 24), D4(i + 28)
+DEVICE void product(int (&d)[32], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+        "}, %32, %33, added;\n}" : D32(0) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void product(int (&d)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+        "}, %64, %65, added;\n}" : D32(0), D32(32) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void product(int (&d)[128], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+        "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+        "}, %128, %129, added;\n}" : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b), "r"(add));
+}
+#undef D4
+#undef D32
 #endif
 
-typedef long long i64;
-typedef unsigned long long u64;
+#endif
 
 // Codes, bf16 weights and what they multiply are padded to this many inputs.
 DEVICE int ld(int cols) { return (cols + 63) & ~63; }

@@ -22,8 +22,8 @@ struct Pair {
     float first, second;
 };
 
-template <int COUNT, class Load, class Store> DEVICE void transfer(Load load, Store store) {
-    constexpr int AHEAD = 8, THREADS = 128;
+template <int COUNT, int THREADS = 128, class Load, class Store> DEVICE void transfer(Load load, Store store) {
+    constexpr int AHEAD = 8;
     static_assert(COUNT % (AHEAD * THREADS) == 0, "whole rounds");
     for (int start = threadIdx.x; start < COUNT; start += AHEAD * THREADS) {
         Pair held[AHEAD];

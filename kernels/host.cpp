@@ -69,7 +69,7 @@ strata_switch:
 )");
 #endif
 
-enum class State { Ready, Block, WarpWait, Done };
+enum class State { Ready, Block, WarpWait, Poll, Done };
 
 struct Fiber {
     Thread thread;
@@ -95,6 +95,7 @@ struct Block {
     void** arguments = nullptr;
     int live = 0, waiting = 0;
     bool failed = false, overrun = false;
+    bool polled = false;  // a thread that had waited for a condition went on
     Fiber* running = nullptr;
 #if defined(__x86_64__)
     void* scheduler = nullptr;
@@ -168,7 +169,7 @@ bool run_block(Index index, Index grid, unsigned threads, std::vector<unsigned>&
     std::fill(b.sites.begin(), b.sites.end(), -1);
     for (unsigned t = 0; t < threads; ++t) {
         Fiber& fiber = b.fibers[t];
-        fiber.thread = {{t, 0, 0}, index, {threads, 1, 1}, grid, &b.warps[t / 32], reinterpret_cast<unsigned char*>(b.shared.data()), 0};
+        fiber.thread = {{t, 0, 0}, index, {threads, 1, 1}, grid, &b.warps[t / 32], reinterpret_cast<unsigned char*>(b.shared.data()), 0, {}, {}};
         fiber.state = State::Ready;
         ++b.warps[t / 32].live;
         prepare(fiber, b.stacks + t * STACK);
@@ -179,9 +180,13 @@ bool run_block(Index index, Index grid, unsigned threads, std::vector<unsigned>&
         for (unsigned t : turns) {
             Fiber& fiber = b.fibers[t];
             if (fiber.state == State::WarpWait && fiber.generation != fiber.thread.warp->generation) fiber.state = State::Ready;
-            if (fiber.state != State::Ready) continue;
+            if (fiber.state != State::Ready && fiber.state != State::Poll) continue;
+            const bool polls = fiber.state == State::Poll;
+            b.polled = false;
+            fiber.state = State::Ready;
             resume(fiber);
-            progress = true;
+            // Looking again whether a condition holds is none.
+            if (!polls || b.polled || fiber.state != State::Poll) progress = true;
             if (b.failed) return false;
         }
         if (b.live > 0 && b.waiting == b.live) {
@@ -205,6 +210,13 @@ void block_barrier() {
     block->running->state = State::Block;
     leave();
 }
+
+void poll_once() {
+    block->running->state = State::Poll;
+    leave();
+}
+
+void polled() { block->polled = true; }
 
 void warp_barrier() {
     Warp* warp = current->warp;
@@ -335,4 +347,30 @@ void load_matrices(u32 (&words)[4], const void* row) {
     const Message* all = exchange(message);
     const int lane = threadIdx.x % 32;
     for (int m = 0; m < 4; ++m) std::memcpy(&words[m], static_cast<const u8*>(all[m * 8 + lane / 4].address) + lane % 4 * 4, 4);
+}
+
+void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier) {
+    constexpr int ROWS = 64, WIDE = 128;
+    const Matrix& from = *map.matrix;
+    const u8* const bytes = reinterpret_cast<const u8*>(from.address);
+    for (int r = 0; r < ROWS; ++r)
+        for (int i = 0; i < WIDE; ++i) {
+            const bool inside = row + r < static_cast<int>(from.rows) && at + i < static_cast<int>(from.row_bytes);
+            // Chunks of 16 bytes are permuted by three bits of the address.
+            const u32 place = r * WIDE + i;
+            to[place ^ ((address(to) + place) >> 3 & 0x70)] = inside ? bytes[static_cast<std::size_t>(row + r) * from.row_bytes + at + i] : 0;
+        }
+    strata::barrier(barrier)->change(0, -ROWS * WIDE);
+}
+
+void strata::Product::operator()() const {
+    const auto line = [](u64 tile, int row) { return (static_cast<u32>(tile & 0x3fff) << 4) + row * 128; };
+    const auto code = [](u32 at) { return static_cast<int>(static_cast<i8>(current->shared[at ^ (at >> 3 & 0x70)])); };
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    for (int i = 0; i < count; ++i) {
+        const u32 left = line(a, 16 * warp + lane / 4 + 8 * (i / 2 % 2)), right = line(b, i / 4 * 8 + lane % 4 * 2 + i % 2);
+        int sum = add ? d[i] : 0;
+        for (int k = 0; k < 32; ++k) sum += code(left + k) * code(right + k);
+        d[i] = sum;
+    }
 }

@@ -9,10 +9,13 @@
 #include <cstring>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 typedef signed char i8;
 typedef unsigned char u8;
 typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 struct uint2 { u32 x, y; };
@@ -38,17 +41,60 @@ struct Warp {
     Message messages[2][32];
 };
 
+// What a thread has asked for and not yet waited for, in groups: done when it waits, so that who does not wait reads what was there
+// before, and who lets go of an input too early has products of the next one.
+template <class T> struct Queue {
+    std::vector<std::pair<T, unsigned>> asked;  // with the number of its group
+    unsigned groups = 0;
+
+    // Does what is in all groups but the last `pending`.
+    void wait(unsigned pending) {
+        std::size_t kept = 0;
+        for (auto& [operation, group] : asked) {
+            if (group + pending < groups) operation();
+            else asked[kept++] = {operation, group};
+        }
+        asked.resize(kept);
+    }
+};
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+    void operator()() const { if (valid) std::memcpy(to, from, 16); else std::memset(to, 0, 16); }
+};
+
+// d = a b for the results of one thread of a warpgroup, added to d where `add`; `a` and `b` describe tiles in shared memory.
+struct Product {
+    int* d;
+    int count;
+    u64 a, b;
+    bool add;
+    void operator()() const;
+};
+
 struct Thread {
     Index thread, block, block_size, grid;
     Warp* warp;
     unsigned char* shared;  // the block's shared memory, dynamic part first
     unsigned parity;        // which of the warp's message buffers is next
+    Queue<Copy> copies;
+    Queue<Product> products;
 };
 
 extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 
 void block_barrier();
 void warp_barrier();
+// Lets others run until `done()`.
+void poll_once();
+void polled();
+template <class F> void poll(F done) {
+    if (done()) return;
+    do poll_once(); while (!done());
+    polled();
+}
 // Memory of one declaration; the same for all threads and all calls, as on a GPU.
 void* declare_shared(int site, unsigned bytes);
 int new_site();
@@ -155,13 +201,63 @@ void mma_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
 void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
 void load_matrices(u32 (&words)[4], const void* row);
 
-inline void copy_async(void* to, const void* from, bool valid) {
-    if (valid) std::memcpy(to, from, 16); else std::memset(to, 0, 16);
-}
-inline void copy_commit() {}
-template <int Pending> void copy_wait() {}
+inline void copy_async(void* to, const void* from, bool valid) { strata::current->copies.asked.push_back({{to, from, valid}, strata::current->copies.groups}); }
+inline void copy_commit() { ++strata::current->copies.groups; }
+template <int Pending> void copy_wait() { strata::current->copies.wait(Pending); }
 inline uint4 load_once(const void* from) { uint4 x; std::memcpy(&x, from, 16); return x; }
+
+inline void prefetch(const void*) {}
 
 inline int atomicAdd(int* to, int x) { int old = *to; *to += x; return old; }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long x) { unsigned long long old = *to; *to += x; return old; }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { unsigned old = *to; *to += x; return old; }
+
+// Hopper: barriers in shared memory, the copy engine (which is at once done), and products of a warpgroup.
+#define HOPPER
+#define MAP TensorMap
+
+namespace strata {
+
+struct Matrix { u64 address, rows, row_bytes; };
+
+// A barrier's eight bytes.
+struct Barrier {
+    short count, pending;  // arrivals of a phase, and how many of them are still to come
+    int phase_bytes;       // twice the bytes still to come, and in the lowest bit the parity of the phase
+
+    void start(int arrivals) { count = pending = static_cast<short>(arrivals), phase_bytes = 0; }
+    void change(int arrivals, int bytes) {
+        pending = static_cast<short>(pending - arrivals), phase_bytes += 2 * bytes;
+        if (pending == 0 && phase_bytes < 2) pending = count, phase_bytes ^= 1;
+    }
+};
+static_assert(sizeof(Barrier) == sizeof(u64));
+
+inline Barrier* barrier(u64* at) { return reinterpret_cast<Barrier*>(at); }
+
+template <int COUNT> void ask_product(int (&d)[COUNT], u64 a, u64 b, int add) { current->products.asked.push_back({{d, COUNT, a, b, add != 0}, current->products.groups}); }
+
+}  // namespace strata
+
+struct TensorMap { const strata::Matrix* matrix; };
+
+inline u32 address(const void* at) { return static_cast<u32>(static_cast<const u8*>(at) - strata::current->shared); }
+inline void barrier_start(u64* at, int count) { strata::barrier(at)->start(count); }
+inline void barrier_arrive(u64* at) { strata::barrier(at)->change(1, 0); }
+inline void barrier_wait(u64* at, int parity) { strata::poll([=] { return (strata::barrier(at)->phase_bytes & 1) != parity; }); }
+inline void barrier_expect(u64* at, int bytes) { strata::barrier(at)->change(1, bytes); }
+void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier);
+inline void barriers_ready() {}
+inline void fence_products() {}
+template <int COUNT> void take_registers() {}
+template <int COUNT> void give_registers() {}
+inline void products_begin() {}
+inline void products_commit() { ++strata::current->products.groups; }
+// Of the whole warp.
+template <int PENDING> void products_wait() {
+    strata::current->products.wait(PENDING);
+    strata::warp_barrier();
+}
+inline void product(int (&d)[32], u64 a, u64 b, int add) { strata::ask_product(d, a, b, add); }
+inline void product(int (&d)[64], u64 a, u64 b, int add) { strata::ask_product(d, a, b, add); }
+inline void product(int (&d)[128], u64 a, u64 b, int add) { strata::ask_product(d, a, b, add); }

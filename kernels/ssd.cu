@@ -12,6 +12,8 @@ constexpr int CHUNK = 64;
 constexpr int SLAB = 128;   // states in shared memory at a time
 constexpr int SHARING = 4;  // heads of a block
 constexpr int AHEAD = 8;
+constexpr int WIDE = 256;   // threads of `ssd_output`
+constexpr int LINE = 128;   // bytes that memory hands out at once
 
 // Heads of this block: as many as divide those of a group; the blocks of the others have nothing to do.
 DEVICE int heads_of_block(int heads, int groups) {
@@ -26,6 +28,7 @@ struct Floats {
     int channels;
     Floats from(int token) const { return {rows + static_cast<i64>(token) * channels, channels}; }
     float at(int t, int c, int) const { return rows[static_cast<i64>(t) * channels + c]; }
+    const void* place(int t, int c) const { return rows + static_cast<i64>(t) * channels + c; }
 };
 
 struct Codes {
@@ -35,6 +38,7 @@ struct Codes {
     int spans;
     const float* fixed;
     Codes from(int token) const { return {rows + static_cast<i64>(token) * channels, channels, fixed ? nullptr : scales + static_cast<i64>(token) * spans, spans, fixed}; }
+    const void* place(int t, int c) const { return rows + static_cast<i64>(t) * channels + c; }
     float scale(int t, int c, int span) const { return fixed ? fixed[c] : scales[t * spans + span]; }
     float at(int t, int c, int span) const { return __fmul_rn(static_cast<float>(rows[static_cast<i64>(t) * channels + c]), scale(t, c, span)); }
 };
@@ -47,8 +51,8 @@ struct Matrix {
 DEVICE Matrix matrix(int heads, int head_dim, int state_size, int index) { return {heads * head_dim + index * state_size, heads + index}; }
 
 // x of 64 channels of `head` from p0 on, [channel][token], each token times `weight(t)`; zeros behind `length` tokens.
-template <class Source, class Weight> DEVICE void load_inputs(Halves<64, CHUNK>& to, const Source& rows, int head, int head_dim, int p0, int length, Weight weight) {
-    transfer<64 * CHUNK / 2>(
+template <int THREADS, class Source, class Weight> DEVICE void load_inputs(Halves<64, CHUNK>& to, const Source& rows, int head, int head_dim, int p0, int length, Weight weight) {
+    transfer<64 * CHUNK / 2, THREADS>(
         [&](int i) -> Pair {
             const int p = p0 + i % 64, t = i / 64 * 2, c = head * head_dim + p;
             return {p < head_dim && t < length ? rows.at(t, c, head) : 0.0f, p < head_dim && t + 1 < length ? rows.at(t + 1, c, head) : 0.0f};
@@ -138,7 +142,7 @@ template <class Source> DEVICE void chunk_states(const Source& xbc, const float*
             float* own = states + (static_cast<i64>(chunk) * heads + head) * head_dim * state_size;
             for (int p0 = 0; p0 < head_dim; p0 += 64) {
                 __syncthreads();
-                load_inputs(inputs, rows, head, head_dim, p0, length, [&](int t) { return share[t]; });
+                load_inputs<128>(inputs, rows, head, head_dim, p0, length, [&](int t) { return share[t]; });
                 __syncthreads();
                 u32 high[CHUNK / 16][4], low[CHUNK / 16][4];
 #pragma unroll
@@ -204,7 +208,7 @@ namespace {
 
 // B or C of 128 states from n0 on, [token][state].
 template <class Source> DEVICE void load_tokens(Halves<CHUNK, SLAB>& to, const Source& rows, Matrix from, int n0, int state_size, int length) {
-    transfer<CHUNK * SLAB / 2>(
+    transfer<CHUNK * SLAB / 2, WIDE>(
         [&](int i) -> Pair {
             const int t = i / (SLAB / 2), n = n0 + i % (SLAB / 2) * 2, c = from.offset + n;
             return {t < length && n < state_size ? rows.at(t, c, from.span) : 0.0f, t < length && n + 1 < state_size ? rows.at(t, c + 1, from.span) : 0.0f};
@@ -212,14 +216,15 @@ template <class Source> DEVICE void load_tokens(Halves<CHUNK, SLAB>& to, const S
         [&](int i, Pair x) { put(to, i / (SLAB / 2), i % (SLAB / 2) * 2, x.first, x.second); });
 }
 
-// C_t · B_s for the 16 tokens t of a warp and all s up to them, and C as it was last loaded in `c`; `right` is scratch.
+// C_t · B_s for the 16 tokens t of a warp (modulo 4) and all s up to them, and C as it was last loaded in `c`; `right` is scratch.
 DEVICE void multiply_tokens(float (&products)[CHUNK / 8][4], const Floats& rows, Matrix from_c, Matrix from_b, int state_size, int length, Halves<CHUNK, SLAB>& c, Halves<CHUNK, SLAB>& right) {
-    const int warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32 % 4;
     for (int n0 = 0; n0 < state_size; n0 += SLAB) {
         __syncthreads();
         load_tokens(c, rows, from_c, n0, state_size, length);
         load_tokens(right, rows, from_b, n0, state_size, length);
         __syncthreads();
+#pragma unroll 1
         for (int k = 0; k < minimum(SLAB, state_size - n0); k += 16) {
             u32 high[4], low[4];
             load_left<SLAB>(high, c.high, warp * 16, k);
@@ -236,7 +241,7 @@ DEVICE void multiply_tokens(float (&products)[CHUNK / 8][4], const Codes& rows, 
     constexpr int PITCH = SLAB + 16;  // bytes of a row, so that the eight rows that a warp reads lie in different banks
     static_assert(CHUNK * PITCH <= static_cast<int>(sizeof(Halves<CHUNK, SLAB>)), "codes fit where their halves go");
     i8 *const left_codes = reinterpret_cast<i8*>(&c), *const right_codes = reinterpret_cast<i8*>(&right);
-    const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+    const int warp = threadIdx.x / 32 % 4, line = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     int sums[CHUNK / 8][4] = {};
     for (int n0 = 0; n0 < state_size; n0 += SLAB) {
         __syncthreads();
@@ -271,8 +276,9 @@ DEVICE void multiply_tokens(float (&products)[CHUNK / 8][4], const Codes& rows, 
     load_tokens(c, rows, from_c, 0, state_size, length);
 }
 
-// Warp w has the tokens from 16 w on. `products` stay in registers for all heads of the block; with a head's decays they are the
-// left side of the product with x as they lie.
+// Warp w has 16 tokens, from 16 (w % 4) on, and 32 of the 64 channels that are computed at a time, from 32 (w / 4) on. `products` stay in
+// registers for all heads of the block, the same in two warps; with a head's decays they are the left side of the product with x as
+// they lie.
 template <class Source> DEVICE void chunk_output(const Source& xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y, float* sum_decay, float* step) {
     DYNAMIC_SHARED(u8, shared);
     auto& c = *reinterpret_cast<Halves<CHUNK, SLAB>*>(shared);                             // [token][state]
@@ -280,7 +286,8 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
     auto& inputs = *reinterpret_cast<Halves<64, CHUNK>*>(shared + 2 * sizeof(Halves<CHUNK, SLAB>));  // [channel][token]
     const int count = heads_of_block(heads, groups);
     if (count == 0) return;
-    const int chunk = blockIdx.y, begin = chunks[2 * chunk], length = chunks[2 * chunk + 1] - begin, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunk = blockIdx.y, begin = chunks[2 * chunk], length = chunks[2 * chunk + 1] - begin, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int column = threadIdx.x / 128 * 32;  // this warp's first of 64 channels
     const int inner = heads * head_dim, group = blockIdx.x / (heads / groups);
     const Matrix from_b = matrix(heads, head_dim, state_size, group), from_c = matrix(heads, head_dim, state_size, groups + group);
     const Source rows = xbc.from(begin);
@@ -294,34 +301,40 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
             sum_decay[threadIdx.x] = static_cast<int>(threadIdx.x) < length ? decay[at] : 0.0f;
             step[threadIdx.x] = static_cast<int>(threadIdx.x) < length ? dt[at] : 0.0f;
         }
+        // What the next head reads comes to the cache while this one is computed.
+        if (head + 1 < static_cast<int>(blockIdx.x) + count) {
+            for (int i = threadIdx.x; i * LINE < head_dim * state_size * 4; i += WIDE) prefetch(state + head_dim * state_size + i * (LINE / 4));
+            if (static_cast<int>(threadIdx.x) < length) prefetch(rows.place(threadIdx.x, (head + 1) * head_dim));
+        }
         __syncthreads();
         const int first = warp * 16 + lane / 4;  // this lane's tokens: first and first + 8
         for (int p0 = 0; p0 < head_dim; p0 += 64) {
-            float sums[8][4] = {};
+            float sums[4][4] = {};
             for (int n0 = 0; n0 < state_size; n0 += SLAB) {
                 __syncthreads();
                 if (state_size > SLAB) load_tokens(c, rows, from_c, n0, state_size, length);
-                transfer<CHUNK * SLAB / 2>(
+                transfer<CHUNK * SLAB / 2, WIDE>(
                     [&](int i) -> Pair {
                         const int p = p0 + i / (SLAB / 2), n = n0 + i % (SLAB / 2) * 2;
                         const float* at = state + static_cast<i64>(p) * state_size + n;
                         return {p < head_dim && n < state_size ? at[0] : 0.0f, p < head_dim && n + 1 < state_size ? at[1] : 0.0f};
                     },
                     [&](int i, Pair x) { put(right, i / (SLAB / 2), i % (SLAB / 2) * 2, x.first, x.second); });
-                if (n0 == 0) load_inputs(inputs, rows, head, head_dim, p0, length, [](int) { return 1.0f; });
+                if (n0 == 0) load_inputs<WIDE>(inputs, rows, head, head_dim, p0, length, [](int) { return 1.0f; });
                 __syncthreads();
+#pragma unroll 1
                 for (int k = 0; k < minimum(SLAB, state_size - n0); k += 16) {
                     u32 high[4], low[4];
                     load_left<SLAB>(high, c.high, warp * 16, k);
                     load_left<SLAB>(low, c.low, warp * 16, k);
 #pragma unroll
-                    for (int n = 0; n < 4; ++n)
-                        if (p0 + n * 16 < head_dim) accumulate(sums + 2 * n, high, low, right, n * 16, k);
+                    for (int n = 0; n < 2; ++n)
+                        if (p0 + column + n * 16 < head_dim) accumulate(sums + 2 * n, high, low, right, column + n * 16, k);
                 }
             }
             const float upper = expf(sum_decay[first]), lower = expf(sum_decay[first + 8]);
 #pragma unroll
-            for (int n = 0; n < 8; ++n) sums[n][0] *= upper, sums[n][1] *= upper, sums[n][2] *= lower, sums[n][3] *= lower;
+            for (int n = 0; n < 4; ++n) sums[n][0] *= upper, sums[n][1] *= upper, sums[n][2] *= lower, sums[n][3] *= lower;
 #pragma unroll
             for (int k = 0; k < CHUNK / 16; ++k) {
                 if (k > warp) break;
@@ -336,31 +349,36 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
                     halve(one, two, high[word], low[word]);
                 }
 #pragma unroll
-                for (int n = 0; n < 4; ++n)
-                    if (p0 + n * 16 < head_dim) accumulate(sums + 2 * n, high, low, inputs, n * 16, k * 16);
+                for (int n = 0; n < 2; ++n)
+                    if (p0 + column + n * 16 < head_dim) accumulate(sums + 2 * n, high, low, inputs, column + n * 16, k * 16);
             }
+            // All loads ahead of the stores: the compiler does not know that they lie elsewhere.
+            const float skip = d[head];
+            const auto each = [&](auto use) {
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
+                for (int n = 0; n < 4; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int t = first + i / 2 * 8, p = p0 + n * 8 + lane % 4 * 2 + i % 2;
-                    if (t < length && p < head_dim)
-                        y[static_cast<i64>(begin + t) * inner + head * head_dim + p] = sums[n][i] + d[head] * rows.at(t, head * head_dim + p, head);
-                }
+                    for (int i = 0; i < 4; ++i) {
+                        const int t = first + i / 2 * 8, p = p0 + column + n * 8 + lane % 4 * 2 + i % 2;
+                        if (t < length && p < head_dim) use(sums[n][i], t, p);
+                    }
+            };
+            each([&](float& sum, int t, int p) { sum += skip * rows.at(t, head * head_dim + p, head); });
+            each([&](float& sum, int t, int p) { y[static_cast<i64>(begin + t) * inner + head * head_dim + p] = sum; });
         }
     }
 }
 
 }  // namespace
 
-KERNEL(128, ssd_output, (const float* xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
+RESIDENT_KERNEL(256, 2, ssd_output, (const float* xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
     depend();
     SHARED(float, sum_decay, CHUNK);
     SHARED(float, step, CHUNK);
     chunk_output(Floats{xbc, heads * head_dim + 2 * groups * state_size}, dt, decay, states, d, chunks, heads, head_dim, groups, state_size, y, sum_decay, step);
 }
 
-KERNEL(128, ssd_output_i8, (const i8* xbc, const float* scales, const float* fixed, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
+RESIDENT_KERNEL(256, 2, ssd_output_i8, (const i8* xbc, const float* scales, const float* fixed, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
     depend();
     SHARED(float, sum_decay, CHUNK);
     SHARED(float, step, CHUNK);

@@ -1,98 +1,55 @@
 // Integer linears for many tokens on Hopper (sm_90a): products of a warpgroup, `wgmma` m64nNk32, both sides from shared memory.
-// A block is persistent. Its last warps, the producer, have the copy engine bring stages of 128 inputs to a ring in shared memory
-// (and unpack int4 to int8 on the way); its first warpgroups, the consumers, multiply 64 rows of the weights by TOKENS tokens each.
-// Barriers in shared memory say which stages are full and which are empty, so that the next tile's stages arrive while this tile's
-// results are stored. Other architectures use `gemm.cu`; results are the same to the bit. This file is empty where there is no
-// `wgmma`, emulation included: `bench --verify` on a Hopper GPU is its test.
+// A block is persistent. Its last warpgroup, the producer, fills a ring of stages of 128 inputs in shared memory; the warpgroups in
+// front of it, the consumers, multiply 64 rows of the weights by TOKENS tokens each. Barriers in shared memory say which stages are
+// full and which are empty, so that the next tile's stages arrive while this tile's results are stored. int8 weights and activations
+// are brought by the copy engine, which one thread asks. int4 weights are brought and unpacked by the producer's other three warps,
+// each a whole stage at a time, in turn: what one of them waits for does not hold up the others. Other architectures use `gemm.cu`;
+// results are the same to the bit. This file is empty where there is no `wgmma`.
 #include "device.cuh"
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef HOPPER
 
 #define TAIL_PARAMETERS const float *bias, const float *residual, float *out, int out_stride
 #define TAIL_ARGUMENTS bias, residual, out, out_stride
 
 namespace {
 
-// How the copy engine sees a matrix: rows of bytes, taken in boxes of 64 rows; zeros outside.
-struct __align__(64) TensorMap { u64 words[16]; };
-
 constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int DEPTH = 128;  // inputs of a stage: a row of it is 128 bytes, its eight 16-byte chunks permuted by the row's number
 constexpr int BOX = 64;     // rows that a copy brings
 constexpr int NARROW = 64;  // tokens of the tiles that end a launch
 
-DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
-
-DEVICE void barrier_start(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory"); }
-DEVICE void barrier_arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
-// Waits until the phase of this parity has ended.
-DEVICE void barrier_wait(u64* barrier, int parity) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(address(barrier)), "r"(parity) : "memory");
-}
-// Arrives, and promises that many bytes of copies.
-DEVICE void barrier_expect(u64* barrier, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory"); }
-// Has the copy engine bring the box at byte `at` of row `row`.
-DEVICE void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 ::"r"(address(to)), "l"(&map), "r"(at), "r"(row), "r"(address(barrier)) : "memory");
-}
-// What this thread wrote to shared memory is seen by products.
-DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // A tile of rows of 128 bytes for a product: 1024 bytes from eight rows to the next eight, chunks permuted (128-byte swizzle). An
 // advance of 32 inputs adds 2.
 DEVICE u64 describe(const u8* tile) { return static_cast<u64>((address(tile) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
-
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
-
-// d = a b, added to d where `add`: 64 rows by 64, 128 or 256 tokens by 32 inputs. d[4 j + i] of a lane is row
-// 16 (warp % 4) + lane / 4 + 8 (i / 2), token 8 j + lane % 4 * 2 + i % 2.
-#define D4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define D32(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12), D4(i + 16), D4(i + 20), D4(i + 24), D4(i + 28)
-DEVICE void product(int (&d)[32], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-        "}, %32, %33, added;\n}" : D32(0) : "l"(a), "l"(b), "r"(add));
-}
-DEVICE void product(int (&d)[64], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-        "}, %64, %65, added;\n}" : D32(0), D32(32) : "l"(a), "l"(b), "r"(add));
-}
-DEVICE void product(int (&d)[128], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-        "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-        "}, %128, %129, added;\n}" : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b), "r"(add));
-}
 
 // A block: CONSUMERS warpgroups with 64 rows each by TOKENS tokens, a ring of STAGES. PARTS: groups of int4 weights in a stage, 0 for
 // int8 weights.
 template <int CONSUMERS_, int TOKENS_, int STAGES_, int PARTS_> struct Shape {
     static constexpr int CONSUMERS = CONSUMERS_, TOKENS = TOKENS_, STAGES = STAGES_, PARTS = PARTS_, ROWS = 64 * CONSUMERS;
-    static constexpr int WEIGHTS = ROWS * DEPTH, STAGE = WEIGHTS + TOKENS * DEPTH, PACKED = PARTS > 0 ? WEIGHTS / 2 : 0;
-    static constexpr int UNPACKERS = PARTS > 0 ? GROUP : 0;
+    static constexpr int WEIGHTS = ROWS * DEPTH, STAGE = WEIGHTS + TOKENS * DEPTH;
+    // Warps that unpack, and stages of packed weights that each of them has on the way.
+    static constexpr int UNPACKERS = PARTS > 0 ? 3 : 0, AHEAD = 2, PACKED = WEIGHTS / 2;
+    // Registers of a producer's and a consumer's thread: 504 or 512 for a thread of each warpgroup that a multiprocessor holds. 0: as
+    // launched.
+    static constexpr int PRODUCING = CONSUMERS == 2 ? (PARTS > 0 ? 56 : 40) : PARTS > 0 ? 88 : 0;
+    static constexpr int CONSUMING = CONSUMERS == 2 ? (PARTS > 0 ? 224 : 232) : PARTS > 0 ? 168 : 0;
 };
 
-// Goes through a block's tiles, tokens first. Where the launch's last round would leave most blocks idle, its tiles are taken in
-// pieces of 64 tokens.
+// Goes through a block's tiles, tokens first. Where the launch's last round would leave half of the blocks idle, its tiles are taken
+// in pieces of 64 tokens: half a round or less in place of a whole one.
 template <class S> struct Walk {
     static constexpr int PIECES = S::TOKENS / NARROW;
     int tokens, across, whole, end, at;
     int first_token, first_row;
     bool narrow;
 
-    __device__ __forceinline__ Walk(int tokens, int rows) : tokens(tokens), across(divide_up(tokens, S::TOKENS)), at(blockIdx.x), narrow(false) {
-        const int blocks = gridDim.x, count = across * divide_up(rows, S::ROWS), rest = PIECES > 1 && count % blocks * PIECES <= 2 * blocks ? count % blocks : 0;
+    Walk(int tokens, int rows) : tokens(tokens), across(divide_up(tokens, S::TOKENS)), at(blockIdx.x), narrow(false) {
+        const int blocks = gridDim.x, count = across * divide_up(rows, S::ROWS), rest = PIECES > 1 && count % blocks * 2 <= blocks ? count % blocks : 0;
         whole = count - rest, end = whole + rest * PIECES;
     }
 
-    __device__ __forceinline__ bool next() {
+    bool next() {
         for (; at < end; at += gridDim.x) {
             narrow = at >= whole;
             const int tile = narrow ? whole + (at - whole) / PIECES : at;
@@ -107,75 +64,89 @@ template <class S> struct Walk {
     }
 };
 
-struct Ring {
-    u8 *stages, *packed;
-    u64 *full, *empty, *arrived;  // arrived: packed weights
-};
-
-// Asks for stage after stage.
-template <class S> struct Supply {
-    const Ring& ring;
-    const TensorMap &w, &x;
+// A block's steps in order, or every so many of them.
+template <class S> struct Steps {
     Walk<S> walk;
-    int steps, step, issued;
+    int count, step;  // steps of a tile
     bool more;
 
-    __device__ __forceinline__ Supply(const Ring& ring, const TensorMap& w, const TensorMap& x, int tokens, int rows, int steps) : ring(ring), w(w), x(x), walk(tokens, rows), steps(steps), step(0), issued(0) { more = walk.next(); }
+    Steps(int tokens, int rows, int count, int first) : walk(tokens, rows), count(count), step(0), more(walk.next()) { advance(first); }
 
-    // The next stage, once its place is empty; nothing behind the last.
-    __device__ __forceinline__ void issue() {
-        if (!more) return;
-        const int slot = issued % S::STAGES, inputs = walk.narrow ? NARROW : S::TOKENS;
-        barrier_wait(ring.empty + slot, (issued / S::STAGES & 1) ^ 1);
-        u8* const stage = ring.stages + slot * S::STAGE;
-        u64* const full = ring.full + slot;
-        barrier_expect(full, inputs * DEPTH + (S::PARTS > 0 ? 0 : S::WEIGHTS));
-        if constexpr (S::PARTS > 0) {
-            u64* const arrived = ring.arrived + slot;
-            barrier_expect(arrived, S::PACKED);
-            for (int i = 0; i < S::ROWS; i += BOX) copy_box(ring.packed + slot * S::PACKED + i * DEPTH / 2, w, step * DEPTH / 2, walk.first_row + i, arrived);
-        } else {
-            for (int i = 0; i < S::ROWS; i += BOX) copy_box(stage + i * DEPTH, w, step * DEPTH, walk.first_row + i, full);
-        }
-        for (int i = 0; i < inputs; i += BOX) copy_box(stage + S::WEIGHTS + i * DEPTH, x, step * DEPTH, walk.first_token + i, full);
-        ++issued;
-        if (++step == steps) step = 0, more = walk.next();
+    void advance(int by) {
+        for (step += by; more && step >= count; step -= count) more = walk.next();
     }
 };
 
-template <class S> DEVICE void produce(const Ring& ring, const TensorMap& w, const TensorMap& x, int tokens, int rows, int steps) {
-    const int t = threadIdx.x - S::CONSUMERS * GROUP;
-    if constexpr (S::PARTS == 0) {
-        if (t > 0) return;
-        Supply<S> supply(ring, w, x, tokens, rows, steps);
-        while (supply.more) supply.issue();
-        return;
+struct Ring {
+    u8 *stages, *packed;
+    u64 *full, *empty;
+};
+
+// Asks the copy engine for stage after stage: activations, and weights where they are int8.
+template <class S> DEVICE void request(const Ring& ring, const TensorMap* w, const TensorMap& x, int tokens, int rows, int steps) {
+    int index = 0;
+    for (Steps<S> at(tokens, rows, steps, 0); at.more; at.advance(1), ++index) {
+        const int slot = index % S::STAGES, inputs = at.walk.narrow ? NARROW : S::TOKENS;
+        u8* const stage = ring.stages + slot * S::STAGE;
+        u64* const full = ring.full + slot;
+        barrier_wait(ring.empty + slot, (index / S::STAGES & 1) ^ 1);
+        barrier_expect(full, inputs * DEPTH + (S::PARTS > 0 ? 0 : S::WEIGHTS));
+        if constexpr (S::PARTS == 0)
+            for (int i = 0; i < S::ROWS; i += BOX) copy_box(stage + i * DEPTH, *w, at.step * DEPTH, at.walk.first_row + i, full);
+        for (int i = 0; i < inputs; i += BOX) copy_box(stage + S::WEIGHTS + i * DEPTH, x, at.step * DEPTH, at.walk.first_token + i, full);
     }
-    // All unpack; the first also asks for stages, two less than there are ahead, so that it waits for none that is still in use.
-    constexpr int AHEAD = S::STAGES - 2;
-    Supply<S> supply(ring, w, x, tokens, rows, steps);
-    if (t == 0)
-        for (int i = 0; i < AHEAD; ++i) supply.issue();
-    Walk<S> walk(tokens, rows);
-    const int pair = t % 4 * 2;
-    for (int index = 0; walk.next();)
-        for (int step = 0; step < steps; ++step, ++index) {
-            if (t == 0) supply.issue();
-            const int slot = index % S::STAGES;
-            barrier_wait(ring.arrived + slot, index / S::STAGES & 1);
-            const u8* from = ring.packed + slot * S::PACKED + t * 16;
+}
+
+// Brings and unpacks the stages of one warp, `own` of UNPACKERS. A lane unpacks what it has brought itself, so that nothing but its own
+// copies stands between bringing and unpacking.
+template <class S> DEVICE void unpack(const Ring& ring, const u8* w, int own, int tokens, int rows, int cols, int steps) {
+    constexpr int LINES = 8;  // rows that a warp takes at once, 16 bytes a lane
+    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2, row_bytes = ld(cols) / 2;
+    u8* const packed = ring.packed + own * S::AHEAD * S::PACKED + lane * 16;
+    const int first = line * DEPTH + ((pair ^ line) << 4), second = line * DEPTH + (((pair + 1) ^ line) << 4);
+    Steps<S> ahead(tokens, rows, steps, own);
+    int asked = 0;
+    const auto ask = [&] {
+        if (ahead.more) {
+            const int at = ahead.step * (DEPTH / 2) + lane % 4 * 16, row = ahead.walk.first_row + line;
+            const u8* const from = w + static_cast<i64>(row) * row_bytes + at;
+            u8* const to = packed + asked % S::AHEAD * S::PACKED;
 #pragma unroll
-            for (int i = 0; i < S::ROWS / 32; ++i) {
-                const int row = t / 4 + 32 * i;
-                u8* to = ring.stages + slot * S::STAGE + row * DEPTH;
-                const uint4 q = *reinterpret_cast<const uint4*>(from + i * GROUP * 16);
-                // Codes in the high half of a byte are 16 times themselves, which the scale takes out again.
-                *reinterpret_cast<uint4*>(to + ((pair ^ (row & 7)) << 4)) = make_uint4(q.x << 4 & 0xf0f0f0f0u, q.y << 4 & 0xf0f0f0f0u, q.z << 4 & 0xf0f0f0f0u, q.w << 4 & 0xf0f0f0f0u);
-                *reinterpret_cast<uint4*>(to + ((pair + 1 ^ (row & 7)) << 4)) = make_uint4(q.x & 0xf0f0f0f0u, q.y & 0xf0f0f0f0u, q.z & 0xf0f0f0f0u, q.w & 0xf0f0f0f0u);
+            for (int i = 0; i < S::ROWS / LINES; ++i) {
+                const bool inside = row + i * LINES < rows && at < row_bytes;
+                copy_async(to + i * LINES * (DEPTH / 2), inside ? from + static_cast<i64>(i * LINES) * row_bytes : w, inside);
             }
-            fence_products();
-            barrier_arrive(ring.full + slot);
+            ++asked;
+            ahead.advance(S::UNPACKERS);
         }
+        copy_commit();  // a group even where nothing is left, for they are counted
+    };
+    for (int i = 0; i < S::AHEAD; ++i) ask();
+    for (int done = 0; done < asked; ++done) {
+        const int index = own + done * S::UNPACKERS, slot = index % S::STAGES;
+        const u8* const from = packed + done % S::AHEAD * S::PACKED;
+        u8* const stage = ring.stages + slot * S::STAGE;
+        copy_wait<S::AHEAD - 1>();
+        barrier_wait(ring.empty + slot, (index / S::STAGES & 1) ^ 1);
+#pragma unroll
+        for (int i = 0; i < S::ROWS / LINES; i += 4) {
+            uint4 q[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) q[j] = *reinterpret_cast<const uint4*>(from + (i + j) * LINES * (DEPTH / 2));
+            // Codes in the high half of a byte are 16 times themselves, which the scale takes out again.
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                u8* const to = stage + (i + j) * LINES * DEPTH;
+                *reinterpret_cast<uint4*>(to + first) = make_uint4(q[j].x << 4 & 0xf0f0f0f0u, q[j].y << 4 & 0xf0f0f0f0u, q[j].z << 4 & 0xf0f0f0f0u, q[j].w << 4 & 0xf0f0f0f0u);
+                *reinterpret_cast<uint4*>(to + second) = make_uint4(q[j].x & 0xf0f0f0f0u, q[j].y & 0xf0f0f0f0u, q[j].z & 0xf0f0f0f0u, q[j].w & 0xf0f0f0f0u);
+            }
+        }
+        // Each lane's own stores, then all of them by one.
+        fence_products();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring.full + slot);
+        ask();
+    }
 }
 
 // What a consumer knows of its place.
@@ -321,32 +292,31 @@ DEVICE void consume(const Ring& ring, int& used, int steps, const void* w_scales
     else consume_int8<S, TOKENS>(ring, used, steps, static_cast<const float*>(w_scales), x_scales, at, TAIL_ARGUMENTS);
 }
 
-template <class S> DEVICE void run(const TensorMap& w, const void* w_scales, const TensorMap& x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS) {
+template <class S> DEVICE void run(const TensorMap* w_map, const u8* w, const void* w_scales, const TensorMap& x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS) {
     DYNAMIC_SHARED(u8, shared);
     Ring ring;
     ring.stages = shared + (1024 - address(shared) % 1024) % 1024;
     ring.packed = ring.stages + S::STAGES * S::STAGE;
-    ring.full = reinterpret_cast<u64*>(ring.packed + S::STAGES * S::PACKED);
+    ring.full = reinterpret_cast<u64*>(ring.packed + S::UNPACKERS * S::AHEAD * S::PACKED);
     ring.empty = ring.full + S::STAGES;
-    ring.arrived = ring.empty + S::STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; ++i) {
-            barrier_start(ring.full + i, 1 + S::UNPACKERS);
-            barrier_start(ring.empty + i, 4 * S::CONSUMERS);  // a lane of each consuming warp
-            barrier_start(ring.arrived + i, 1);
+            barrier_start(ring.full + i, S::PARTS > 0 ? 2 : 1);  // who asks for copies, and the warp that unpacks
+            barrier_start(ring.empty + i, 4 * S::CONSUMERS);     // a lane of each consuming warp
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     __syncthreads();
-    const int steps = divide_up(ld(cols), DEPTH);
-    // Registers go from the producer to the consumers.
-    constexpr bool SHARES = S::CONSUMERS == 2;
-    if (threadIdx.x >= S::CONSUMERS * GROUP) {
-        if constexpr (SHARES) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        produce<S>(ring, w, x, tokens, rows, steps);
+    const int steps = divide_up(ld(cols), DEPTH), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp >= 4 * S::CONSUMERS) {
+        if constexpr (S::PRODUCING > 0) give_registers<S::PRODUCING>();
+        const int own = warp - 4 * S::CONSUMERS;
+        if (own == 0 && lane == 0) request<S>(ring, w_map, x, tokens, rows, steps);
+        if constexpr (S::PARTS > 0)
+            if (own > 0) unpack<S>(ring, w, own - 1, tokens, rows, cols, steps);
     } else {
-        if constexpr (SHARES) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        const int lane = threadIdx.x % 32, in_tile = threadIdx.x / 32 * 16 + lane / 4;
+        if constexpr (S::CONSUMING > 0) take_registers<S::CONSUMING>();
+        const int in_tile = warp * 16 + lane / 4;
         int used = 0;
         for (Walk<S> walk(tokens, rows); walk.next();) {
             const bool whole = walk.first_token + (walk.narrow ? NARROW : S::TOKENS) <= tokens && walk.first_row + S::ROWS <= rows;
@@ -359,19 +329,17 @@ template <class S> DEVICE void run(const TensorMap& w, const void* w_scales, con
 
 }  // namespace
 
-#define WGMMA_KERNEL(threads, blocks, name, parameters) extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
-#define MAP const __grid_constant__ TensorMap
 #define W8A8(name, blocks, CONSUMERS, TOKENS, STAGES)                                                                                              \
-    WGMMA_KERNEL(128 * CONSUMERS + 128, blocks, name, (MAP w, const float* w_scales, MAP x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) { \
+    RESIDENT_KERNEL(128 * CONSUMERS + 128, blocks, name, (MAP w, const float* w_scales, MAP x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) { \
         depend();                                                                                                                                  \
-        run<Shape<CONSUMERS, TOKENS, STAGES, 0>>(w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);                                    \
+        run<Shape<CONSUMERS, TOKENS, STAGES, 0>>(&w, nullptr, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);                          \
     }
 #define W4A8(name, blocks, CONSUMERS, TOKENS, STAGES)                                                                                              \
-    WGMMA_KERNEL(128 * CONSUMERS + 128, blocks, name, (MAP w, const bf16* w_scales, int group, MAP x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) { \
+    RESIDENT_KERNEL(128 * CONSUMERS + 128, blocks, name, (const u8* w, const bf16* w_scales, int group, MAP x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) { \
         depend();                                                                                                                                  \
-        if (group == 128) run<Shape<CONSUMERS, TOKENS, STAGES, 1>>(w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);                  \
-        if (group == 64) run<Shape<CONSUMERS, TOKENS, STAGES, 2>>(w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);                   \
-        if (group == 32) run<Shape<CONSUMERS, TOKENS, STAGES, 4>>(w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);                   \
+        if (group == 128) run<Shape<CONSUMERS, TOKENS, STAGES, 1>>(nullptr, w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);         \
+        if (group == 64) run<Shape<CONSUMERS, TOKENS, STAGES, 2>>(nullptr, w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);          \
+        if (group == 32) run<Shape<CONSUMERS, TOKENS, STAGES, 4>>(nullptr, w, w_scales, x, x_scales, tokens, rows, cols, TAIL_ARGUMENTS);          \
     }
 
 W8A8(wgmma_w8a8, 1, 2, 256, 4)

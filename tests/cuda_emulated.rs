@@ -6,19 +6,19 @@ mod common;
 
 use std::path::Path;
 
+use faer::{Mat, MatMut};
 use half::bf16;
 use rayon::prelude::*;
 use strata::backend::cpu::Cpu;
 use strata::backend::cuda::libraries::Libraries;
 use strata::backend::cuda::nvrtc::Nvrtc;
 use strata::backend::cuda::{Cuda, sources};
-use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, SsmInternals, SsmScales, StateRotation};
+use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, Side, SsmInternals, SsmScales, StateRotation};
 use strata::checkpoint::{self, Checkpoint};
 use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate};
-use strata::format::{CacheFormat, CacheFormats, LinearWeights, Scheme};
+use strata::format::{CacheFormat, CacheFormats, LinearWeights};
 use strata::model::Hybrid;
 use strata::monitor::Monitor;
-use strata::quant::gptq;
 
 /// Largest difference of a logit where both backends multiply floats in f32: sums are taken in other orders.
 const FLOAT_TOLERANCE: f32 = 2e-4;
@@ -315,38 +315,23 @@ fn logits_are_measured_as_on_the_cpu() {
     }
 }
 
-/// GPTQ with its factorization, its dampings and coordinate descent on the device, against the CPU's.
+/// Rotations of weights by the device's products, of both sides, of whole matrices and of some columns of one.
 #[test]
-fn gptq_gives_the_cpus_codes() {
+fn weights_turn_as_on_the_cpu() {
     let Some(cuda) = emulated() else { return };
-    let (rows, cols) = (37, 192);
-    let value = |i: usize| ((i * 7919 + 13) % 2003) as f32 / 1001.5 - 1.0;
-    let weights: Vec<f32> = (0..rows * cols).map(value).collect();
-    let inputs: Vec<f32> = (0..600 * cols).map(|i| value(i * 31 + i / cols) + 0.6 * value(i / cols * 17)).collect();
-    let x = |backend: &Cuda| backend.emit(backend.upload(inputs.clone(), cols).unwrap(), Emit::FLOAT).unwrap();
-    let cpu_x = Cpu.emit(Cpu.upload(inputs.clone(), cols).unwrap(), Emit::FLOAT).unwrap();
-    let (hessian, found) = (Cpu.gram(&cpu_x).unwrap(), cuda.gram(&x(&cuda)).unwrap());
-    let largest = hessian.iter().fold(0.0_f64, |max, h| max.max(h.abs()));
-    assert!(hessian.iter().zip(&found).all(|(a, b)| (a - b).abs() < 1e-5 * largest));
-    // One that needs more damping, and one that none helps.
-    let mut raised = hessian.clone();
-    (0..cols).for_each(|c| raised[c * cols + (c + 1) % cols] -= 0.2 * largest);
-    (0..cols).for_each(|c| raised[(c + 1) % cols * cols + c] -= 0.2 * largest);
-    let zero = vec![0.0; cols * cols];
-    for scheme in [Scheme::Int8, Scheme::Grouped { bits: 4, group: 64 }, Scheme::Grouped { bits: 3, group: 32 }] {
-        for (hessian, ratio) in [(&hessian, Some(true)), (&raised, Some(false)), (&zero, None)] {
-            let (expected, damping) = gptq::on_the_cpu(&weights, rows, cols, scheme, hessian).unwrap();
-            let (found, used) = gptq::solver(&cuda)(&weights, rows, cols, scheme, hessian).unwrap();
-            assert_eq!(used, damping);
-            assert_eq!(ratio, damping.used.map(|damping| damping == gptq::DAMPING), "{scheme:?}");
-            let differ = expected.codes.iter().zip(&found.codes).filter(|(a, b)| a != b).count();
-            let scales = expected.scales.iter().zip(&found.scales).filter(|(a, b)| a != b).count();
-            // The factor is computed in another order in f64, and then rounded to f32.
-            assert!(
-                differ <= rows * cols / 500 && scales <= expected.scales.len() / 50,
-                "{scheme:?}: {differ} codes, {scales} scales differ"
-            );
-        }
+    let value = |i: usize, j: usize| ((i * 7919 + j * 104_729) % 2003) as f64 / 1001.5 - 1.0;
+    let weights = Mat::from_fn(37, 52, value);
+    for (side, first, width) in [(Side::Inputs, 0, 52), (Side::Outputs, 0, 52), (Side::Inputs, 16, 20), (Side::Outputs, 7, 3)] {
+        let order = if side == Side::Inputs { width } else { 37 };
+        let rotation = Mat::from_fn(order, order, |i, j| value(j + 3, i));
+        let turned = |backend: &dyn Fn(MatMut<'_, f64>)| {
+            let mut turned = weights.clone();
+            backend(turned.as_mut().subcols_mut(first, width));
+            turned
+        };
+        let expected = turned(&|part| Cpu.turn(part, rotation.as_ref(), side).unwrap());
+        let found = turned(&|part| cuda.turn(part, rotation.as_ref(), side).unwrap());
+        assert!((&found - &expected).norm_max() < 1e-13 && (&found - &weights).norm_max() > 0.1, "{side:?} {first} {width}");
     }
 }
 

@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 26] = [
+const MUTANTS: [(&str, &str, &str); 36] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -53,6 +53,16 @@ const MUTANTS: [(&str, &str, &str); 26] = [
     ("linear_few.cu", "set * 2 + line / 4, x_rows", "set * 2, x_rows"),
     ("gemm.cu", "row + lane % 8 + lane / 16 * 8", "row + lane % 8 + lane / 8 % 2 * 8"),
     ("gemm.cu", "const int at = part * CHUNKS + chunk;", "const int at = chunk;"),
+    ("wgmma.cu", "((pair ^ line) << 4)", "(pair << 4)"),
+    ("wgmma.cu", "copy_wait<S::AHEAD - 1>();", "copy_wait<S::AHEAD>();"),
+    ("wgmma.cu", "if (lane == 0) barrier_arrive(ring.empty + slot);", ""),
+    ("wgmma.cu", "products_wait<0>();\n            if (part", "if (part"),
+    ("wgmma.cu", "ahead.advance(S::UNPACKERS);", "ahead.advance(1);"),
+    ("wgmma.cu", "ring.packed + own * S::AHEAD * S::PACKED", "ring.packed + own * S::PACKED"),
+    ("wgmma.cu", "products_wait<1>();", ""),
+    ("wgmma.cu", "barrier_arrive(ring.empty + (used - 1) % S::STAGES);", "barrier_arrive(ring.empty + used % S::STAGES);"),
+    ("ssd.cu", "p0 + column + n * 8 + lane % 4 * 2 + i % 2", "p0 + n * 8 + lane % 4 * 2 + i % 2"),
+    ("calibrate.cu", "static_cast<i64>(c) * (n + 1)", "static_cast<i64>(c) * n"),
     ("conv.cu", "kernel - 1 + at) * channels + c", "kernel - 2 + at) * channels + c"),
     ("ssm.cu", "(m.groups + group) * size", "group * size"),
     ("ssm.cu", "in.scale(slot, b_offset, m.heads + group)", "in.scale(slot, b_offset, group)"),

@@ -123,7 +123,7 @@ impl<'a, B: Backend> Reference<'a, B> {
             };
             let mut streams = plans.iter().map(embed).collect::<Result<Vec<_>>>()?;
             for spec in &checkpoint.layout.blocks {
-                let weights = donors.block(checkpoint, spec)?;
+                let weights = donors.block(backend, checkpoint, spec)?;
                 for (plan, stream) in plans.iter().zip(&mut streams) {
                     let block = weights.prepare(backend, |linear, slice| Some(plan.slice(spec.index, &linear.stem, slice)))?;
                     *stream = self.advance(&block, std::mem::take(stream))?;

@@ -9,6 +9,10 @@ pub mod cuda;
 
 pub use choice::DeviceChoice;
 
+use std::borrow::Cow;
+
+use faer::{MatMut, MatRef};
+
 use crate::error::Result;
 use crate::format::{CacheFormats, LinearWeights, QuantizedMatrix, Scheme, round_to_nearest};
 
@@ -246,14 +250,23 @@ pub struct Divergence {
     pub same_top: bool,
 }
 
+/// Which side of weights `[outputs, inputs]` a rotation turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Inputs,
+    Outputs,
+}
+
 /// What GPTQ rounds: weights `[rows, cols]` under `scheme` by the Hessian `[cols, cols]` of their input.
-#[derive(Clone, Copy)]
-pub struct Gptq<'a> {
+pub struct Gptq<'a, G> {
     pub weights: &'a [f32],
     pub rows: usize,
     pub cols: usize,
     pub scheme: Scheme,
-    pub hessian: &'a [f64],
+    /// Where it was summed.
+    pub hessian: &'a G,
+    /// `[cols]`.
+    pub diagonal: &'a [f64],
     /// In which order columns are rounded.
     pub order: &'a [usize],
     /// What is added to the diagonal: the first that makes the Hessian positive definite.
@@ -434,18 +447,22 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Adds `x_t x_tᵀ` of every token of the float form of an activation; the first one makes the sum.
     fn add_gram(&self, sum: &mut Option<Self::Gram>, x: &Self::Activation) -> Result<()>;
-    /// The values of a sum.
-    fn gram_values(&self, sum: Self::Gram) -> Result<Vec<f64>>;
+    /// The values of a sum, on the host.
+    fn gram_values<'a>(&self, sum: &'a Self::Gram) -> Result<Cow<'a, [f64]>>;
+    /// Its diagonal, on the host. Where that is finite the whole sum is: |Σ x y| is at most the larger of Σ x² and Σ y².
+    fn gram_diagonal(&self, sum: &Self::Gram) -> Result<Vec<f64>>;
     /// `Σ_t x_t x_tᵀ` `[features, features]` of the float form of an activation, in f64.
     fn gram(&self, x: &Self::Activation) -> Result<Vec<f64>> {
         let mut sum = None;
         self.add_gram(&mut sum, x)?;
-        sum.map_or_else(|| Ok(Vec::new()), |sum| self.gram_values(sum))
+        sum.map_or_else(|| Ok(Vec::new()), |sum| Ok(self.gram_values(&sum)?.into_owned()))
     }
     /// GPTQ on the device. `None`, with nothing done: it has no kernels for that.
-    fn gptq(&self, _: &Gptq<'_>) -> Result<Option<GptqCodes>> {
+    fn gptq(&self, _: &Gptq<'_, Self::Gram>) -> Result<Option<GptqCodes>> {
         Ok(None)
     }
+    /// Turns weights on the host in f64 by a square `rotation` Q: `W ← W Q`, or `W ← Qᵀ W`.
+    fn turn(&self, weights: MatMut<'_, f64>, rotation: MatRef<'_, f64>, side: Side) -> Result<()>;
     /// Largest magnitude of each feature of the float form of an activation, NaN where a value is none.
     fn largest_magnitudes(&self, x: &Self::Activation) -> Result<Vec<f32>>;
     /// Adds `Σ (a − b)²` and `Σ a²` over all values to `sums`.

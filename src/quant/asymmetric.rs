@@ -16,6 +16,7 @@ use faer::linalg::solvers::{Llt, Solve};
 use faer::{Mat, MatRef, Side};
 
 use super::gptq::DAMPING;
+use super::hessian::Hessian;
 use super::weights::FloatLinear;
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::BlockSpec;
@@ -46,15 +47,15 @@ impl Shift {
         if self.0.nrows() == 0 { self.0 = product } else { self.0 += product }
     }
 
-    /// The weights to round in place of `float`; `None` where the damped `hessian` `[cols, cols]` is not positive definite.
-    pub fn corrected(&self, float: &FloatLinear, hessian: &[f64]) -> Option<FloatLinear> {
-        let cols = float.weights.ncols();
+    /// The weights to round in place of `float`; `None` where the damped `hessian` is not positive definite.
+    pub fn corrected(&self, float: &FloatLinear, hessian: &dyn Hessian) -> Result<Option<FloatLinear>> {
+        let (cols, hessian) = (float.weights.ncols(), hessian.values()?);
         let damping = DAMPING * (0..cols).map(|c| hessian[c * cols + c]).sum::<f64>() / cols as f64;
         let damped = Mat::from_fn(cols, cols, |i, j| hessian[i * cols + j] + if i == j { damping } else { 0.0 });
-        let factor = Llt::new(damped.as_ref(), Side::Lower).ok()?;
+        let Ok(factor) = Llt::new(damped.as_ref(), Side::Lower) else { return Ok(None) };
         let lacking = STRENGTH * &float.weights * &self.0;
         let correction = factor.solve(lacking.transpose());
-        Some(FloatLinear { weights: &float.weights + correction.transpose(), bias: float.bias.clone(), changed: true })
+        Ok(Some(FloatLinear { weights: &float.weights + correction.transpose(), bias: float.bias.clone(), changed: true }))
     }
 }
 
@@ -103,8 +104,10 @@ pub fn shifts<B: Backend>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::Cpu;
     use crate::format::Scheme;
     use crate::quant::gptq;
+    use crate::quant::hessian::Summed;
 
     fn random(rows: usize, cols: usize, mut seed: u64) -> Mat<f64> {
         let mut next = || {
@@ -131,8 +134,9 @@ mod tests {
         }
         let gram = quantized.transpose() * &quantized;
         let hessian: Vec<f64> = (0..cols * cols).map(|i| gram[(i / cols, i % cols)]).collect();
+        let summed = Summed::new(&Cpu, hessian.clone()).unwrap();
         let linear = FloatLinear { weights: weights.clone(), bias: None, changed: false };
-        let corrected = shift.corrected(&linear, &hessian).unwrap();
+        let corrected = shift.corrected(&linear, &summed).unwrap().unwrap();
         let loss = |weights: &Mat<f64>| {
             let found = gptq::quantize(&rows(weights), outputs, cols, Scheme::Int8, &hessian).0.dequantize();
             let found = Mat::from_fn(outputs, cols, |r, c| f64::from(found[r * cols + c]));
@@ -149,6 +153,7 @@ mod tests {
         shift.add(&rows(&x), &rows(&x), 8);
         let hessian: Vec<f64> = (0..64).map(|i| f64::from(u8::from(i % 9 == 0))).collect();
         let linear = FloatLinear { weights, bias: None, changed: false };
-        assert_eq!(shift.corrected(&linear, &hessian).unwrap().weights, linear.weights);
+        let summed = Summed::new(&Cpu, hessian).unwrap();
+        assert_eq!(shift.corrected(&linear, &summed).unwrap().unwrap().weights, linear.weights);
     }
 }

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::hessian::Summed;
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{BlockSpec, Checkpoint};
 use crate::error::{Error, Result};
@@ -38,8 +39,8 @@ pub fn second_moment<B: Backend>(
     }
     let tokens: usize = batches.iter().map(|(ids, _)| ids.len()).sum();
     let count = (tokens * stream.blocks()) as f64;
-    let sum = sum.map_or_else(|| Ok(vec![0.0; hidden * hidden]), |sum| backend.gram_values(sum))?;
-    Ok(sum.into_iter().map(|value| value / count).collect())
+    let Some(sum) = sum else { return Ok(vec![0.0; hidden * hidden]) };
+    Ok(backend.gram_values(&sum)?.iter().map(|value| value / count).collect())
 }
 
 /// Largest magnitude of each input of each linear of a block, by the linear's name, and of the convolution's under
@@ -83,15 +84,15 @@ pub fn maxima<B: Backend>(
     Ok((mixed, found.into_inner()))
 }
 
-/// `Σ x xᵀ` of the input of each linear of `block` (float) over the batches, by the linear's name.
-pub fn hessians<B: Backend>(
-    backend: &B,
+/// The Hessian of the input of each linear of `block` (float) over the batches, by the linear's name.
+pub fn hessians<'a, B: Backend>(
+    backend: &'a B,
     spec: &BlockSpec,
     block: &Block<B>,
     inputs: &[B::Tensor],
     sequences: &[Sequences],
     monitor: &Monitor,
-) -> Result<BTreeMap<String, Vec<f64>>> {
+) -> Result<BTreeMap<String, Summed<'a, B>>> {
     let sums: RefCell<BTreeMap<String, Option<B::Gram>>> = RefCell::new(BTreeMap::new());
     let tap = |name: &str, x: &B::Activation| backend.add_gram(sums.borrow_mut().entry(name.to_owned()).or_default(), x);
     for (h, sequences) in inputs.iter().zip(sequences) {
@@ -99,11 +100,11 @@ pub fn hessians<B: Backend>(
         block.mix(backend, h, sequences, None, Some(&tap))?;
     }
     let sums = sums.into_inner().into_iter().filter_map(|(name, sum)| Some((name, sum?)));
-    let values = |(name, sum): (String, B::Gram)| {
-        let values = backend.gram_values(sum)?;
-        if values.iter().any(|value| !value.is_finite()) { Err(not_finite(spec, &name)) } else { Ok((name, values)) }
+    let hessian = |(name, sum): (String, B::Gram)| {
+        let hessian = Summed::new(backend, sum)?;
+        if hessian.is_finite() { Ok((name, hessian)) } else { Err(not_finite(spec, &name)) }
     };
-    sums.map(values).collect()
+    sums.map(hessian).collect()
 }
 
 fn not_finite(spec: &BlockSpec, name: &str) -> Error {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::calibrate;
-use super::gptq;
+use super::hessian::{Hessian, Summed};
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::observe::{self, Wanted};
 use super::publish::{self, TensorOut};
@@ -133,7 +133,7 @@ impl Donors {
         } else {
             None
         };
-        let transforms = Transforms::new(&steps.transforms, moment.as_deref(), checkpoint.config.hidden_size)?;
+        let transforms = Transforms::new(backend, &steps.transforms, moment.as_deref(), checkpoint.config.hidden_size)?;
         Ok(Self { directory, key, steps, float_bytes: checkpoint.layout.float_bytes, index, transforms })
     }
 
@@ -179,8 +179,9 @@ impl Donors {
     }
 
     /// The transformed weights of block `spec`.
-    pub fn block<'a>(&'a self, checkpoint: &'a Checkpoint, spec: &'a BlockSpec) -> Result<DonorBlock<'a>> {
-        Ok(DonorBlock { donors: self, checkpoint, spec, weights: self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())? })
+    pub fn block<'a, B: Backend>(&'a self, backend: &B, checkpoint: &'a Checkpoint, spec: &'a BlockSpec) -> Result<DonorBlock<'a>> {
+        let weights = self.transforms.block(backend, checkpoint, spec, &calibrate::Maxima::new())?;
+        Ok(DonorBlock { donors: self, checkpoint, spec, weights })
     }
 
     /// Makes the donors of block `spec` that are missing among those for `formats`, and the static scales of its inside.
@@ -200,7 +201,7 @@ impl Donors {
         }
         let place = Place::Block(spec.index);
         let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
-        let weights = self.transforms.block(checkpoint, spec, &calibrate::Maxima::new())?;
+        let weights = self.transforms.block(backend, checkpoint, spec, &calibrate::Maxima::new())?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
         let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
         if self.keeps_scales(spec) {
@@ -222,8 +223,8 @@ impl Donors {
         for format in missing {
             monitor.check()?;
             if !self.has(place, format) {
-                let hessian = |name: &str| hessians.get(name).map(Vec::as_slice);
-                self.make(place, &spec.linears, format, |name| weights.linear(name), hessian, &gptq::solver(backend))?;
+                let hessian = |name: &str| hessians.get(name).map(|hessian| hessian as &dyn Hessian);
+                self.make(place, &spec.linears, format, |name| weights.linear(name), hessian)?;
             }
         }
         Ok(())
@@ -235,18 +236,17 @@ impl Donors {
         if self.has(Place::Head, format) {
             return Ok(());
         }
-        let head = self.transforms.head(checkpoint)?;
+        let head = self.transforms.head(backend, checkpoint)?;
         let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
-        let hidden = checkpoint.config.hidden_size;
         let mut sum = None;
         for h in inputs {
             let x = backend.rms_norm(h, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
             backend.add_gram(&mut sum, &x)?;
         }
-        let hessian = sum.map_or_else(|| Ok(vec![0.0; hidden * hidden]), |sum| backend.gram_values(sum))?;
-        let hessian = self.steps.method.uses_hessians().then_some(hessian.as_slice());
+        let hessian = sum.filter(|_| self.steps.method.uses_hessians()).map(|sum| Summed::new(backend, sum)).transpose()?;
+        let hessian = hessian.as_ref().map(|hessian| hessian as &dyn Hessian);
         let head_spec = std::slice::from_ref(&checkpoint.layout.head);
-        self.make(Place::Head, head_spec, format, |_| Ok(&head), |_| hessian, &gptq::solver(backend))
+        self.make(Place::Head, head_spec, format, |_| Ok(&head), |_| hessian)
     }
 
     /// The head `spec` in `format`; `float` gives its transformed weights.
@@ -258,7 +258,7 @@ impl Donors {
     /// The head in `format` on the device.
     pub fn head<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, format: Format) -> Result<B::Linear> {
         let spec = &checkpoint.layout.head;
-        backend.prepare(self.head_linear(&self.transforms.head(checkpoint)?, spec, format)?.weights(spec.cols))
+        backend.prepare(self.head_linear(&self.transforms.head(backend, checkpoint)?, spec, format)?.weights(spec.cols))
     }
 
     /// Logits of `head` for rows of the residual stream behind the last block, in the transforms' basis.
@@ -275,14 +275,13 @@ impl Donors {
         linears: &[LinearSpec],
         format: Format,
         float: impl Fn(&str) -> Result<&'a FloatLinear>,
-        hessian: impl Fn(&str) -> Option<&'a [f64]>,
-        gptq: &gptq::Solver<'_>,
+        hessian: impl Fn(&str) -> Option<&'a dyn Hessian>,
     ) -> Result<()> {
         let format = weights_of(format);
         let mut tensors: Vec<TensorOut> = Vec::new();
         let mut notes = BTreeMap::new();
         for linear in linears {
-            let rounding = Rounding { gptq, ..self.rounding(format, linear.schemes(format)) };
+            let rounding = self.rounding(format, linear.schemes(format));
             let quantized = quantize_linear(float(&linear.name)?, linear, &rounding, hessian(&linear.name))?;
             for (part, weights) in quantized.parts.iter().enumerate() {
                 if let WeightPart::Quantized(matrix) = weights {
@@ -308,12 +307,12 @@ impl Donors {
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
         let transforms = self.steps.transforms.as_slice();
-        Rounding { method: self.steps.method, format, schemes, transforms, float_bytes: self.float_bytes, gptq: &gptq::on_the_cpu }
+        Rounding { method: self.steps.method, format, schemes, transforms, float_bytes: self.float_bytes }
     }
 
     /// The embedding in `format` on the device, rounded without a Hessian.
     pub fn embedding<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, format: Format) -> Result<B::Embedding> {
-        let (table, spec) = (self.transforms.embedding(checkpoint)?, &checkpoint.layout.embedding);
+        let (table, spec) = (self.transforms.embedding(backend, checkpoint)?, &checkpoint.layout.embedding);
         let mut table = quantize_linear(&table, spec, &self.rounding(format, spec.schemes(format)), None)?.weights(spec.cols);
         table.int8_activations = false;
         backend.prepare_embedding(table)

@@ -10,8 +10,6 @@ use faer::{Mat, Side};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::backend::{Backend, Gptq, GptqCodes};
-use crate::error::Result;
 use crate::format::{QuantizedMatrix, Scheme};
 
 /// Damping as a share of the Hessian's mean diagonal: the first try, and how far it is raised.
@@ -20,7 +18,7 @@ const DAMPING_LIMIT: f64 = 10.0;
 /// Rows that one task takes: a fixed tile, so that results do not depend on the number of threads.
 const ROWS: usize = 32;
 /// Times that all codes of a row are gone through again.
-const SWEEPS: usize = 4;
+pub const SWEEPS: usize = 4;
 /// Clipping ratios that are tried, as shares of the absolute maximum.
 const CLIP_STEPS: usize = 26;
 
@@ -31,35 +29,14 @@ pub struct Damping {
     pub used: Option<f64>,
 }
 
-/// Rounds weights `[rows, cols]` under a scheme by the Hessian `[cols, cols]` of their input.
-pub type Solver<'a> = dyn Fn(&[f32], usize, usize, Scheme, &[f64]) -> Result<(QuantizedMatrix, Damping)> + Sync + 'a;
-
-/// GPTQ on the device of `backend` where that has kernels for it, otherwise here.
-pub fn solver<B: Backend>(backend: &B) -> Box<Solver<'_>> {
-    Box::new(|weights, rows, cols, scheme, hessian| {
-        let diagonal: Vec<f64> = (0..cols).map(|c| hessian[c * (cols + 1)]).collect();
-        let order = column_order(&diagonal, scheme.group(cols));
-        let mean = diagonal.iter().sum::<f64>() / cols as f64;
-        let shares: Vec<f64> = if mean.is_finite() && mean > 0.0 { dampings().collect() } else { Vec::new() };
-        let damping: Vec<f64> = shares.iter().map(|share| share * mean).collect();
-        let task = Gptq { weights, rows, cols, scheme, hessian, order: &order, damping: &damping, sweeps: SWEEPS };
-        Ok(match backend.gptq(&task)? {
-            Some(GptqCodes { codes, scales, damping }) => {
-                (QuantizedMatrix { scheme, rows, cols, codes, scales }, Damping { used: damping.map(|index| shares[index]) })
-            }
-            None => quantize(weights, rows, cols, scheme, hessian),
-        })
-    })
-}
-
-/// GPTQ on the CPU.
-pub fn on_the_cpu(weights: &[f32], rows: usize, cols: usize, scheme: Scheme, hessian: &[f64]) -> Result<(QuantizedMatrix, Damping)> {
-    Ok(quantize(weights, rows, cols, scheme, hessian))
-}
-
-/// The dampings that are tried, as shares of the Hessian's mean diagonal.
-fn dampings() -> impl Iterator<Item = f64> {
-    std::iter::successors(Some(DAMPING), |damping| Some(2.0 * damping)).take_while(|damping| *damping <= DAMPING_LIMIT)
+/// The dampings that are tried, each as a share of the Hessian's mean diagonal and as what is added; none where that is no use.
+pub fn dampings(diagonal: &[f64]) -> Vec<(f64, f64)> {
+    let mean = diagonal.iter().sum::<f64>() / diagonal.len() as f64;
+    if !mean.is_finite() || mean <= 0.0 {
+        return Vec::new();
+    }
+    let shares = std::iter::successors(Some(DAMPING), |damping| Some(2.0 * damping)).take_while(|damping| *damping <= DAMPING_LIMIT);
+    shares.map(|share| (share, share * mean)).collect()
 }
 
 /// Quantizes `weights` `[rows, cols]` under `scheme` with the Hessian `hessian` `[cols, cols]` of its input.
@@ -97,7 +74,7 @@ pub fn round_clipped(weights: &[f32], rows: usize, cols: usize, scheme: Scheme) 
 }
 
 /// Columns in the order in which they are rounded: group after group, inside a group by descending diag(H).
-fn column_order(diagonal: &[f64], group: usize) -> Vec<usize> {
+pub fn column_order(diagonal: &[f64], group: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..diagonal.len()).collect();
     for group in order.chunks_mut(group) {
         group.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]));
@@ -109,12 +86,8 @@ fn column_order(diagonal: &[f64], group: usize) -> Vec<usize> {
 /// its diagonal element, which stays on the diagonal. Damping is raised until the Hessian is positive definite.
 fn inverse_factor(hessian: &[f64], diagonal: &[f64], order: &[usize]) -> Option<(Vec<f32>, f64)> {
     let n = order.len();
-    let mean = diagonal.iter().sum::<f64>() / n as f64;
-    if !mean.is_finite() || mean <= 0.0 {
-        return None;
-    }
-    for damping in dampings() {
-        let damped = Mat::from_fn(n, n, |i, j| hessian[order[i] * n + order[j]] + if i == j { damping * mean } else { 0.0 });
+    for (damping, added) in dampings(diagonal) {
+        let damped = Mat::from_fn(n, n, |i, j| hessian[order[i] * n + order[j]] + if i == j { added } else { 0.0 });
         if let Some(factor) = factor_of_inverse(&damped) {
             return Some((factor, damping));
         }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::gptq;
+use super::hessian::Hessian;
 use super::recipe::Method;
 use super::weights::FloatLinear;
 use crate::checkpoint::{LinearSpec, SliceSpec};
@@ -62,16 +63,14 @@ pub struct Rounding<'a> {
     pub transforms: &'a [Transform],
     /// Bytes of an element of the checkpoint, which weights that stay in float keep.
     pub float_bytes: usize,
-    /// Where GPTQ runs.
-    pub gptq: &'a gptq::Solver<'a>,
 }
 
-/// Quantizes the weights `float` of `linear`; `hessian` `[cols, cols]` is that of its input, for GPTQ.
+/// Quantizes the weights `float` of `linear`; `hessian` is that of its input, for GPTQ.
 pub fn quantize_linear(
     float: &FloatLinear,
     linear: &LinearSpec,
     rounding: &Rounding<'_>,
-    hessian: Option<&[f64]>,
+    hessian: Option<&dyn Hessian>,
 ) -> Result<QuantizedLinear> {
     let mut values = float.values();
     let schemes = &rounding.schemes;
@@ -92,7 +91,7 @@ pub fn quantize_linear(
         Ok(WeightPart::Quantized(match (rounding.method, hessian) {
             (Method::Rtn, _) => round_to_nearest(values, count, linear.cols, scheme),
             (Method::Gptq | Method::Gptaq, Some(hessian)) => {
-                let (matrix, damping) = (rounding.gptq)(values, count, linear.cols, scheme, hessian)?;
+                let (matrix, damping) = hessian.round(values, count, linear.cols, scheme)?;
                 match damping.used {
                     None => notes.push(format!("{}: its Hessian is singular, so weights were rounded to nearest", linear.name)),
                     Some(damping) if damping > gptq::DAMPING => {

@@ -8,6 +8,7 @@ mod cluster;
 pub mod donors;
 pub mod gptq;
 pub mod hadamard;
+mod hessian;
 mod method;
 mod need;
 mod observe;

@@ -18,7 +18,6 @@ use serde_json::json;
 use super::boundary::{self, FloatHash};
 use super::calibrate;
 use super::donors::Donors;
-use super::gptq;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
 use super::publish;
@@ -120,7 +119,6 @@ struct Pipeline<'a, B: Backend> {
     source: String,
     state: State,
     transforms: Transforms,
-    gptq: Box<gptq::Solver<'a>>,
     /// When the streams were kept last.
     kept: Option<Kept>,
 }
@@ -174,33 +172,21 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 } else {
                     None
                 };
-                Transforms::new(&request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
+                Transforms::new(backend, &request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
             }
         };
-        Ok(Self {
-            backend,
-            request,
-            blocks: layout.blocks,
-            monitor,
-            files,
-            work,
-            source,
-            state,
-            transforms,
-            gptq: gptq::solver(backend),
-            kept: None,
-        })
+        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms, kept: None })
     }
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
         let float_bytes = self.request.checkpoint.layout.float_bytes;
         let (method, transforms) = (self.request.steps.method, self.request.steps.transforms.as_slice());
-        Rounding { method, format, schemes, transforms, float_bytes, gptq: &self.gptq }
+        Rounding { method, format, schemes, transforms, float_bytes }
     }
 
     /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
     fn embedding(&self) -> Result<QuantizedLinear> {
-        let table = self.transforms.embedding(self.request.checkpoint)?;
+        let table = self.transforms.embedding(self.backend, self.request.checkpoint)?;
         let (linear, format) = (&self.request.checkpoint.layout.embedding, self.request.plan.embedding);
         quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None)
     }

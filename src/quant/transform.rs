@@ -6,6 +6,7 @@ use super::calibrate::Maxima;
 use super::hadamard;
 use super::smooth;
 use super::weights::{BlockWeights, FloatLinear};
+use crate::backend::{Backend, Side};
 use crate::checkpoint::{BlockSpec, Checkpoint};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, Transform};
@@ -21,7 +22,7 @@ pub struct Transforms {
 impl Transforms {
     /// Checks the order that the transforms need: a rotated residual needs folded norms. `second_moment` `[hidden, hidden]`
     /// is that of the normalised stream, needed for the rotation only.
-    pub fn new(list: &[Transform], second_moment: Option<&[f64]>, hidden: usize) -> Result<Self> {
+    pub fn new<B: Backend>(backend: &B, list: &[Transform], second_moment: Option<&[f64]>, hidden: usize) -> Result<Self> {
         let turning: Vec<Transform> = list.iter().copied().filter(|transform| transform.turns_residual()).collect();
         let rotation = match turning.as_slice() {
             [] => None,
@@ -29,7 +30,7 @@ impl Transforms {
                 return Err(Error::input(format!("{one} needs fold-norms: a norm's weight does not commute with a rotation"))
                     .hint("add \"fold-norms\" to the recipe's transforms"));
             }
-            [Transform::RotateResidual] => Some(residual_rotation(second_moment, hidden)?),
+            [Transform::RotateResidual] => Some(residual_rotation(backend, second_moment, hidden)?),
             [_] => Some(hadamard::for_width(hidden).0),
             _ => {
                 return Err(
@@ -49,9 +50,9 @@ impl Transforms {
         self.list.contains(&transform)
     }
 
-    /// Reads a block and applies the transforms to it. `maxima` are those of its linears' inputs in the float model;
+    /// Reads a block and applies the transforms to it; `backend` turns weights. `maxima` are those of its linears' inputs in the float model;
     /// only smoothing needs them.
-    pub fn block(&self, checkpoint: &Checkpoint, spec: &BlockSpec, maxima: &Maxima) -> Result<BlockWeights> {
+    pub fn block<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint, spec: &BlockSpec, maxima: &Maxima) -> Result<BlockWeights> {
         let mut weights = BlockWeights::read(checkpoint, spec)?;
         let (readers, writers) = (spec.residual_readers(), spec.residual_writers());
         let gate = format!("{}mixer.gate.weight", spec.prefix);
@@ -79,22 +80,22 @@ impl Transforms {
                 if self.has(Transform::SmoothVo) {
                     smooth::values(&mut weights, checkpoint, maxima)?;
                 }
-                self.rotate_heads(&mut weights, checkpoint)?;
+                self.rotate_heads(backend, &mut weights, checkpoint)?;
             }
             BlockKind::Mlp | BlockKind::Moe if self.has(Transform::SmoothRelu2) => smooth::relu2(&mut weights, spec, maxima)?,
             BlockKind::Mlp | BlockKind::Moe => {}
         }
         if let Some(rotation) = &self.rotation {
             for reader in readers.iter().copied().chain(weights.linears.contains_key("gate").then_some("gate")) {
-                weights.linear_mut(reader)?.rotate_inputs(rotation.as_ref());
+                weights.linear_mut(reader)?.rotate_inputs(backend, rotation.as_ref())?;
             }
             for writer in writers {
-                weights.linear_mut(writer)?.rotate_outputs(rotation.as_ref());
+                weights.linear_mut(writer)?.rotate_outputs(backend, rotation.as_ref())?;
             }
         }
         for linear in &spec.linears {
             if let Some(block) = linear.hadamard(&self.list) {
-                weights.linear_mut(&linear.name)?.transform_inputs(block);
+                weights.linear_mut(&linear.name)?.transform_inputs(backend, block)?;
             }
         }
         if let Some(router) = weights.linears.remove("gate") {
@@ -130,7 +131,7 @@ impl Transforms {
 
     /// Per-head Hadamard R on values (`v' = Rᵀ v`, undone by every query head of the group in `o_proj`), and on queries
     /// and keys, whose products it leaves alone.
-    fn rotate_heads(&self, weights: &mut BlockWeights, checkpoint: &Checkpoint) -> Result<()> {
+    fn rotate_heads<B: Backend>(&self, backend: &B, weights: &mut BlockWeights, checkpoint: &Checkpoint) -> Result<()> {
         let shape = &checkpoint.config.attention;
         let rotation = hadamard::for_width(shape.head_dim).0;
         let across = |heads: usize| {
@@ -138,28 +139,28 @@ impl Transforms {
             Mat::from_fn(heads * d, heads * d, |i, j| if i / d == j / d { rotation[(i % d, j % d)] } else { 0.0 })
         };
         if self.has(Transform::RotateVo) {
-            weights.linear_mut("v_proj")?.rotate_outputs(across(shape.kv_heads).as_ref());
-            weights.linear_mut("o_proj")?.rotate_inputs(across(shape.heads).as_ref());
+            weights.linear_mut("v_proj")?.rotate_outputs(backend, across(shape.kv_heads).as_ref())?;
+            weights.linear_mut("o_proj")?.rotate_inputs(backend, across(shape.heads).as_ref())?;
         }
         if self.has(Transform::RotateQk) {
-            weights.linear_mut("q_proj")?.rotate_outputs(across(shape.heads).as_ref());
-            weights.linear_mut("k_proj")?.rotate_outputs(across(shape.kv_heads).as_ref());
+            weights.linear_mut("q_proj")?.rotate_outputs(backend, across(shape.heads).as_ref())?;
+            weights.linear_mut("k_proj")?.rotate_outputs(backend, across(shape.kv_heads).as_ref())?;
         }
         Ok(())
     }
 
     /// The embedding table.
-    pub fn embedding(&self, checkpoint: &Checkpoint) -> Result<FloatLinear> {
+    pub fn embedding<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint) -> Result<FloatLinear> {
         let spec = &checkpoint.layout.embedding;
         let mut table = FloatLinear::read(checkpoint, &spec.stem, spec.rows, spec.cols, false)?;
         if let Some(rotation) = &self.rotation {
-            table.rotate_inputs(rotation.as_ref());
+            table.rotate_inputs(backend, rotation.as_ref())?;
         }
         Ok(table)
     }
 
     /// The head (the embedding's weights where they are tied), with the final norm's weight folded in where norms are.
-    pub fn head(&self, checkpoint: &Checkpoint) -> Result<FloatLinear> {
+    pub fn head<B: Backend>(&self, backend: &B, checkpoint: &Checkpoint) -> Result<FloatLinear> {
         let spec = &checkpoint.layout.head;
         let stem = if checkpoint.layout.tied { &checkpoint.layout.embedding.stem } else { &spec.stem };
         let mut head = FloatLinear::read(checkpoint, stem, spec.rows, spec.cols, false)?;
@@ -168,7 +169,7 @@ impl Transforms {
             head.scale_inputs(&norm);
         }
         if let Some(rotation) = &self.rotation {
-            head.rotate_inputs(rotation.as_ref());
+            head.rotate_inputs(backend, rotation.as_ref())?;
         }
         Ok(head)
     }
@@ -182,12 +183,14 @@ impl Transforms {
 
 /// Q = K·H: K the eigenvectors of the second moment of the normalised stream, H a Hadamard matrix, so that every
 /// channel of the rotated stream has the same variance.
-fn residual_rotation(second_moment: Option<&[f64]>, hidden: usize) -> Result<Mat<f64>> {
+fn residual_rotation<B: Backend>(backend: &B, second_moment: Option<&[f64]>, hidden: usize) -> Result<Mat<f64>> {
     let moment = second_moment.ok_or_else(|| Error::run("rotate-residual was given no second moment"))?;
     let symmetric = Mat::from_fn(hidden, hidden, |i, j| 0.5 * (moment[i * hidden + j] + moment[j * hidden + i]));
     let decomposition = symmetric
         .self_adjoint_eigen(faer::Side::Lower)
         .map_err(|error| Error::run(format!("the eigenvectors of the residual stream's second moment cannot be found: {error:?}")))?;
-    let (rotation, _) = hadamard::for_width(hidden);
-    Ok(decomposition.U() * &rotation)
+    let (hadamard, _) = hadamard::for_width(hidden);
+    let mut rotation = decomposition.U().to_owned();
+    backend.turn(rotation.as_mut(), hadamard.as_ref(), Side::Inputs)?;
+    Ok(rotation)
 }

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use faer::{Mat, MatRef};
+use faer::{Mat, MatMut, MatRef};
 use rayon::prelude::*;
 
-use crate::backend::SsmInternals;
+use crate::backend::{Backend, Side, SsmInternals};
 use crate::checkpoint::{BlockSpec, Checkpoint, LinearSpec};
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, Transform};
@@ -13,23 +13,16 @@ use crate::model::BlockSource;
 
 /// Columns, or rows, that one task turns from one order into the other.
 const COLUMNS: usize = 32;
-/// Rows of a product that one task takes, and multiplications from which a product is divided at all.
-const PRODUCT_ROWS: usize = 256;
-const PRODUCT: usize = 1 << 33;
-
-/// `a b`; large ones row block by row block on all threads.
-fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
-    let (rows, cols) = (a.nrows(), b.ncols());
-    if rows * a.ncols() * cols < PRODUCT {
-        return a * b;
+/// The columns of a matrix, so many at a time, to be changed at once.
+fn divide_columns<T>(mut matrix: MatMut<'_, T>, width: usize) -> Vec<MatMut<'_, T>> {
+    let mut parts = Vec::with_capacity(matrix.ncols().div_ceil(width));
+    while matrix.ncols() > 0 {
+        let count = width.min(matrix.ncols());
+        let (first, rest) = matrix.split_at_col_mut(count);
+        parts.push(first);
+        matrix = rest;
     }
-    let starts: Vec<usize> = (0..rows).step_by(PRODUCT_ROWS).collect();
-    let blocks: Vec<Mat<f64>> = starts.par_iter().map(|start| a.subrows(*start, PRODUCT_ROWS.min(rows - start)) * b).collect();
-    let mut out = Mat::zeros(rows, cols);
-    for (start, block) in starts.into_iter().zip(&blocks) {
-        out.as_mut().subrows_mut(start, block.nrows()).copy_from(block);
-    }
-    out
+    parts
 }
 
 /// The weights `[rows, cols]` of a linear, with its bias.
@@ -46,17 +39,17 @@ impl FloatLinear {
     pub fn read(checkpoint: &Checkpoint, stem: &str, rows: usize, cols: usize, bias: bool) -> Result<Self> {
         let values = checkpoint.read(&format!("{stem}.weight"))?;
         let bias = if bias { Some(checkpoint.read(&format!("{stem}.bias"))?.into_iter().map(f64::from).collect()) } else { None };
-        let mut columns = vec![0.0; rows * cols];
+        let mut weights = Mat::zeros(rows, cols);
         // A few columns at a time: whole lines of a row are read, and each column is written in order.
-        columns.par_chunks_mut(COLUMNS * rows).enumerate().for_each(|(index, columns)| {
+        divide_columns(weights.as_mut(), COLUMNS).into_par_iter().enumerate().for_each(|(index, mut columns)| {
             let first = index * COLUMNS;
             for (r, row) in values.chunks_exact(cols).enumerate() {
-                for (column, value) in columns.chunks_exact_mut(rows).zip(&row[first..]) {
-                    column[r] = f64::from(*value);
+                for c in 0..columns.ncols() {
+                    columns[(r, c)] = f64::from(row[first + c]);
                 }
             }
         });
-        Ok(Self { weights: MatRef::from_column_major_slice(&columns, rows, cols).to_owned(), bias, changed: false })
+        Ok(Self { weights, bias, changed: false })
     }
 
     /// The weights in f32, row after row.
@@ -79,21 +72,17 @@ impl FloatLinear {
 
     /// `W diag(scale)`: what a linear becomes when the weight of the norm in front of it is folded in.
     pub fn scale_inputs(&mut self, scale: &[f64]) {
-        for (c, scale) in scale.iter().enumerate() {
-            for r in 0..self.weights.nrows() {
-                self.weights[(r, c)] *= scale;
-            }
-        }
+        divide_columns(self.weights.as_mut(), 1).into_par_iter().zip(scale).for_each(|(column, scale)| {
+            column.col_mut(0).iter_mut().for_each(|weight| *weight *= scale);
+        });
         self.changed = true;
     }
 
     /// `diag(scale) W`, `diag(scale) b`: writes scaled outputs.
     pub fn scale_outputs(&mut self, scale: &[f64]) {
-        for column in self.weights.col_iter_mut() {
-            for (weight, scale) in column.iter_mut().zip(scale) {
-                *weight *= scale;
-            }
-        }
+        divide_columns(self.weights.as_mut(), 1).into_par_iter().for_each(|column| {
+            column.col_mut(0).iter_mut().zip(scale).for_each(|(weight, scale)| *weight *= scale);
+        });
         for (bias, scale) in self.bias.iter_mut().flatten().zip(scale) {
             *bias *= scale;
         }
@@ -101,32 +90,28 @@ impl FloatLinear {
     }
 
     /// `W Q`: reads a rotated input.
-    pub fn rotate_inputs(&mut self, rotation: MatRef<'_, f64>) {
-        self.weights = product(self.weights.as_ref(), rotation);
+    pub fn rotate_inputs<B: Backend>(&mut self, backend: &B, rotation: MatRef<'_, f64>) -> Result<()> {
         self.changed = true;
+        backend.turn(self.weights.as_mut(), rotation, Side::Inputs)
     }
 
     /// `Qᵀ W`, `Qᵀ b`: writes a rotated output.
-    pub fn rotate_outputs(&mut self, rotation: MatRef<'_, f64>) {
-        self.weights = product(rotation.transpose(), self.weights.as_ref());
+    pub fn rotate_outputs<B: Backend>(&mut self, backend: &B, rotation: MatRef<'_, f64>) -> Result<()> {
         if let Some(bias) = &mut self.bias {
             let rotated = rotation.transpose() * Mat::from_fn(bias.len(), 1, |r, _| bias[r]);
             *bias = (0..bias.len()).map(|r| rotated[(r, 0)]).collect();
         }
         self.changed = true;
+        backend.turn(self.weights.as_mut(), rotation, Side::Outputs)
     }
 
     /// `W H` with H block-diagonal of the orthonormal Hadamard matrix of order `block`.
-    pub fn transform_inputs(&mut self, block: usize) {
+    pub fn transform_inputs<B: Backend>(&mut self, backend: &B, block: usize) -> Result<()> {
         let (sign, scale) =
             (|i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }, (block as f64).sqrt().recip());
         let matrix = Mat::from_fn(block, block, |i, j| scale * sign(i, j));
-        let starts: Vec<usize> = (0..self.weights.ncols()).step_by(block).collect();
-        let products: Vec<Mat<f64>> = starts.par_iter().map(|start| self.weights.as_ref().subcols(*start, block) * &matrix).collect();
-        for (start, product) in starts.into_iter().zip(&products) {
-            self.weights.as_mut().subcols_mut(start, block).copy_from(product);
-        }
         self.changed = true;
+        divide_columns(self.weights.as_mut(), block).into_par_iter().try_for_each(|part| backend.turn(part, matrix.as_ref(), Side::Inputs))
     }
 }
 

@@ -223,7 +223,7 @@ impl<B: Backend> Run<'_, B> {
     fn screen_block(&mut self, todo: &[Pair], inputs: &[B::Tensor], sequences: &[Sequences]) -> Result<()> {
         let (backend, checkpoint) = (self.backend, self.request.checkpoint);
         let spec = &checkpoint.layout.blocks[self.units[todo[0].0].block];
-        let weights = self.donors.block(checkpoint, spec)?;
+        let weights = self.donors.block(backend, checkpoint, spec)?;
         let outputs = |block: &Block<B>| {
             let mix = |(h, sequences)| backend.download(&block.mix(backend, h, sequences, None, None)?);
             inputs.iter().zip(sequences).map(mix).collect::<Result<Vec<_>>>()
@@ -299,7 +299,7 @@ impl<B: Backend> Run<'_, B> {
     /// Divergence by sequence of models with one unit of block `index` quantized.
     fn branch(&self, reference: &Reference<'_, B>, stream: &Stream<'_, B>, index: usize, pairs: &[Pair]) -> Result<Vec<Vec<f64>>> {
         let (backend, checkpoint) = (self.backend, self.request.checkpoint);
-        let weights = self.donors.block(checkpoint, &checkpoint.layout.blocks[index])?;
+        let weights = self.donors.block(backend, checkpoint, &checkpoint.layout.blocks[index])?;
         let inputs = self.basis.enter_all(backend, stream.boundary())?;
         let mut streams = Vec::with_capacity(pairs.len());
         for (unit, format) in pairs {

@@ -12,11 +12,15 @@ pub(in crate::backend) mod norm;
 pub mod operations;
 mod router;
 pub(in crate::backend) mod stored;
+pub(in crate::backend) mod turn;
+
+use std::borrow::Cow;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
+use faer::{MatMut, MatRef};
 
 use self::int_matmul::{Isa, PackedMatrix, QuantizedRows};
-use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences};
+use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences, Side};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormats, LinearWeights, WeightPart};
 
@@ -394,8 +398,17 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn gram_values(&self, sum: Vec<f64>) -> Result<Vec<f64>> {
-        Ok(sum)
+    fn gram_values<'a>(&self, sum: &'a Vec<f64>) -> Result<Cow<'a, [f64]>> {
+        Ok(Cow::Borrowed(sum))
+    }
+
+    fn gram_diagonal(&self, sum: &Vec<f64>) -> Result<Vec<f64>> {
+        Ok(sum.iter().copied().step_by(sum.len().isqrt() + 1).collect())
+    }
+
+    fn turn(&self, weights: MatMut<'_, f64>, rotation: MatRef<'_, f64>, side: Side) -> Result<()> {
+        turn::turn(weights, rotation, side);
+        Ok(())
     }
 
     fn largest_magnitudes(&self, x: &CpuActivation) -> Result<Vec<f32>> {

@@ -1,5 +1,6 @@
-//! Calibration and GPTQ on the device: sums of outer products that stay there, the factor of the inverse Hessian, rounding
-//! column by column and coordinate descent behind it. The same codes as the CPU's to the bit from the same Hessian's factor.
+//! Calibration and GPTQ on the device: sums of outer products, which stay there as Hessians; the factor of the inverse Hessian,
+//! rounding column by column and coordinate descent behind it. The same codes as the CPU's to the bit from the same Hessian's
+//! factor.
 
 use super::device::{Arguments, Buffer, Element, Gemm};
 use super::{Cuda, CudaActivation, CudaTensor};
@@ -24,6 +25,11 @@ pub struct Gram {
 impl Gram {
     pub(super) fn values(&self) -> Result<Vec<f64>> {
         self.sum.download(self.features * self.features)
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(cuda: &Cuda, values: &[f64]) -> Result<Self> {
+        Ok(Self { features: values.len().isqrt(), sum: cuda.upload_values(values)? })
     }
 }
 
@@ -77,6 +83,14 @@ impl Cuda {
         Ok(true)
     }
 
+    /// See [`crate::backend::Backend::gram_diagonal`].
+    pub(super) fn diagonal(&self, gram: &Gram) -> Result<Vec<f64>> {
+        let n = gram.features;
+        let out = self.buffer::<f64>(n)?;
+        self.launch("gram_diagonal", [n.div_ceil(256), 1, 1], 256, 0, Arguments::default().with(&gram.sum).with(n).with(&out))?;
+        out.download(n)
+    }
+
     pub(super) fn magnitudes(&self, x: &CudaTensor) -> Result<Vec<f32>> {
         let out = self.buffer::<f32>(x.cols)?;
         out.zero()?;
@@ -111,13 +125,15 @@ impl Cuda {
     }
 
     /// See [`crate::backend::Backend::gptq`].
-    pub(super) fn round_gptq(&self, task: &Gptq<'_>) -> Result<GptqCodes> {
-        let (rows, cols) = (task.rows, task.cols);
-        let hessian = self.upload_values(task.hessian)?;
+    pub(super) fn round_gptq(&self, task: &Gptq<'_, Gram>) -> Result<GptqCodes> {
+        let (rows, cols, hessian) = (task.rows, task.cols, &task.hessian.sum);
+        if task.hessian.features != cols {
+            return Err(Error::run(format!("weights of {cols} inputs were given a Hessian of {}", task.hessian.features)));
+        }
         let order = self.upload_values(&task.order.iter().map(|c| *c as i32).collect::<Vec<_>>())?;
         let weights = self.upload_values(task.weights)?;
-        let (factor, damping) = self.first_factor(&hessian, &order, task)?;
-        let importance = self.upload_values(&task.order.iter().map(|c| task.hessian[c * (cols + 1)]).collect::<Vec<_>>())?;
+        let (factor, damping) = self.first_factor(hessian, &order, task)?;
+        let importance = self.upload_values(&task.order.iter().map(|c| task.diagonal[*c]).collect::<Vec<_>>())?;
         let work = self.buffer::<f32>(rows * cols)?;
         let arguments = Arguments::default().with(&weights).with(&order).with(cols).with(&work);
         self.launch("gptq_permute", [cols.div_ceil(256), rows, 1], 256, 0, arguments)?;
@@ -143,7 +159,7 @@ impl Cuda {
         drop((factor, work));
         if let Some(index) = damping {
             self.descend(
-                &hessian,
+                hessian,
                 task.damping[index],
                 task.sweeps,
                 &weights,
@@ -171,7 +187,7 @@ impl Cuda {
     }
 
     /// The factor under the first of `damping` that makes the Hessian positive definite, and which one that is.
-    fn first_factor(&self, hessian: &Buffer, order: &Buffer, task: &Gptq<'_>) -> Result<(Option<Buffer>, Option<usize>)> {
+    fn first_factor(&self, hessian: &Buffer, order: &Buffer, task: &Gptq<'_, Gram>) -> Result<(Option<Buffer>, Option<usize>)> {
         for (index, damping) in task.damping.iter().enumerate() {
             if let Some(factor) = self.factor(hessian, order, task.cols, *damping)? {
                 return Ok((Some(factor), Some(index)));

@@ -11,13 +11,14 @@ use crate::error::{Error, Result};
 /// Element types of a matrix product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
+    F64,
     F32,
     Bf16,
     Int8,
 }
 
 /// `C[m, n] = alpha·A[m, k] · B[n, k]ᵀ + beta·C`, all row-major with these leading dimensions; `transposed` means that A
-/// is `[k, m]` and B `[k, n]` instead (`AᵀB`, a gram matrix). Floats are added in f32, int8 in i32.
+/// is `[k, m]` and B `[k, n]` instead (`AᵀB`, a gram matrix). Floats are added in f32, f64 in f64, int8 in i32.
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm {
     pub element: Element,
@@ -84,9 +85,9 @@ pub trait Device: Send + Sync {
     /// `arguments` point to values of the kernel's parameter types, and what the kernel then reads and writes is
     /// allocated.
     unsafe fn launch(&self, kernel: &str, grid: Grid, arguments: &mut [*mut c_void]) -> Result<()>;
-    /// How the copy engine of Hopper sees a matrix of bytes: boxes of 64 rows by `wide` bytes; of 128, their chunks are permuted as
-    /// products of a warpgroup want them.
-    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize, wide: usize) -> Result<TensorMap>;
+    /// How the copy engine of Hopper sees a matrix of bytes: boxes of 64 rows by 128 bytes, whose chunks are permuted as products of a
+    /// warpgroup want them.
+    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize) -> Result<TensorMap>;
     /// A matrix product by a library; `false` where there is none.
     ///
     /// # Safety
@@ -276,22 +277,32 @@ impl Buffer {
 
     /// Writes `values` to the beginning.
     pub fn upload<T: Plain>(&self, values: &[T]) -> Result<()> {
-        let bytes = as_bytes(values);
-        self.check(0, bytes.len())?;
+        self.upload_at(0, values)
+    }
+
+    /// Writes `values` from value `at` on.
+    pub fn upload_at<T: Plain>(&self, at: usize, values: &[T]) -> Result<()> {
+        let (at, bytes) = (at * size_of::<T>(), as_bytes(values));
+        self.check(at, bytes.len())?;
         // SAFETY: checked to lie inside.
-        unsafe { self.memory.device.upload(self.address, bytes) }
+        unsafe { self.memory.device.upload(self.address + at as u64, bytes) }
     }
 
     /// Reads `count` values from the beginning.
     pub fn download<T: Plain>(&self, count: usize) -> Result<Vec<T>> {
-        self.check(0, count * size_of::<T>())?;
         let mut values = vec![T::default(); count];
-        // SAFETY: the vector has that many bytes, any of which are values of a plain type; checked to lie inside.
-        unsafe {
-            let bytes = std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), count * size_of::<T>());
-            self.memory.device.download(self.address, bytes)?;
-        }
+        self.download_at(0, &mut values)?;
         Ok(values)
+    }
+
+    /// Reads `values` from value `at` on.
+    pub fn download_at<T: Plain>(&self, at: usize, values: &mut [T]) -> Result<()> {
+        let (at, count) = (at * size_of::<T>(), size_of_val(values));
+        self.check(at, count)?;
+        // SAFETY: the slice has that many bytes, any of which are values of a plain type; checked to lie inside.
+        unsafe {
+            self.memory.device.download(self.address + at as u64, std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), count))
+        }
     }
 
     /// Copies `bytes` bytes from another buffer.

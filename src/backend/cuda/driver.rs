@@ -441,15 +441,10 @@ impl Device for Gpu {
             .map_err(|error| failed(&format!("launching `{kernel}` on {grid:?}"), error))
     }
 
-    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize, wide: usize) -> Result<TensorMap> {
+    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize) -> Result<TensorMap> {
         self.enter()?;
         let (sizes, strides) = ([row_bytes as u64, rows as u64], [row_bytes as u64]);
-        let (boxes, steps) = ([wide as u32, 64], [1, 1]);
-        let swizzle = if wide == 128 {
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
-        } else {
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
-        };
+        let (boxes, steps) = ([128, 64], [1, 1]);
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         // SAFETY: the arrays have as many elements as the matrix has dimensions, and live until the call returns; the address is
         // only noted.
@@ -464,7 +459,7 @@ impl Device for Gpu {
                 boxes.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
@@ -475,20 +470,23 @@ impl Device for Gpu {
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool> {
-        use cublas_sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32I};
+        use cublas_sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32I, CUBLAS_COMPUTE_64F};
         use cublas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-        use cublas_sys::cudaDataType::{CUDA_R_8I, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32I};
+        use cublas_sys::cudaDataType::{CUDA_R_8I, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32I, CUDA_R_64F};
         let Some(blas) = &self.blas else { return Ok(false) };
         self.enter()?;
         let (input, output, compute) = match gemm.element {
+            Element::F64 => (CUDA_R_64F, CUDA_R_64F, CUBLAS_COMPUTE_64F),
             Element::F32 => (CUDA_R_32F, CUDA_R_32F, CUBLAS_COMPUTE_32F),
             Element::Bf16 => (CUDA_R_16BF, CUDA_R_32F, CUBLAS_COMPUTE_32F),
             Element::Int8 => (CUDA_R_8I, CUDA_R_32I, CUBLAS_COMPUTE_32I),
         };
         let (alpha_int, beta_int) = (gemm.alpha as i32, gemm.beta as i32);
+        let (alpha_double, beta_double) = (f64::from(gemm.alpha), f64::from(gemm.beta));
         let (alpha, beta): (*const c_void, *const c_void) = match gemm.element {
             Element::Int8 => ((&raw const alpha_int).cast(), (&raw const beta_int).cast()),
-            _ => ((&raw const gemm.alpha).cast(), (&raw const gemm.beta).cast()),
+            Element::F64 => ((&raw const alpha_double).cast(), (&raw const beta_double).cast()),
+            Element::F32 | Element::Bf16 => ((&raw const gemm.alpha).cast(), (&raw const gemm.beta).cast()),
         };
         // cuBLAS counts by columns: the row-major C is its Cᵀ = B·Aᵀ.
         let operation = |transposed: bool| if transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };

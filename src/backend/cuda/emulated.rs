@@ -12,7 +12,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::device::{Device, Gemm, Grid, Pinned, Recording, TensorMap};
+use super::device::{Device, Element, Gemm, Grid, Pinned, Recording, TensorMap};
 use super::sources::{self, Source};
 use crate::error::{Error, Result};
 
@@ -32,6 +32,8 @@ pub struct Emulated {
     /// Keeps both callable.
     _library: Library,
     last_mark: Mutex<Instant>,
+    /// What tensor maps describe: address, rows, bytes of a row. A map is the address of one, in its first word.
+    matrices: Mutex<Vec<Box<[u64; 3]>>>,
     /// What was recorded so far, while recording.
     recording: Mutex<Option<Vec<Operation>>>,
 }
@@ -105,7 +107,14 @@ impl Emulated {
             let library = Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL).map_err(failed)?;
             let launch = *library.get::<Launch>("strata_launch").map_err(failed)?;
             let order = *library.get::<Order>("strata_order").map_err(failed)?;
-            Ok(Self { launch, order, _library: library, last_mark: Mutex::new(Instant::now()), recording: Mutex::default() })
+            Ok(Self {
+                launch,
+                order,
+                _library: library,
+                last_mark: Mutex::new(Instant::now()),
+                matrices: Mutex::default(),
+                recording: Mutex::default(),
+            })
         }
     }
 }
@@ -250,18 +259,43 @@ impl Device for Emulated {
 
     unsafe fn launch(&self, kernel: &str, grid: Grid, arguments: &mut [*mut c_void]) -> Result<()> {
         let kernel = CString::new(kernel).map_err(|_| Error::run("a kernel's name holds a zero byte"))?;
-        // SAFETY: `Arguments` keeps each value in eight bytes.
+        // SAFETY: `Arguments` keeps each value in eight bytes; of a tensor map the first eight say all.
         let arguments = arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read() }).collect();
         // SAFETY: the caller's promise.
         unsafe { self.operate(Operation::Launch { kernel, grid, arguments }) }
     }
 
-    fn tensor_map(&self, _address: u64, _rows: usize, _row_bytes: usize, _wide: usize) -> Result<TensorMap> {
-        Err(Error::run("the copy engine is not emulated"))
+    fn tensor_map(&self, address: u64, rows: usize, row_bytes: usize) -> Result<TensorMap> {
+        let matrix = Box::new([address, rows as u64, row_bytes as u64]);
+        let mut map = [0; 16];
+        map[0] = std::ptr::from_ref(&*matrix) as u64;
+        lock(&self.matrices).push(matrix);
+        Ok(TensorMap(map))
     }
 
-    unsafe fn gemm(&self, _gemm: &Gemm) -> Result<bool> {
-        Ok(false)
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<bool> {
+        if gemm.element != Element::F64 {
+            return Ok(false);
+        }
+        let Gemm { m, n, k, a, b, c, .. } = *gemm;
+        let at = |(address, stride): (u64, usize), transposed: bool, line: usize, inner: usize| {
+            let index = if transposed { inner * stride + line } else { line * stride + inner };
+            // SAFETY: the caller's promise.
+            unsafe { (address as *const f64).add(index).read() }
+        };
+        for i in 0..m {
+            for j in 0..n {
+                let product = |inner| at(a, gemm.a_transposed, i, inner) * at(b, gemm.b_transposed, j, inner);
+                let sum: f64 = (0..k).map(product).sum();
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let out = (c.0 as *mut f64).add(i * c.1 + j);
+                    let before = if gemm.beta == 0.0 { 0.0 } else { f64::from(gemm.beta) * out.read() };
+                    out.write(f64::from(gemm.alpha) * sum + before);
+                }
+            }
+        }
+        Ok(true)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -368,7 +368,7 @@ impl Cuda {
             let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.state).with(cache);
             self.launch("ssd_pass", [states_size.div_ceil(256), shape.heads, level.count], 256, 0, arguments)?;
             let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&states).with(&parameters.d).with(&level.chunks);
-            self.launch(output_kernel, [shape.heads, level.chunk_count, 1], 128, 81920, sizes(arguments).with(y.buffer()))?;
+            self.launch(output_kernel, [shape.heads, level.chunk_count, 1], 256, 81920, sizes(arguments).with(y.buffer()))?;
         }
         Ok(y)
     }

@@ -18,17 +18,23 @@ pub mod nvrtc;
 mod recording;
 pub mod sources;
 mod tensor;
+mod turn;
 pub mod verify;
 mod wgmma;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use faer::{MatMut, MatRef};
 
 use self::device::{Arguments, Buffer, Device, Grid, Memory, Pinned, Plain};
 pub use self::linear::{CudaEmbedding, CudaLinear};
 pub use self::recording::CudaRecording;
 pub use self::tensor::{CudaActivation, CudaTensor};
-use super::{Assignment, AttentionShape, Backend, Divergence, Emit, Gptq, GptqCodes, MambaParameters, MambaShape, RouterShape, Sequences};
+use super::{
+    Assignment, AttentionShape, Backend, Divergence, Emit, Gptq, GptqCodes, MambaParameters, MambaShape, RouterShape, Sequences, Side,
+};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormats, LinearWeights};
 
@@ -82,6 +88,12 @@ impl Cuda {
 
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
+    }
+
+    /// A sum of outer products of these values, which no inputs need to have.
+    #[cfg(test)]
+    pub(crate) fn gram_of(&self, values: &[f64]) -> Result<calibration::Gram> {
+        calibration::Gram::of(self, values)
     }
 
     fn buffer<T>(&self, count: usize) -> Result<Buffer> {
@@ -385,12 +397,20 @@ impl Backend for Cuda {
         self.add_to_gram(sum, x)
     }
 
-    fn gram_values(&self, sum: calibration::Gram) -> Result<Vec<f64>> {
-        sum.values()
+    fn gram_values<'a>(&self, sum: &'a calibration::Gram) -> Result<Cow<'a, [f64]>> {
+        sum.values().map(Cow::Owned)
     }
 
-    fn gptq(&self, task: &Gptq<'_>) -> Result<Option<GptqCodes>> {
+    fn gram_diagonal(&self, sum: &calibration::Gram) -> Result<Vec<f64>> {
+        self.diagonal(sum)
+    }
+
+    fn gptq(&self, task: &Gptq<'_, calibration::Gram>) -> Result<Option<GptqCodes>> {
         self.round_gptq(task).map(Some)
+    }
+
+    fn turn(&self, weights: MatMut<'_, f64>, rotation: MatRef<'_, f64>, side: Side) -> Result<()> {
+        self.turn_weights(weights, rotation, side)
     }
 
     fn largest_magnitudes(&self, x: &CudaActivation) -> Result<Vec<f32>> {

@@ -12,6 +12,9 @@ const NARROW: usize = 128;
 /// Inputs of a stage.
 const DEPTH: usize = 128;
 
+/// Stages of packed int4 weights on their way: two of each of three warps.
+const UNPACKING: usize = 6;
+
 /// A kernel and its launch.
 #[derive(Debug, Clone, Copy)]
 pub struct Launch {
@@ -30,9 +33,9 @@ impl Launch {
     pub fn of(int4: bool, tokens: usize) -> Self {
         let launch = |kernel, consumers: usize, tokens: usize, stages: usize| {
             let rows = 64 * consumers;
-            let stage = DEPTH * (rows + tokens) + if int4 { DEPTH / 2 * rows } else { 0 };
-            // 1024 to align the first stage, three barriers a stage.
-            let shared = 1024 + stages * (stage + 24);
+            let packed = if int4 { UNPACKING * DEPTH / 2 * rows } else { 0 };
+            // 1024 to align the first stage, two barriers a stage.
+            let shared = 1024 + stages * (DEPTH * (rows + tokens) + 16) + packed;
             Self { kernel, threads: 128 * (consumers + 1), shared, rows, tokens, resident: 3 - consumers }
         };
         match (int4, tokens <= NARROW) {
@@ -69,11 +72,11 @@ impl Operands<'_> {
     pub fn arguments(&self, device: &dyn Device) -> Result<Arguments> {
         let Self { weights, group, codes, tokens, rows, cols, .. } = *self;
         let width = super::padded(cols);
-        let packing = if group.is_some() { 2 } else { 1 };
-        let arguments = Arguments::default().with_map(&device.tensor_map(weights.address(), rows, width / packing, DEPTH / packing)?);
-        let arguments = arguments.with(self.scales);
-        let arguments = if let Some(group) = group { arguments.with(group) } else { arguments };
-        let arguments = arguments.with_map(&device.tensor_map(codes.address(), tokens, width, DEPTH)?).with(self.codes_scales);
+        let arguments = match group {
+            Some(group) => Arguments::default().with(weights).with(self.scales).with(group),
+            None => Arguments::default().with_map(&device.tensor_map(weights.address(), rows, width)?).with(self.scales),
+        };
+        let arguments = arguments.with_map(&device.tensor_map(codes.address(), tokens, width)?).with(self.codes_scales);
         Ok(arguments.with(tokens).with(rows).with(cols))
     }
 }

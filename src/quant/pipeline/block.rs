@@ -13,6 +13,7 @@ use crate::model::{Block, mamba_shape};
 use crate::quant::asymmetric;
 use crate::quant::calibrate;
 use crate::quant::donors::{PartlyQuantized, Place};
+use crate::quant::hessian::Hessian;
 use crate::quant::method::{QuantizedLinear, quantize_linear};
 use crate::quant::observe::{self, StaticScales, Wanted};
 use crate::quant::publish::{self, TensorOut};
@@ -40,7 +41,7 @@ impl<B: Backend> Pipeline<'_, B> {
             (pairs.map(mix).collect::<Result<_>>()?, BTreeMap::new())
         };
         laps.end("float pass");
-        let weights = self.transforms.block(checkpoint, spec, &maxima)?;
+        let weights = self.transforms.block(self.backend, checkpoint, spec, &maxima)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
         let transformed = Block::assemble(self.backend, &checkpoint.config, spec, &source)?;
         laps.end("transforms");
@@ -162,11 +163,11 @@ impl<B: Backend> Pipeline<'_, B> {
         let mut linears = BTreeMap::new();
         for linear in &spec.linears {
             self.monitor.check()?;
-            let hessian = hessians.get(&linear.name).map(Vec::as_slice);
+            let hessian = hessians.get(&linear.name).map(|hessian| hessian as &dyn Hessian);
             let rounding = self.rounding(plan.linear(index, &linear.stem), linear.planned_schemes(plan, index));
             let float = weights.linear(&linear.name)?;
             let corrected = shifts.get(&linear.name).filter(|_| quantized(linear)).zip(hessian);
-            let corrected = corrected.and_then(|(shift, hessian)| shift.corrected(float, hessian));
+            let corrected = corrected.map(|(shift, hessian)| shift.corrected(float, hessian)).transpose()?.flatten();
             linears.insert(linear.name.as_str(), quantize_linear(corrected.as_ref().unwrap_or(float), linear, &rounding, hessian)?);
         }
         laps.end("rounding");

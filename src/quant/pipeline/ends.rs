@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::format::{Format, LinearWeights, ScaleKind, Transform};
 use crate::quant::asymmetric::{self, Shift};
 use crate::quant::boundary::FloatHash;
+use crate::quant::hessian::{Hessian, Summed};
 use crate::quant::method::quantize_linear;
 use crate::quant::observe;
 use crate::quant::publish::{self, TensorOut};
@@ -29,14 +30,16 @@ impl<B: Backend> Pipeline<'_, B> {
             tensors.push(self.copy(&layout.final_norm.name)?);
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
-        let float_head = self.transforms.head(checkpoint)?;
+        let float_head = self.transforms.head(self.backend, checkpoint)?;
         let mut head = match self.request.donors {
             Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
             None => {
                 let rounding = self.rounding(plan.head, layout.head.schemes(plan.head));
                 let (hessian, shift) = self.head_moments(&float_head, &norm, streams)?.unzip();
-                let corrected = shift.flatten().zip(hessian.as_deref()).and_then(|(shift, hessian)| shift.corrected(&float_head, hessian));
-                quantize_linear(corrected.as_ref().unwrap_or(&float_head), &layout.head, &rounding, hessian.as_deref())?
+                let hessian = hessian.as_ref().map(|hessian| hessian as &dyn Hessian);
+                let corrected = shift.flatten().zip(hessian).map(|(shift, hessian)| shift.corrected(&float_head, hessian));
+                let corrected = corrected.transpose()?.flatten();
+                quantize_linear(corrected.as_ref().unwrap_or(&float_head), &layout.head, &rounding, hessian)?
             }
         };
         head.input_scale = self.head_scale(&norm, streams)?;
@@ -108,7 +111,7 @@ impl<B: Backend> Pipeline<'_, B> {
     /// The Hessian of the head's input, where the method uses one, and the shift where that is corrected too. A token counts by how undecided the model is about what
     /// follows, `1 − Σ p²`: that is the Fisher information of its logits summed over the vocabulary, so that the loss is
     /// the divergence that an error of the logits makes and not the error itself.
-    fn head_moments(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<(Vec<f64>, Option<Shift>)>> {
+    fn head_moments(&self, head: &FloatLinear, norm: &[f32], streams: &Streams<B>) -> Result<Option<(Summed<'_, B>, Option<Shift>)>> {
         let method = self.request.steps.method;
         if !method.uses_hessians() || self.request.plan.head.weight_bits() == 16 {
             return Ok(None);
@@ -138,7 +141,7 @@ impl<B: Backend> Pipeline<'_, B> {
             let x = self.backend.emit(self.backend.upload(values, cols)?, Emit::FLOAT)?;
             self.backend.add_gram(&mut sum, &x)?;
         }
-        let sum = sum.map(|sum| self.backend.gram_values(sum)).transpose()?;
+        let sum = sum.map(|sum| Summed::new(self.backend, sum)).transpose()?;
         Ok(sum.map(|sum| (sum, shift)))
     }
 }

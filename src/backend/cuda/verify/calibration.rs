@@ -1,15 +1,26 @@
-//! Statistics of activations, and GPTQ: the factor of the inverse Hessian, rounding block by block.
+//! Statistics of activations, rotations of weights by the device's library, and GPTQ: the factor of the inverse Hessian, rounding
+//! block by block.
 
+use std::sync::Arc;
+
+use faer::Mat;
 use half::bf16;
 
 use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, difference, mismatches, wide};
+use crate::backend::cuda::Cuda;
 use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::{Backend, Side, cpu};
 use crate::error::Result;
+
+/// Sums in f64 in an order of their own.
+const DOUBLE: f64 = 1e-13;
 
 pub fn checks(extent: Extent) -> Vec<Check> {
     let mut shapes = vec![(1, 16), (5, 70), (300, 129)];
+    let mut turned = vec![(37, 52), (64, 16)];
     if extent == Extent::Published {
         shapes.push((1000, 4096));
+        turned.push((1500, 1024));
     }
     let mut all = Vec::new();
     for (tokens, cols) in shapes {
@@ -21,8 +32,14 @@ pub fn checks(extent: Extent) -> Vec<Check> {
         }
         all.push(Check::new("squared_difference", shape.clone(), FLOAT, move |lab| squared_difference(lab, tokens, cols)));
         all.push(Check::new("undecidedness", shape.clone(), FLOAT, move |lab| undecidedness(lab, tokens, cols)));
+        all.push(Check::new("gram_diagonal", shape.clone(), EXACT, move |lab| gram_diagonal(lab, cols)));
         all.push(Check::new("abs_max", shape.clone(), EXACT, move |lab| abs_max(lab, tokens, cols)));
         all.push(Check::new("histogram", shape, EXACT, move |lab| histogram(lab, tokens * cols)));
+    }
+    for (rows, cols) in turned {
+        for side in [Side::Inputs, Side::Outputs] {
+            all.push(Check::new("dgemm", format!("{rows}x{cols} {side:?}"), DOUBLE, move |lab| turn(lab, rows, cols, side)));
+        }
     }
     let sizes = if extent == Extent::Published { vec![40, 64, 150, 1000] } else { vec![40, 64, 150] };
     for size in sizes {
@@ -51,6 +68,25 @@ fn gram(lab: &Lab, tokens: usize, cols: usize) -> Result<f64> {
     }
     let found: Vec<f32> = out.download::<f64>(cols * cols)?.into_iter().map(|x| x as f32).collect();
     Ok(difference(&found, &expected))
+}
+
+/// A rotation of weights: the library's matrix product where there is one.
+fn turn(lab: &Lab, rows: usize, cols: usize, side: Side) -> Result<f64> {
+    let order = if side == Side::Inputs { cols } else { rows };
+    let (weights, rotation) = (wide(&lab.normal(82, rows * cols)), wide(&lab.normal(83, order * order)));
+    let weights = Mat::from_fn(rows, cols, |i, j| weights[i * cols + j]);
+    let rotation = Mat::from_fn(order, order, |i, j| rotation[i * order + j]);
+    let (mut expected, mut found) = (weights.clone(), weights);
+    cpu::turn::turn(expected.as_mut(), rotation.as_ref(), side);
+    Cuda::on(Arc::clone(&lab.memory.device)).turn(found.as_mut(), rotation.as_ref(), side)?;
+    Ok((&found - &expected).norm_max() / expected.norm_max())
+}
+
+fn gram_diagonal(lab: &Lab, n: usize) -> Result<f64> {
+    let sum = wide(&lab.normal(84, n * n));
+    let (input, out) = (lab.put(&sum)?, lab.poisoned::<f64>(n)?);
+    lab.launch("gram_diagonal", [n.div_ceil(256), 1, 1], 256, 0, Arguments::default().with(&input).with(n).with(&out))?;
+    Ok(mismatches(&out.download::<f64>(n)?, &sum.into_iter().step_by(n + 1).collect::<Vec<_>>()))
 }
 
 /// The same by halves, whose products are made here.

@@ -410,7 +410,7 @@ fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form) -> Result<
     let blocks = [(shape.head_dim * shape.state).div_ceil(256), shape.heads, lengths.len()];
     lab.launch("ssd_pass", blocks, 256, 0, arguments.with(shape.state).with(&held))?;
     let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&states).with(&inputs.d).with(&places);
-    lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 128, 81920, sizes(arguments).with(&y))?;
+    lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 256, 81920, sizes(arguments).with(&y))?;
 
     let (mut expected_y, mut expected_states) = (Vec::new(), Vec::new());
     for row in &table {
