@@ -109,13 +109,11 @@ template <class S> DEVICE void unpack(const Ring& ring, const u8* w, int own, in
     const auto ask = [&] {
         if (ahead.more) {
             const int at = ahead.step * (DEPTH / 2) + lane % 4 * 16, row = ahead.walk.first_row + line;
-            const u8* const from = w + static_cast<i64>(row) * row_bytes + at;
+            const u8* from = w + static_cast<i64>(row) * row_bytes + at;
             u8* const to = packed + asked % S::AHEAD * S::PACKED;
+            // Outside the matrix nothing is read.
 #pragma unroll
-            for (int i = 0; i < S::ROWS / LINES; ++i) {
-                const bool inside = row + i * LINES < rows && at < row_bytes;
-                copy_async(to + i * LINES * (DEPTH / 2), inside ? from + static_cast<i64>(i * LINES) * row_bytes : w, inside);
-            }
+            for (int i = 0; i < S::ROWS / LINES; ++i, from += LINES * row_bytes) copy_async(to + i * LINES * (DEPTH / 2), from, row + i * LINES < rows && at < row_bytes);
             ++asked;
             ahead.advance(S::UNPACKERS);
         }

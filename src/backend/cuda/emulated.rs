@@ -33,6 +33,7 @@ pub struct Emulated {
     _library: Library,
     last_mark: Mutex<Instant>,
     /// What tensor maps describe: address, rows, bytes of a row. A map is the address of one, in its first word.
+    #[allow(clippy::vec_box, reason = "their addresses must stay")]
     matrices: Mutex<Vec<Box<[u64; 3]>>>,
     /// What was recorded so far, while recording.
     recording: Mutex<Option<Vec<Operation>>>,
