@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 36] = [
+const MUTANTS: [(&str, &str, &str); 35] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -58,7 +58,6 @@ const MUTANTS: [(&str, &str, &str); 36] = [
     ("wgmma.cu", "if (lane == 0) barrier_arrive(ring.empty + slot);", ""),
     ("wgmma.cu", "products_wait<0>();\n            if (part", "if (part"),
     ("wgmma.cu", "ahead.advance(S::UNPACKERS);", "ahead.advance(1);"),
-    ("wgmma.cu", "ring.packed + own * S::AHEAD * S::PACKED", "ring.packed + own * S::PACKED"),
     ("wgmma.cu", "products_wait<1>();", ""),
     ("wgmma.cu", "barrier_arrive(ring.empty + (used - 1) % S::STAGES);", "barrier_arrive(ring.empty + used % S::STAGES);"),
     ("ssd.cu", "p0 + column + n * 8 + lane % 4 * 2 + i % 2", "p0 + n * 8 + lane % 4 * 2 + i % 2"),
