@@ -347,7 +347,7 @@ impl Checkpoint {
         self.shards.total_bytes()
     }
 
-    /// Bytes that `linears` take in memory once loaded, where floats are f32 whatever they are on disk.
+    /// Bytes that `linears` take in memory once loaded: bf16 stays in 16 bits, f16 becomes f32.
     pub fn loaded_bytes<'s>(&self, linears: impl IntoIterator<Item = &'s LinearSpec>) -> Result<u64> {
         let mut total = 0;
         for linear in linears {
@@ -358,7 +358,8 @@ impl Checkpoint {
                 continue;
             }
             for part in self.parts(linear)? {
-                total += part.scheme.stored_bytes(part.rows, part.cols, size_of::<f32>());
+                let bf16 = self.find(&format!("{}.weight", part.stem)).is_some_and(|tensor| tensor.dtype == Dtype::BF16);
+                total += part.scheme.stored_bytes(part.rows, part.cols, if bf16 { 2 } else { 4 });
             }
         }
         Ok(total)

@@ -1,6 +1,7 @@
 //! What reading a model takes of the host's memory, before anything is loaded.
 
 use crate::backend::Backend;
+use crate::backend::cpu::EXPANDED;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 
@@ -15,8 +16,10 @@ pub struct MemoryNeed {
     /// All blocks, and the largest of them.
     pub blocks: u64,
     pub largest_block: u64,
-    /// Activations and logits of the largest batch.
+    /// Activations and logits of the largest batch, and weights that are expanded to multiply them.
     pub batch: u64,
+    /// The largest matrix in f32: how it comes from the checkpoint, whatever is kept of it.
+    pub loading: u64,
 }
 
 impl MemoryNeed {
@@ -26,39 +29,41 @@ impl MemoryNeed {
         let blocks = layout.blocks.iter().map(|block| checkpoint.loaded_bytes(&block.linears)).collect::<Result<Vec<_>>>()?;
         let ends = checkpoint.loaded_bytes([&layout.embedding, &layout.head])?;
         let hidden = checkpoint.config.hidden_size;
-        let widest = layout.blocks.iter().flat_map(|block| &block.linears).map(|linear| linear.rows.max(linear.cols)).max();
+        let linears = || layout.blocks.iter().flat_map(|block| &block.linears);
+        let widest = linears().map(|linear| linear.rows.max(linear.cols)).max();
         // A block holds its input, a norm of it, and about three tensors of its widest linear.
         let activations = 4 * batch_tokens * (2 * hidden + 3 * widest.unwrap_or(hidden));
         let logits = 4 * (batch_tokens * layout.head.rows).min(HEAD_VALUES);
+        let largest = linears().chain([&layout.embedding, &layout.head]).map(|linear| linear.rows * linear.cols).max().unwrap_or(0);
         Ok(Self {
             ends,
             blocks: blocks.iter().sum(),
             largest_block: blocks.iter().copied().max().unwrap_or(0),
-            batch: (activations + logits) as u64,
+            batch: (activations + logits + 4 * largest.min(EXPANDED)) as u64,
+            loading: 4 * largest as u64,
         })
     }
 
     /// With every block loaded.
     pub fn resident(&self) -> u64 {
-        self.ends + self.blocks + self.batch
+        self.ends + self.blocks + self.batch.max(self.loading)
     }
 
     /// An error when the model does not fit whole into what is free on the device of `backend`.
     pub fn check<B: Backend>(&self, backend: &B, name: &str) -> Result<()> {
-        let Some(free) = backend.free_bytes()?.filter(|free| self.resident() > *free) else { return Ok(()) };
+        let whole = self.ends + self.blocks + self.batch;
+        let Some(free) = backend.free_bytes()?.filter(|free| whole > *free) else { return Ok(()) };
         let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1_u64 << 30) as f64);
         let share = free.saturating_sub(self.batch) as f64 / (self.ends + self.blocks) as f64;
-        Err(Error::input(format!("{name} takes about {} on {}, where {} are free", gib(self.resident()), backend.name(), gib(free))).hint(
-            format!(
-                "a variant of at most {:.0} % of its bytes would fit; `eval` streams what does not, or take --device cpu",
-                100.0 * share
-            ),
-        ))
+        Err(Error::input(format!("{name} takes about {} on {}, where {} are free", gib(whole), backend.name(), gib(free))).hint(format!(
+            "a variant of at most {:.0} % of its bytes would fit; `eval` streams what does not, or take --device cpu",
+            100.0 * share
+        )))
     }
 
     /// With one block loaded at a time, batches between blocks not counted.
     pub fn streamed(&self) -> u64 {
-        self.ends + self.largest_block + self.batch
+        self.ends + self.largest_block + self.batch.max(self.loading)
     }
 
     /// The need against what there is, in words.

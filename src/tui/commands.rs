@@ -1,6 +1,6 @@
 //! [`Command`]: one row of the table that feeds keys, the hint line, `?` help, the `:` palette and the documentation.
 
-use nucleo_matcher::pattern::{CaseMatching, Normalization, Pattern};
+use nucleo_matcher::pattern::{AtomKind, CaseMatching, Normalization, Pattern};
 use nucleo_matcher::{Config, Matcher, Utf32Str};
 
 use super::command_table::TABLE;
@@ -155,18 +155,26 @@ pub struct Match {
     pub letters: Vec<u32>,
 }
 
-/// Commands that match what was typed in the palette, best first: words in any order, the letters of each in theirs.
+/// Letters from which on a word is also looked for in what commands say of themselves.
+const WORD: usize = 3;
+
+/// Commands that match what was typed in the palette, best first: words in any order, the letters of each in theirs. Behind
+/// them those whose sentence has the words, for who does not know what a command is called.
 pub fn search(query: &str) -> Vec<Match> {
     let pattern = Pattern::parse(query, CaseMatching::Ignore, Normalization::Smart);
+    let words = Pattern::new(query, CaseMatching::Ignore, Normalization::Smart, AtomKind::Substring);
+    let whole_words = query.split_whitespace().all(|word| word.len() >= WORD);
     let mut matcher = Matcher::new(Config::DEFAULT);
     let mut buffer = Vec::new();
-    let mut found: Vec<(u32, Match)> = Vec::new();
+    let mut found: Vec<((bool, u32), Match)> = Vec::new();
     for command in &TABLE {
         let mut letters = Vec::new();
         let by_id = pattern.indices(Utf32Str::new(command.id, &mut buffer), &mut matcher, &mut letters);
         // The title has words that the id leaves out; where both match, the id is what one types.
         let by_title = pattern.score(Utf32Str::new(command.title, &mut buffer), &mut matcher);
-        if let Some(score) = by_id.map(|score| score + 1).max(by_title) {
+        let by_name = by_id.map(|score| score + 1).max(by_title).map(|score| (true, score));
+        let by_sentence = || words.score(Utf32Str::new(command.help, &mut buffer), &mut matcher).map(|score| (false, score));
+        if let Some(score) = by_name.or_else(|| whole_words.then(by_sentence).flatten()) {
             letters.sort_unstable();
             letters.dedup();
             found.push((score, Match { command, letters }));
@@ -233,6 +241,7 @@ mod tests {
             assert_eq!(search(query)[0].command.id, id, "{query}");
         }
         assert_eq!(search("runall")[0].letters, [0, 1, 2, 4, 5, 6], "the letters to mark");
+        assert!(search("clipboard").iter().any(|found| found.command.id == "copy"), "by what it says of itself");
         assert_eq!(search("").len(), TABLE.len());
         assert!(search("zzz").is_empty());
     }

@@ -1,5 +1,6 @@
 //! Embedding tables on the CPU: rows looked up and, where quantized, expanded.
 
+use super::float_matmul::FloatMatrix;
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart, packing};
 
@@ -11,7 +12,7 @@ pub struct Embedding {
 }
 
 enum Table {
-    Float(Vec<f32>),
+    Float(FloatMatrix),
     Int8 { codes: Vec<i8>, scales: Vec<f32> },
     Grouped { words: Vec<u32>, scales: Vec<f32>, bits: u8, group: usize },
 }
@@ -20,7 +21,7 @@ impl Embedding {
     pub fn new(mut weights: LinearWeights) -> Result<Self> {
         let (rows, cols) = (weights.rows(), weights.cols);
         let table = match (weights.parts.pop(), weights.parts.is_empty()) {
-            (Some(WeightPart::Float(values)), true) => Table::Float(values),
+            (Some(WeightPart::Float(values)), true) => Table::Float(FloatMatrix::new(values, cols)?),
             (Some(WeightPart::Quantized(QuantizedMatrix { scheme, codes, scales, .. })), true) => match scheme {
                 Scheme::Grouped { bits, group } => Table::Grouped { words: packing::pack(&codes, cols, bits), scales, bits, group },
                 _ => Table::Int8 { codes, scales },
@@ -37,12 +38,11 @@ impl Embedding {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> u64 {
-        let bytes = match &self.table {
-            Table::Float(values) => 4 * values.len(),
-            Table::Int8 { codes, scales } => codes.len() + 4 * scales.len(),
-            Table::Grouped { words, scales, .. } => 4 * words.len() + 4 * scales.len(),
-        };
-        bytes as u64
+        match &self.table {
+            Table::Float(values) => values.bytes(),
+            Table::Int8 { codes, scales } => (codes.len() + 4 * scales.len()) as u64,
+            Table::Grouped { words, scales, .. } => (4 * words.len() + 4 * scales.len()) as u64,
+        }
     }
 
     /// The rows `ids`, `[ids, cols]`.
@@ -55,7 +55,7 @@ impl Embedding {
                 return Err(Error::input(format!("token id {id} is outside the vocabulary of {}", self.rows)));
             }
             match &self.table {
-                Table::Float(values) => out.extend_from_slice(&values[row * cols..(row + 1) * cols]),
+                Table::Float(values) => values.append_row(row, &mut out)?,
                 Table::Int8 { codes, scales } => {
                     out.extend(codes[row * cols..(row + 1) * cols].iter().map(|code| f32::from(*code) * scales[row]));
                 }

@@ -34,7 +34,7 @@ pub use packed::PackedMatrix;
 pub use rows::QuantizedRows;
 
 /// Outputs (rows of the weight matrix) in a panel.
-const PANEL: usize = 16;
+pub(super) const PANEL: usize = 16;
 
 /// Token × panel pairs that a tile holds at most.
 const TILE: usize = 16;

@@ -6,7 +6,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Lanes of the partial sums in [`dot`] and [`sum`].
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// `e^x` for finite x, relative error under 2e-7: Cephes' range reduction and polynomial, without branches.
 /// Results under 1e-38 become about 1e-38; over 3e38 they stay at about 3e38.
@@ -81,8 +81,9 @@ fn largest_bits(values: &[f32]) -> u32 {
     values.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0)
 }
 
+/// The sum of partial sums, added pairwise.
 #[inline(always)]
-fn fold(lanes: &mut [f32; LANES]) -> f32 {
+pub(super) fn fold(lanes: &mut [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {

@@ -3,6 +3,7 @@
 
 mod attention;
 mod embedding;
+mod float_matmul;
 pub mod hadamard;
 pub mod int_matmul;
 mod kv_cache;
@@ -19,6 +20,8 @@ use std::borrow::Cow;
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use faer::{MatMut, MatRef};
 
+pub use self::float_matmul::EXPANDED;
+use self::float_matmul::FloatMatrix;
 use self::int_matmul::{Isa, PackedMatrix, QuantizedRows};
 use super::{Assignment, AttentionShape, Backend, Divergence, Emit, MambaParameters, MambaShape, RouterShape, Sequences, Side};
 use crate::error::{Error, Result};
@@ -34,7 +37,6 @@ pub struct Cpu;
 /// Weights of a linear, in parts along the output.
 pub struct CpuLinear {
     rows: usize,
-    cols: usize,
     parts: Vec<Part>,
     bias: Option<Vec<f32>>,
     int8_activations: bool,
@@ -43,15 +45,14 @@ pub struct CpuLinear {
 }
 
 enum Part {
-    /// `[rows, cols]` in f32.
-    Float(Tensor),
+    Float(FloatMatrix),
     Packed(PackedMatrix),
 }
 
 impl Part {
     fn rows(&self) -> usize {
         match self {
-            Self::Float(weights) => weights.dims()[0],
+            Self::Float(weights) => weights.rows(),
             Self::Packed(matrix) => matrix.rows(),
         }
     }
@@ -143,17 +144,17 @@ impl Backend for Cpu {
             .parts
             .into_iter()
             .map(|part| match part {
-                WeightPart::Float(values) => Ok(Part::Float(tensor(values, cols)?)),
+                WeightPart::Float(values) => Ok(Part::Float(FloatMatrix::new(values, cols)?)),
                 WeightPart::Quantized(matrix) => Ok(Part::Packed(PackedMatrix::new(&matrix))),
             })
             .collect::<Result<_>>()?;
         let LinearWeights { bias, int8_activations, input_scale, hadamard, .. } = weights;
-        Ok(CpuLinear { rows, cols, parts, bias, int8_activations, input_scale, hadamard })
+        Ok(CpuLinear { rows, parts, bias, int8_activations, input_scale, hadamard })
     }
 
     fn resident_bytes(&self, linear: &CpuLinear) -> u64 {
         let weights = |part: &Part| match part {
-            Part::Float(weights) => 4 * weights.elem_count() as u64,
+            Part::Float(weights) => weights.bytes(),
             Part::Packed(matrix) => matrix.bytes(),
         };
         linear.parts.iter().map(weights).sum::<u64>() + linear.bias.as_ref().map_or(0, |bias| 4 * bias.len() as u64)
@@ -180,13 +181,11 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, linear: &CpuLinear, x: &CpuActivation) -> Result<Tensor> {
-        let float_product = |weights: &Tensor| -> Result<Tensor> {
-            let x = x.float.as_ref().ok_or_else(|| missing("float"))?;
-            operations::count_float(x.dims()[0] * weights.elem_count());
-            Ok(x.matmul(&weights.t()?)?)
-        };
-        if let ([Part::Float(weights)], None) = (linear.parts.as_slice(), &linear.bias) {
-            return float_product(weights);
+        let floats = || x.float.as_ref().ok_or_else(|| missing("float"));
+        match (linear.parts.as_slice(), &linear.bias) {
+            ([Part::Float(weights)], None) => return weights.product(floats()?),
+            ([Part::Packed(matrix)], None) if !linear.int8_activations => return float_matmul::packed_product(matrix, floats()?),
+            _ => {}
         }
         let tokens = match (&x.float, &x.int8) {
             (_, Some(codes)) => codes.tokens,
@@ -199,18 +198,14 @@ impl Backend for Cpu {
         for part in &linear.parts {
             let width = part.rows();
             let product = match part {
-                Part::Float(weights) => float_product(weights)?,
+                Part::Float(weights) => weights.product(floats()?)?,
                 Part::Packed(matrix) if linear.int8_activations => {
                     let codes = x.int8.as_ref().ok_or_else(|| missing("int8"))?;
                     int_matmul::matmul(matrix, codes, &mut out, rows, offset);
                     offset += width;
                     continue;
                 }
-                Part::Packed(matrix) => {
-                    let mut weights = vec![0.0; width * linear.cols];
-                    matrix.dequantize_into(0, &mut weights);
-                    float_product(&tensor(weights, linear.cols)?)?
-                }
+                Part::Packed(matrix) => float_matmul::packed_product(matrix, floats()?)?,
             };
             with_values(&product, |values| {
                 for (out, row) in out.chunks_exact_mut(rows).zip(values.chunks_exact(width)) {

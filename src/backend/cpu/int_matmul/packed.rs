@@ -109,6 +109,27 @@ impl PackedMatrix {
         out.par_chunks_mut(self.cols).enumerate().with_min_len(4 * PANEL).for_each(dequantize);
     }
 
+    /// Products of the rows from panel `first` on with f32 activations `x` `[tokens, cols]`, into `out` `[rows, tokens]`:
+    /// codes become floats in registers, and a scale is multiplied once for all products that share it.
+    pub fn few_floats(&self, first: usize, x: &[f32], out: &mut [f32]) {
+        let tokens = x.len() / self.cols;
+        for (panel, out) in out.chunks_mut(PANEL * tokens).enumerate() {
+            let (panel, blocks) = (first + panel, self.panel(first + panel));
+            for (token, x) in x.chunks_exact(self.cols).enumerate() {
+                let sums = match &self.scales {
+                    Scales::Rows(scales) => float_int8(blocks, &scales[panel * PANEL..(panel + 1) * PANEL], x),
+                    Scales::Groups { group, bits } => {
+                        let groups = self.cols / group;
+                        float_int4(blocks, *group, &bits[panel * groups..(panel + 1) * groups], x)
+                    }
+                };
+                for (out, sum) in out.chunks_exact_mut(tokens).zip(sums) {
+                    out[token] = sum;
+                }
+            }
+        }
+    }
+
     pub(super) fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }
@@ -138,6 +159,54 @@ fn pack_scales(matrix: &QuantizedMatrix, panels: usize) -> Scales {
         bits[row / PANEL * groups + index][row % PANEL] = rounded.to_bits();
     }
     Scales::Groups { group, bits }
+}
+
+/// The sums of 16 rows in int8, with a scale each.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn float_int8(blocks: &[Block], scales: &[f32], x: &[f32]) -> [f32; PANEL] {
+    let mut sums = [0.0; PANEL];
+    let (whole, rest) = x.as_chunks::<4>();
+    for (block, x) in blocks.iter().zip(whole) {
+        add_quads(&mut sums, block, x, 0, 0xff, INT8_BIAS);
+    }
+    if !rest.is_empty() {
+        let mut x = [0.0; 4];
+        x[..rest.len()].copy_from_slice(rest);
+        add_quads(&mut sums, &blocks[whole.len()], &x, 0, 0xff, INT8_BIAS);
+    }
+    for (sum, scale) in sums.iter_mut().zip(scales) {
+        *sum *= scale;
+    }
+    sums
+}
+
+/// The sums of 16 rows in int4, with a scale for each group of a row, as the bits of a bf16.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn float_int4(blocks: &[Block], group: usize, bits: &[[u16; PANEL]], x: &[f32]) -> [f32; PANEL] {
+    let mut sums = [0.0; PANEL];
+    for ((blocks, x), bits) in blocks.chunks_exact(group / 8).zip(x.chunks_exact(group)).zip(bits) {
+        let mut sums_in_group = [0.0; PANEL];
+        for (block, x) in blocks.iter().zip(x.as_chunks::<8>().0) {
+            let [a, b, c, d, e, f, g, h] = *x;
+            add_quads(&mut sums_in_group, block, &[a, b, c, d], 0, 0x0f, INT4_BIAS);
+            add_quads(&mut sums_in_group, block, &[e, f, g, h], 4, 0x0f, INT4_BIAS);
+        }
+        for ((sum, sum_in_group), bits) in sums.iter_mut().zip(sums_in_group).zip(bits) {
+            *sum += sum_in_group * f32::from_bits(u32::from(*bits) << 16);
+        }
+    }
+    sums
+}
+
+/// Adds to each row's sum the products of four inputs; a row's codes are bytes of `block`, `shift` bits up, under `mask`.
+#[inline(always)]
+fn add_quads(sums: &mut [f32; PANEL], block: &Block, x: &[f32; 4], shift: u32, mask: u32, bias: i32) {
+    let quads = block.0.as_chunks::<4>().0;
+    for (sum, quad) in sums.iter_mut().zip(quads) {
+        let quad = u32::from_le_bytes(*quad) >> shift;
+        let code = |i: u32| ((quad >> (8 * i) & mask) as i32 - bias) as f32;
+        *sum += (code(0) * x[0] + code(1) * x[1]) + (code(2) * x[2] + code(3) * x[3]);
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
