@@ -11,14 +11,12 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::int_matmul::{PANEL, PackedMatrix};
-use super::{math, operations, tensor, with_values};
+use super::math::{self, Value};
+use super::{operations, tensor, with_values};
 use crate::error::Result;
 
 /// Tokens up to which weights are multiplied as they are read.
 const FEW: usize = 8;
-
-/// Rows that are multiplied together, to have independent sums in flight.
-const ROWS: usize = 4;
 
 /// Products below which another task costs more than it gains (some 10 µs of one core).
 const TASK_PRODUCTS: usize = 1 << 17;
@@ -93,7 +91,7 @@ impl FloatMatrix {
     }
 
     fn few<W: Sync>(&self, weights: &[W], x: &[f32], kernel: fn(&[W], &[f32], usize, &mut [f32])) -> Result<Tensor> {
-        by_rows(self.rows, self.cols, ROWS, x, |first, out| {
+        by_rows(self.rows, self.cols, 1, x, |first, out| {
             let rows = out.len() / (x.len() / self.cols);
             kernel(&weights[first * self.cols..(first + rows) * self.cols], x, self.cols, out);
         })
@@ -153,25 +151,6 @@ fn by_rows(rows: usize, cols: usize, step: usize, x: &[f32], compute: impl Fn(us
     tensor(out, rows)
 }
 
-/// A weight as it is kept.
-trait Weight: Copy {
-    fn float(self) -> f32;
-}
-
-impl Weight for f32 {
-    #[inline(always)]
-    fn float(self) -> f32 {
-        self
-    }
-}
-
-impl Weight for bf16 {
-    #[inline(always)]
-    fn float(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
-
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
 fn few_f32(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     few(weights, x, cols, out);
@@ -184,45 +163,12 @@ fn few_bf16(weights: &[bf16], x: &[f32], cols: usize, out: &mut [f32]) {
 
 /// `out` `[rows, tokens]` from `weights` `[rows, cols]` and `x` `[tokens, cols]`.
 #[inline(always)]
-fn few<W: Weight>(weights: &[W], x: &[f32], cols: usize, out: &mut [f32]) {
-    let tokens = x.len() / cols;
-    for (weights, out) in weights.chunks(ROWS * cols).zip(out.chunks_mut(ROWS * tokens)) {
-        for (token, x) in x.chunks_exact(cols).enumerate() {
-            if weights.len() == ROWS * cols {
-                let rows: [&[W]; ROWS] = std::array::from_fn(|row| &weights[row * cols..(row + 1) * cols]);
-                for (row, dot) in dots(rows, x).into_iter().enumerate() {
-                    out[row * tokens + token] = dot;
-                }
-            } else {
-                for (row, weights) in weights.chunks_exact(cols).enumerate() {
-                    [out[row * tokens + token]] = dots([weights], x);
-                }
-            }
+fn few<W: Value>(weights: &[W], x: &[f32], cols: usize, out: &mut [f32]) {
+    for (row, out) in weights.chunks_exact(cols).zip(out.chunks_exact_mut(x.len() / cols)) {
+        for (x, out) in x.chunks_exact(cols).zip(out) {
+            *out = math::dot(row, x);
         }
     }
-}
-
-/// Inner products of some rows with `x`, each added as [`math::dot`] adds.
-#[inline(always)]
-fn dots<W: Weight, const R: usize>(rows: [&[W]; R], x: &[f32]) -> [f32; R] {
-    let mut lanes = [[0.0_f32; math::LANES]; R];
-    let (x_chunks, x_rest) = x.as_chunks::<{ math::LANES }>();
-    let chunks = rows.map(|row| row.as_chunks::<{ math::LANES }>().0);
-    for (index, x) in x_chunks.iter().enumerate() {
-        for (lanes, chunks) in lanes.iter_mut().zip(&chunks) {
-            let weights = &chunks[index];
-            for lane in 0..math::LANES {
-                lanes[lane] += weights[lane].float() * x[lane];
-            }
-        }
-    }
-    let rest = x.len() - x_rest.len();
-    for (lanes, row) in lanes.iter_mut().zip(&rows) {
-        for (lane, (weight, x)) in row[rest..].iter().zip(x_rest).enumerate() {
-            lanes[lane] += weight.float() * x;
-        }
-    }
-    lanes.map(|mut lanes| math::fold(&mut lanes))
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]

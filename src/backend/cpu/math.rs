@@ -2,11 +2,12 @@
 //! instruction sets and chosen at run time. Plain multiplications and additions in a fixed order: every
 //! instruction set gives the same bits.
 
+use half::bf16;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Lanes of the partial sums in [`dot`] and [`sum`].
-pub(super) const LANES: usize = 16;
+const LANES: usize = 16;
 
 /// `e^x` for finite x, relative error under 2e-7: Cephes' range reduction and polynomial, without branches.
 /// Results under 1e-38 become about 1e-38; over 3e38 they stay at about 3e38.
@@ -37,19 +38,38 @@ pub fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
+/// What is an f32, however it is kept.
+pub trait Value: Copy {
+    fn float(self) -> f32;
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn float(self) -> f32 {
+        self
+    }
+}
+
+impl Value for bf16 {
+    #[inline(always)]
+    fn float(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
 /// Inner product, in 16 partial sums that are added pairwise.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub fn dot<A: Value>(a: &[A], b: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     let (a_chunks, a_rest) = a.as_chunks::<LANES>();
     let (b_chunks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_chunks.iter().zip(b_chunks) {
         for lane in 0..LANES {
-            lanes[lane] += a[lane] * b[lane];
+            lanes[lane] += a[lane].float() * b[lane];
         }
     }
     for (lane, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[lane] += a * b;
+        lanes[lane] += a.float() * b;
     }
     fold(&mut lanes)
 }
@@ -81,9 +101,10 @@ fn largest_bits(values: &[f32]) -> u32 {
     values.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0)
 }
 
-/// The sum of partial sums, added pairwise.
-#[inline(always)]
-pub(super) fn fold(lanes: &mut [f32; LANES]) -> f32 {
+/// The sum of partial sums, added pairwise. Not inlined: as part of the loop in front it makes the compiler choose vectors
+/// of four, the width at which it ends.
+#[inline(never)]
+fn fold(lanes: &mut [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
