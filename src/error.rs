@@ -58,6 +58,17 @@ impl Error {
         Self { kind, message: format!("{doing} {} failed: {error}", path.display()), hint }
     }
 
+    /// `text`, which `origin` names, is not TOML of the expected form: one line with where it is wrong.
+    pub fn toml(origin: &str, text: &str, error: &toml::de::Error) -> Self {
+        let at = error.span().map_or_else(String::new, |span| {
+            let before = &text[..span.start.min(text.len())];
+            let line = before.matches('\n').count() + 1;
+            let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+            format!(", line {line}, column {column}")
+        });
+        Self::input(format!("{origin}{at}: {}", error.message().trim_end().replace('\n', ", ")))
+    }
+
     /// Adds the next step.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {

@@ -194,6 +194,48 @@ fn session_with_a_misspelt_key_or_a_newer_schema() {
 }
 
 #[test]
+fn recipe_files_that_are_none_say_where_and_what_to_read() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("mine.toml");
+    let formats = ["ssm", "mlp", "attention", "moe", "embedding", "head"].map(|part| format!("{part} = \"w8a8\"\n")).concat();
+    let recipe = format!("schema = \"strata.recipe/1\"\nname = \"mine\"\nmethod = \"rtn\"\ntransforms = []\n[formats]\n{formats}");
+    for (right, wrong, expected) in [
+        ("method =", "metod =", ["line 3, column 1", "metod"]),
+        ("\"rtn\"", "\"awq\"", ["line 3, column 10", "awq"]),
+        ("[]", "[\"rotate-everything\"]", ["line 4, column 15", "rotate-everything"]),
+        ("mlp = \"w8a8\"", "mlp = \"w5a8\"", ["line 7, column 7", "unknown format `w5a8`"]),
+        ("[formats]", "[formats", ["line 5, column", "unclosed"]),
+        ("moe = \"w8a8\"\n", "", ["line 5, column 1", "missing field `moe`"]),
+        ("strata.recipe/1", "strata.recipe/2", ["strata.recipe/2", "strata.recipe/1"]),
+    ] {
+        std::fs::write(&path, recipe.replace(right, wrong)).unwrap();
+        refused(&["quantize", "demo", "--recipe", path.to_str().unwrap()], &[&["mine.toml"][..], &expected].concat());
+    }
+}
+
+/// A block whose `down_proj` never reads anything but zeros has no Hessian to round by, and the width 96 no group of 128.
+#[test]
+fn a_singular_hessian_and_a_group_that_does_not_divide_are_reported() {
+    let folder = TempDir::new().unwrap();
+    let model = broken(folder.path(), |parts| parts.tensors.get_mut("backbone.layers.1.mixer.up_proj.weight").unwrap().2.fill(0));
+    let recipe = folder.path().join("gptq.toml");
+    let formats = ["ssm", "mlp", "attention", "moe"].map(|part| format!("{part} = \"w4a8\"\n")).concat();
+    let head = "schema = \"strata.recipe/1\"\nname = \"plain\"\nmethod = \"gptq\"\n[formats]\n";
+    std::fs::write(&recipe, format!("{head}{formats}embedding = \"w16a16\"\nhead = \"w16a16\"\n")).unwrap();
+    let out = folder.path().join("out");
+    let arguments = ["quantize", &model, "--recipe", recipe.to_str().unwrap(), "-o", out.to_str().unwrap()];
+    let run = strata(folder.path()).args(arguments).output().unwrap();
+    let (stderr, manifest) = (text(&run.stderr), std::fs::read_to_string(out.join("strata.toml")).unwrap());
+    common::succeeded(&run);
+    for what in
+        ["down_proj: its Hessian is singular, so weights were rounded to nearest", "groups of 32, since 128 does not divide 96 inputs"]
+    {
+        assert!(stderr.lines().any(|line| line.contains("block 1") && line.contains(what)), "`{what}` is not in:\n{stderr}");
+        assert!(manifest.contains(what), "{manifest}");
+    }
+}
+
+#[test]
 fn overrides_that_match_nothing_or_contradict() {
     let quantize = |rules: &[&str], expected: &[&str]| {
         let mut arguments = vec!["quantize", "demo", "--recipe", "phase1"];
@@ -203,6 +245,8 @@ fn overrides_that_match_nothing_or_contradict() {
         refused(&arguments, expected);
     };
     quantize(&["kind:moe=w4a8"], &["kind:moe"]);
+    quantize(&["name:*.gate_proj=w4a8"], &["name:*.gate_proj", "matches no linear"]);
+    quantize(&["name:layers.1.*=w8a8", "name:up_proj=w4a8"], &["layers.1.mixer.up_proj", "both w8a8 and w4a8"]);
     quantize(&["block:3=w4a8", "block:3=w8a8"], &["block:3", "w4a8", "w8a8"]);
     quantize(&["block:3=w5a8"], &["w5a8"]);
 }

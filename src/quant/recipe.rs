@@ -192,12 +192,13 @@ impl Recipe {
 
     /// Parses a recipe file; `origin` is named in errors.
     pub fn parse(text: &str, origin: &str) -> Result<Self> {
-        let recipe: Self =
-            toml::from_str(text).map_err(|error| Error::input(format!("{origin} is not a recipe: {}", error.to_string().trim_end())))?;
+        let hint = "docs/sessions.md shows a recipe file and its keys, docs/methods.md lists the transforms";
+        let recipe: Self = toml::from_str(text).map_err(|error| Error::toml(origin, text, &error).hint(hint))?;
         if recipe.schema != RECIPE_SCHEMA {
-            return Err(Error::input(format!("{origin} has schema `{}`, and this strata reads `{RECIPE_SCHEMA}`", recipe.schema)));
+            return Err(Error::input(format!("{origin} has schema `{}`, and this strata reads `{RECIPE_SCHEMA}`", recipe.schema))
+                .hint(format!("begin a recipe file with schema = \"{RECIPE_SCHEMA}\"")));
         }
-        recipe.observers.check()?;
+        recipe.observers.check().map_err(|error| error.context(origin))?;
         Ok(recipe)
     }
 

@@ -211,15 +211,7 @@ impl Session {
 
     /// Parses a session; errors name `origin`, line and column.
     pub fn parse(text: &str, origin: &str) -> Result<Self> {
-        let located = |error: toml::de::Error| {
-            let at = error.span().map_or_else(String::new, |span| {
-                let before = &text[..span.start.min(text.len())];
-                let line = before.matches('\n').count() + 1;
-                let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
-                format!(", line {line}, column {column}")
-            });
-            Error::input(format!("{origin}{at}: {}", error.message())).hint("docs/sessions.md lists the keys of a session file")
-        };
+        let located = |error: toml::de::Error| Error::toml(origin, text, &error).hint("docs/sessions.md lists the keys of a session file");
         let table: toml::Table = toml::from_str(text).map_err(located)?;
         match table.get("schema").and_then(toml::Value::as_str) {
             Some(SESSION_SCHEMA) => {}

@@ -60,8 +60,9 @@ impl Keymap {
     /// have it in the same place by default.
     pub fn parse(text: &str, origin: &Path) -> Result<Self> {
         let wrong = |what: String| Error::input(format!("{}: {what}", origin.display()));
-        let rows: BTreeMap<String, Keys> = toml::from_str(text)
-            .map_err(|error| wrong(error.to_string().trim_end().to_owned()).hint("write `undo = \"u\"` or `undo = [\"u\", \"ctrl-u\"]`"))?;
+        let rows: BTreeMap<String, Keys> = toml::from_str(text).map_err(|error| {
+            Error::toml(&origin.display().to_string(), text, &error).hint("write `undo = \"u\"` or `undo = [\"u\", \"ctrl-u\"]`")
+        })?;
         let mut own: Vec<(&Command, Vec<String>)> = Vec::new();
         for (id, keys) in rows {
             let command = TABLE.iter().find(|command| command.id == id).ok_or_else(|| {

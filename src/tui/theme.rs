@@ -140,7 +140,8 @@ impl Theme {
     /// Parses a theme. Roles that it leaves out look as in the default theme.
     fn parse(name: &str, text: &str) -> Result<Self> {
         let read = |text: &str| -> Result<BTreeMap<String, RoleStyle>> {
-            toml::from_str(text).map_err(|error| Error::input(format!("theme {name} cannot be read: {}", error.to_string().trim_end())))
+            let hint = "a role reads like title = { fg = \"cyan\", bold = true }; the folder themes/ has whole ones";
+            toml::from_str(text).map_err(|error| Error::toml(&format!("theme {name}"), text, &error).hint(hint))
         };
         let (own, default) = (read(text)?, read(BUILT_IN[0].1)?);
         if let Some(unknown) = own.keys().find(|key| Role::NAMES.iter().all(|(_, role)| role != key)) {
