@@ -156,6 +156,7 @@ fn make(checkpoint: &Checkpoint, output: &Path, row: &Row, arguments: &Arguments
         storage: StorageLayout::Native,
         output: output.to_owned(),
         force: true,
+        host_memory: u64::MAX,
         donors: None,
     };
     quantize(&Cpu, &request, &Monitor::silent()).unwrap();

@@ -212,6 +212,7 @@ fn a_plan_from_donors_loses_on_disk_what_it_loses_in_memory_and_less_than_others
         storage: StorageLayout::Native,
         output: output.clone(),
         force: false,
+        host_memory: u64::MAX,
         donors: Some(&donors),
     };
     let manifest = quantize(&Cpu, &quantization, &Monitor::silent()).unwrap();

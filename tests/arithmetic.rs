@@ -45,6 +45,7 @@ fn the_kernels_compute_what_the_plan_says() {
                 sample: Sample::load(&checkpoint, &spec).unwrap(),
                 storage: StorageLayout::Native,
                 output: output.clone(),
+                host_memory: u64::MAX,
                 donors: None,
                 force: false,
             };

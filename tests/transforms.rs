@@ -57,6 +57,7 @@ fn check(source: &Path, folder: &Path) {
             storage: StorageLayout::Native,
             output: output.clone(),
             force: false,
+            host_memory: u64::MAX,
             donors: None,
         };
         quantize(&Cpu, &request, &Monitor::silent()).unwrap();

@@ -46,7 +46,7 @@ fn the_skewed_twin_has_the_demos_logits_and_an_uneven_stream() {
         let ids: Vec<u32> = (0..200).map(|i| (i * 37 + 5) % 1000).collect();
         let mut stream = Stream::new(&Cpu, checkpoint, &[(ids, Sequences::new(vec![200]))]).unwrap();
         stream.run(&Monitor::silent(), "run").unwrap();
-        let (values, width) = (Cpu.download(&stream.boundary()[0]).unwrap(), checkpoint.config.hidden_size);
+        let (values, width) = (Cpu.download(&stream.boundary().get(&Cpu, 0).unwrap()).unwrap(), checkpoint.config.hidden_size);
         let column = |c: usize| values.iter().skip(c).step_by(width).map(|x| x * x).sum::<f32>().sqrt();
         spread(&(0..width).map(column).collect::<Vec<_>>())
     };

@@ -30,6 +30,7 @@ fn request<'a>(checkpoint: &'a Checkpoint, plan: Plan, output: &Path) -> Quantiz
         storage: StorageLayout::Native,
         output: output.to_owned(),
         force: false,
+        host_memory: u64::MAX,
         donors: None,
     }
 }

@@ -46,8 +46,8 @@ impl<'a, B: Backend> Reference<'a, B> {
         };
         let mut stream = reference.stream()?;
         stream.run(monitor, "reference")?;
-        let logits = |(h, rows): (&B::Tensor, &Vec<usize>)| reference.ends.logits_at(backend, h, rows);
-        reference.logits = stream.boundary().iter().zip(&reference.positions).map(logits).collect::<Result<_>>()?;
+        let logits = |(h, rows): (Result<B::Tensor>, &Vec<usize>)| reference.ends.logits_at(backend, &h?, rows);
+        reference.logits = stream.boundary().iter(backend).zip(&reference.positions).map(logits).collect::<Result<_>>()?;
         Ok(reference)
     }
 

@@ -72,6 +72,7 @@ pub fn measure<B: Backend>(backend: &B, request: &QuantizeSpeedRequest, monitor:
         storage: StorageLayout::Native,
         output: folder.path().join("variant"),
         force: false,
+        host_memory: u64::MAX,
         donors: None,
     };
     backend.reset_peak()?;

@@ -269,6 +269,7 @@ impl Allocate {
             output: Some(output.to_owned()),
             store: paths::variants_directory(),
             force: self.force,
+            host_memory: common.host_memory,
             donors: Some(donors_directory(&measurement.store)),
             allocate: None,
             evaluation: EvaluationFiles::default(),

@@ -76,7 +76,8 @@ pub struct Common {
     /// Computing threads; one for each processor unless given.
     #[arg(long, global = true)]
     threads: Option<usize>,
-    /// Memory that a model may take, as in `6GiB`; a larger one is evaluated block by block. What is free unless given.
+    /// Memory that a job may take, as in `6GiB`: a larger model is evaluated block by block, and activations that do not fit wait in a file.
+    /// What is free unless given.
     #[arg(long, global = true, value_name = "SIZE", value_parser = strata::size::parse)]
     host_memory: Option<u64>,
 }

@@ -77,6 +77,7 @@ impl Quantize {
             output: self.output.clone(),
             store: paths::variants_directory(),
             force: self.force,
+            host_memory: common.host_memory,
             donors: None,
         };
         let (path, manifest) = run_job(job, common)?;

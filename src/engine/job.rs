@@ -7,7 +7,7 @@ use crate::analysis::sensitivity::donors_directory;
 use crate::backend::Backend;
 use crate::checkpoint::{self, Checkpoint, StorageLayout};
 use crate::error::{Error, Result};
-use crate::eval::{EvaluateRequest, evaluate, text};
+use crate::eval::{EvaluateRequest, evaluate, memory, text};
 use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan};
 use crate::model::Hybrid;
 use crate::model::generate::{self, SamplingSpec};
@@ -76,6 +76,8 @@ pub struct QuantizeJob {
     pub force: bool,
     /// Folder of donors to take the quantized weights from, made by a sensitivity job with the same steps and sample.
     pub donors: Option<PathBuf>,
+    /// Bytes of memory that may be taken; `None` for what is free.
+    pub host_memory: Option<u64>,
     /// Find the plan by measurement first; `plan` then gives the bytes, and the formats of embedding and head.
     pub allocate: Option<AllocateJob>,
 }
@@ -212,6 +214,7 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
         storage: job.storage,
         output: PathBuf::new(),
         force: job.force,
+        host_memory: job.host_memory.or_else(memory::available_bytes).unwrap_or(u64::MAX),
         donors: donors.as_ref(),
     };
     request.output = match job.output {

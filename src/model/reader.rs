@@ -2,13 +2,12 @@
 //! take. Both run the same operations on the same batches, so that results do not depend on which it was.
 //! Start with [`Reader::load`].
 
-use std::fs::File;
 use std::path::Path;
 
 use half::bf16;
 
 use super::block::Block;
-use super::boundary::Boundary;
+use super::boundary::{Boundary, WaitingRoom};
 use super::hybrid::{Ends, Hybrid};
 use super::need::MemoryNeed;
 use crate::backend::{Backend, Sequences};
@@ -60,9 +59,8 @@ struct Streamed<'a, B: Backend> {
     backend: B,
     checkpoint: &'a Checkpoint,
     ends: Ends<B>,
-    /// Bytes that batches between two blocks may take in memory; more goes to a scratch file in `scratch`.
-    held: u64,
-    scratch: &'a Path,
+    /// Of batches between two blocks.
+    room: WaitingRoom<'a>,
 }
 
 impl<'a, B: Backend> Reader<'a, B> {
@@ -96,7 +94,7 @@ impl<'a, B: Backend> Reader<'a, B> {
                 .hint("raise --host-memory where it is the limit, or read fewer tokens at a time")
         })?;
         let ends = Ends::load(&backend, checkpoint)?;
-        Ok(Self { weights: Weights::Streamed(Streamed { backend, checkpoint, ends, held, scratch }) })
+        Ok(Self { weights: Weights::Streamed(Streamed { backend, checkpoint, ends, room: WaitingRoom { held, scratch } }) })
     }
 
     /// What computes.
@@ -137,15 +135,11 @@ impl<'a, B: Backend> Reader<'a, B> {
 impl<B: Backend> Streamed<'_, B> {
     fn run(&self, batches: &[Batch], rounding: Rounding, stage: &str, monitor: &Monitor) -> Result<Boundary<B>> {
         let (backend, blocks) = (&self.backend, self.checkpoint.layout.blocks.len());
-        let bytes = |batch: &Batch| 4 * batch.ids.len() as u64 * self.checkpoint.config.hidden_size as u64;
-        let total: u64 = batches.iter().map(bytes).sum();
-        let mut boundary = if total <= self.held {
-            Boundary::held(batches.len())
-        } else {
-            let file: File = tempfile::tempfile_in(self.scratch).map_err(|error| Error::io("making a file in", self.scratch, &error))?;
-            monitor.log(format!("{stage}: {total} bytes between two blocks go to a scratch file in {}", self.scratch.display()));
-            Boundary::spilled(file, self.scratch, &batches.iter().map(|batch| batch.ids.len()).collect::<Vec<_>>())
-        };
+        let tokens: Vec<usize> = batches.iter().map(|batch| batch.ids.len()).collect();
+        let mut boundary = Boundary::within(self.room, &tokens, self.checkpoint.config.hidden_size)?;
+        if boundary.is_spilled() {
+            monitor.log(format!("{stage}: what waits between two blocks goes to a scratch file in {}", self.room.scratch.display()));
+        }
         monitor.stage(&format!("{stage}, streamed"), blocks);
         for (index, batch) in batches.iter().enumerate() {
             boundary.put(backend, index, rounding.apply(backend, self.ends.embed(backend, batch.ids)?)?)?;

@@ -2,6 +2,7 @@
 //! one block and one boundary, whatever the size of the checkpoint.
 
 use super::block::{Block, Tap};
+use super::boundary::{Boundary, WaitingRoom};
 use super::hybrid::Ends;
 use crate::backend::{Backend, Sequences};
 use crate::checkpoint::Checkpoint;
@@ -14,14 +15,26 @@ pub struct Stream<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     ends: Ends<B>,
     sequences: Vec<Sequences>,
-    boundary: Vec<B::Tensor>,
+    boundary: Boundary<B>,
 }
 
 impl<'a, B: Backend> Stream<'a, B> {
-    /// Embeds `batches` of (token ids, sequences).
+    /// Embeds `batches` of (token ids, sequences), which wait in memory.
     pub fn new(backend: &'a B, checkpoint: &'a Checkpoint, batches: &[(Vec<u32>, Sequences)]) -> Result<Self> {
+        Self::embed(backend, checkpoint, batches, Boundary::held(batches.len()))
+    }
+
+    /// The same for batches that wait where `room` allows.
+    pub fn within(backend: &'a B, checkpoint: &'a Checkpoint, batches: &[(Vec<u32>, Sequences)], room: WaitingRoom<'_>) -> Result<Self> {
+        let tokens: Vec<usize> = batches.iter().map(|(ids, _)| ids.len()).collect();
+        Self::embed(backend, checkpoint, batches, Boundary::within(room, &tokens, checkpoint.config.hidden_size)?)
+    }
+
+    fn embed(backend: &'a B, checkpoint: &'a Checkpoint, batches: &[(Vec<u32>, Sequences)], mut boundary: Boundary<B>) -> Result<Self> {
         let ends = Ends::load(backend, checkpoint)?;
-        let boundary = batches.iter().map(|(ids, _)| ends.embed(backend, ids)).collect::<Result<_>>()?;
+        for (index, (ids, _)) in batches.iter().enumerate() {
+            boundary.put(backend, index, ends.embed(backend, ids)?)?;
+        }
         Ok(Self { backend, checkpoint, ends, sequences: batches.iter().map(|(_, sequences)| sequences.clone()).collect(), boundary })
     }
 
@@ -30,11 +43,17 @@ impl<'a, B: Backend> Stream<'a, B> {
         self.checkpoint.layout.blocks.len()
     }
 
+    /// Tokens of all batches.
+    pub fn tokens(&self) -> usize {
+        self.sequences.iter().map(Sequences::tokens).sum()
+    }
+
     /// Runs block `index` over every batch.
     pub fn advance(&mut self, index: usize) -> Result<()> {
         let block = Block::load(self.backend, self.checkpoint, index)?;
-        for (h, sequences) in self.boundary.iter_mut().zip(&self.sequences) {
-            *h = block.forward(self.backend, h.clone(), sequences, None)?;
+        for (batch, sequences) in self.sequences.iter().enumerate() {
+            let h = block.forward(self.backend, self.boundary.take(self.backend, batch)?, sequences, None)?;
+            self.boundary.put(self.backend, batch, h)?;
         }
         Ok(())
     }
@@ -42,9 +61,10 @@ impl<'a, B: Backend> Stream<'a, B> {
     /// Runs block `index` over every batch; `tap` sees the input of each of its linears.
     pub fn advance_observed(&mut self, index: usize, tap: &Tap<'_, B>) -> Result<()> {
         let block = Block::load(self.backend, self.checkpoint, index)?;
-        for (h, sequences) in self.boundary.iter_mut().zip(&self.sequences) {
-            let mixed = block.mix(self.backend, h, sequences, None, Some(tap))?;
-            *h = self.backend.add(h.clone(), &mixed)?;
+        for (batch, sequences) in self.sequences.iter().enumerate() {
+            let h = self.boundary.take(self.backend, batch)?;
+            let mixed = block.mix(self.backend, &h, sequences, None, Some(tap))?;
+            self.boundary.put(self.backend, batch, self.backend.add(h, &mixed)?)?;
         }
         Ok(())
     }
@@ -60,22 +80,27 @@ impl<'a, B: Backend> Stream<'a, B> {
     }
 
     /// The residual stream of each batch at the boundary reached, `[tokens, hidden]`.
-    pub fn boundary(&self) -> &[B::Tensor] {
+    pub fn boundary(&self) -> &Boundary<B> {
         &self.boundary
+    }
+
+    /// The same, when nothing else is wanted of the stream any more.
+    pub fn into_boundary(self) -> Boundary<B> {
+        self.boundary
     }
 
     /// The residual stream after the final norm of each batch.
     pub fn normalized(&self) -> Result<Vec<Vec<f32>>> {
-        self.boundary.iter().map(|h| self.ends.normalize(self.backend, h)).collect()
+        self.boundary.iter(self.backend).map(|h| self.ends.normalize(self.backend, &h?)).collect()
     }
 
     /// Logits of the rows `tokens` of batch `batch`.
     pub fn logits_at(&self, batch: usize, tokens: &[usize]) -> Result<B::Tensor> {
-        self.ends.logits_at(self.backend, &self.boundary[batch], tokens)
+        self.ends.logits_at(self.backend, &self.boundary.get(self.backend, batch)?, tokens)
     }
 
     /// Logits of batch `batch`, `[tokens, vocabulary]`.
     pub fn logits(&self, batch: usize) -> Result<B::Tensor> {
-        self.ends.logits(self.backend, &self.boundary[batch])
+        self.ends.logits(self.backend, &self.boundary.get(self.backend, batch)?)
     }
 }

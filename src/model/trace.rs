@@ -44,7 +44,11 @@ pub fn trace<B: Backend>(backend: &B, checkpoint: &Checkpoint, input: &TraceInpu
     let bytes = |values: Vec<f32>| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
     monitor.stage("trace", blocks);
     for index in 0..blocks {
-        tensors.push((format!("hidden.{index}"), checkpoint.config.hidden_size, bytes(backend.download(&stream.boundary()[0])?)));
+        tensors.push((
+            format!("hidden.{index}"),
+            checkpoint.config.hidden_size,
+            bytes(backend.download(&stream.boundary().get(backend, 0)?)?),
+        ));
         stream.advance(index)?;
         monitor.step(index + 1, format!("block {index}"))?;
     }

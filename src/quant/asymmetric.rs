@@ -22,7 +22,7 @@ use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::BlockSpec;
 use crate::error::Result;
 use crate::format::LinearWeights;
-use crate::model::Block;
+use crate::model::{Block, Boundary};
 use crate::monitor::Monitor;
 
 /// Share of the way to W'; GPTAQ's own code takes the same.
@@ -69,17 +69,19 @@ pub fn turned<B: Backend>(backend: &B, h: &B::Tensor, rotation: Option<MatRef<'_
 }
 
 /// The shift of each linear of `block` (transformed, in float), by its name: `float` and `quantized` are the two streams in
-/// front of it, both in the transforms' basis. Routed experts have none, for the two streams send them other tokens.
+/// front of it; `rotation` turns the float one into the basis of the quantized one. Routed experts have none, for the two
+/// streams send them other tokens.
 pub fn shifts<B: Backend>(
     backend: &B,
     spec: &BlockSpec,
     block: &Block<B>,
-    (float, quantized): (&[B::Tensor], &[B::Tensor]),
+    (float, quantized): (&Boundary<B>, &Boundary<B>),
+    rotation: Option<MatRef<'_, f64>>,
     sequences: &[Sequences],
     monitor: &Monitor,
 ) -> Result<BTreeMap<String, Shift>> {
     let mut shifts: BTreeMap<String, Shift> = BTreeMap::new();
-    for ((float, quantized), sequences) in float.iter().zip(quantized).zip(sequences) {
+    for ((float, quantized), sequences) in float.iter(backend).zip(quantized.iter(backend)).zip(sequences) {
         monitor.check()?;
         let read = |h: &B::Tensor| -> Result<BTreeMap<String, Vec<f32>>> {
             let inputs: RefCell<BTreeMap<String, Vec<f32>>> = RefCell::new(BTreeMap::new());
@@ -92,7 +94,7 @@ pub fn shifts<B: Backend>(
             block.mix(backend, h, sequences, None, Some(&tap))?;
             Ok(inputs.into_inner())
         };
-        let (float, quantized) = (read(float)?, read(quantized)?);
+        let (float, quantized) = (read(&turned(backend, &float?, rotation)?)?, read(&quantized?)?);
         for (name, x) in &quantized {
             let cols = spec.linear(name).map_or(1, |linear| linear.cols);
             shifts.entry(name.clone()).or_default().add(&float[name], x, cols);

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::backend::Backend;
 use crate::checkpoint::hexadecimal;
 use crate::error::{Error, Result};
+use crate::model::Boundary;
 
 /// SHA-256 over the values of tensors, one after another.
 #[derive(Default)]
@@ -49,12 +50,12 @@ impl FloatHash {
 }
 
 /// Writes tensors one after another, f32 in little-endian, so that the file is absent (or old) or whole.
-pub fn write<'a, B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item = &'a B::Tensor>) -> Result<()> {
+pub fn write<B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item = Result<B::Tensor>>) -> Result<()> {
     let temporary = path.with_extension("tmp");
     let failed = |error: std::io::Error| Error::io("writing", path, &error);
     let mut file = BufWriter::new(File::create(&temporary).map_err(failed)?);
     for tensor in tensors {
-        for values in backend.download(tensor)?.chunks(1 << 12) {
+        for values in backend.download(&tensor?)?.chunks(1 << 12) {
             file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()).map_err(failed)?;
         }
     }
@@ -62,17 +63,20 @@ pub fn write<'a, B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<It
     file.sync_all().and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
 }
 
-/// Reads tensors `[tokens, cols]` of so many `tokens` each.
-pub fn read<B: Backend>(backend: &B, path: &Path, tokens: impl Iterator<Item = usize>, cols: usize) -> Result<Vec<B::Tensor>> {
+/// Reads what [`write`] wrote into boundaries, one after another: in each a tensor `[tokens, cols]` for each of `tokens`.
+pub fn read<B: Backend>(backend: &B, path: &Path, tokens: &[usize], cols: usize, into: [&mut Boundary<B>; 2]) -> Result<()> {
     let failed =
         |error: std::io::Error| Error::run(format!("{} is damaged: {error}", path.display())).hint("remove the work folder and run again");
     let mut file = BufReader::new(File::open(path).map_err(|error| Error::io("reading", path, &error))?);
-    let mut tensor = |tokens: usize| {
-        let mut bytes = vec![0; 4 * tokens * cols];
-        file.read_exact(&mut bytes).map_err(failed)?;
-        backend.upload(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(), cols)
-    };
-    tokens.map(&mut tensor).collect()
+    for boundary in into {
+        for (index, tokens) in tokens.iter().enumerate() {
+            let mut bytes = vec![0; 4 * tokens * cols];
+            file.read_exact(&mut bytes).map_err(failed)?;
+            let values = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            boundary.put(backend, index, backend.upload(values, cols)?)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -85,13 +89,20 @@ mod tests {
     fn streams_come_back_and_a_short_file_is_said_to_be_damaged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("boundary.f32");
-        let tensors = [Cpu.upload((0..12).map(|i| i as f32).collect(), 4).unwrap(), Cpu.upload(vec![-1.5; 4], 4).unwrap()];
-        write(&Cpu, &path, tensors.iter()).unwrap();
-        let back: Vec<_> = read(&Cpu, &path, [3, 1].into_iter(), 4).unwrap();
-        for (back, tensor) in back.iter().zip(&tensors) {
-            assert_eq!(Cpu.download(back).unwrap(), Cpu.download(tensor).unwrap());
+        let stream = |from: usize| -> Boundary<Cpu> {
+            let tensors = [(from..from + 12).map(|i| i as f32).collect(), vec![-1.5 * from as f32; 4]];
+            tensors.map(|values| Cpu.upload(values, 4).unwrap()).to_vec().into()
+        };
+        let (first, second) = (stream(1), stream(100));
+        write(&Cpu, &path, first.iter(&Cpu).chain(second.iter(&Cpu))).unwrap();
+        let mut back = [Boundary::held(2), Boundary::held(2)];
+        read(&Cpu, &path, &[3, 1], 4, back.each_mut()).unwrap();
+        for (back, stream) in back.iter().zip([first, second]) {
+            for (back, tensor) in back.iter(&Cpu).zip(stream.iter(&Cpu)) {
+                assert_eq!(Cpu.download(&back.unwrap()).unwrap(), Cpu.download(&tensor.unwrap()).unwrap());
+            }
         }
-        assert!(read(&Cpu, &path, [3, 2].into_iter(), 4).unwrap_err().message.contains("damaged"));
+        assert!(read(&Cpu, &path, &[3, 2], 4, back.each_mut()).unwrap_err().message.contains("damaged"));
     }
 
     #[test]

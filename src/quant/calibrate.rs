@@ -3,31 +3,25 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use super::hessian::Summed;
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{BlockSpec, Checkpoint};
 use crate::error::{Error, Result};
-use crate::model::{Block, Stream};
+use crate::format::Transform;
+use crate::model::{Block, Boundary, Stream, Tap};
 use crate::monitor::Monitor;
 
 /// Second moment `[hidden, hidden]` of `h / rms(h)` in front of the blocks, averaged over them: a pass of the float
-/// model over the sample.
-pub fn second_moment<B: Backend>(
-    backend: &B,
-    checkpoint: &Checkpoint,
-    batches: &[(Vec<u32>, Sequences)],
-    monitor: &Monitor,
-) -> Result<Vec<f64>> {
+/// model over the sample, which is embedded in `stream`.
+pub fn second_moment<B: Backend>(backend: &B, checkpoint: &Checkpoint, mut stream: Stream<'_, B>, monitor: &Monitor) -> Result<Vec<f64>> {
     let hidden = checkpoint.config.hidden_size;
     let ones = backend.prepare_vector(vec![1.0; hidden])?;
     let mut sum = None;
-    let mut stream = Stream::new(backend, checkpoint, batches)?;
     monitor.stage("calibrate", stream.blocks());
     for index in 0..stream.blocks() {
-        for h in stream.boundary() {
-            let x = backend.rms_norm(h, &ones, checkpoint.config.norm_eps, Emit::FLOAT)?;
+        for h in stream.boundary().iter(backend) {
+            let x = backend.rms_norm(&h?, &ones, checkpoint.config.norm_eps, Emit::FLOAT)?;
             if backend.largest_magnitudes(&x)?.iter().any(|value| !value.is_finite()) {
                 return Err(Error::run(format!("the residual stream in front of block {index} is not finite on the calibration text"))
                     .hint("the unquantized model overflows: check the checkpoint"));
@@ -37,8 +31,7 @@ pub fn second_moment<B: Backend>(
         stream.advance(index)?;
         monitor.step(index + 1, format!("block {index}"))?;
     }
-    let tokens: usize = batches.iter().map(|(ids, _)| ids.len()).sum();
-    let count = (tokens * stream.blocks()) as f64;
+    let count = (stream.tokens() * stream.blocks()) as f64;
     let Some(sum) = sum else { return Ok(vec![0.0; hidden * hidden]) };
     Ok(backend.gram_values(&sum)?.iter().map(|value| value / count).collect())
 }
@@ -50,17 +43,23 @@ pub type Maxima = BTreeMap<String, Vec<f64>>;
 /// Names the depthwise convolution among [`Maxima`].
 pub const CONVOLUTION: &str = "conv1d";
 
-/// Runs `block` over the batches and returns what it adds to each, with the largest magnitudes that its linears read.
-/// Those of the convolution need a state-space block's `projection`: its `in_proj`, and where the channels of the
-/// convolution are in what that gives.
-pub fn maxima<B: Backend>(
+/// Runs block `spec` as `checkpoint` stores it over the batches at `inputs`, hands each batch behind it to `behind` with
+/// its index, and returns the largest magnitudes that the smoothing among `transforms` needs; none where nothing smooths.
+pub fn float_pass<B: Backend>(
     backend: &B,
+    checkpoint: &Checkpoint,
     spec: &BlockSpec,
-    block: &Block<B>,
-    projection: Option<&(&B::Linear, Range<usize>)>,
-    inputs: &[B::Tensor],
-    sequences: &[Sequences],
-) -> Result<(Vec<B::Tensor>, Maxima)> {
+    transforms: &[Transform],
+    (inputs, sequences): (&Boundary<B>, &[Sequences]),
+    mut behind: impl FnMut(usize, B::Tensor) -> Result<()>,
+) -> Result<Maxima> {
+    let block = Block::load(backend, checkpoint, spec.index)?;
+    // The convolution is no linear: what it reads is computed once more from what `in_proj` reads.
+    let in_proj = match spec.linear("in_proj") {
+        Some(linear) if transforms.contains(&Transform::SmoothConv) => Some(backend.prepare(checkpoint.linear(linear, None)?)?),
+        _ => None,
+    };
+    let (inner, channels) = (checkpoint.config.mamba.inner(), checkpoint.config.mamba.conv_channels());
     let found: RefCell<Maxima> = RefCell::new(BTreeMap::new());
     let see = |name: &str, seen: &[f32]| {
         if seen.iter().any(|value| !value.is_finite()) {
@@ -71,17 +70,22 @@ pub fn maxima<B: Backend>(
         largest.iter_mut().zip(seen).for_each(|(largest, x)| *largest = largest.max(f64::from(*x)));
         Ok(())
     };
-    let tap = |name: &str, x: &B::Activation| {
+    let watch = |name: &str, x: &B::Activation| {
         see(name, &backend.largest_magnitudes(x)?)?;
-        if let (Some((in_proj, channels)), "in_proj") = (projection, name) {
+        if let (Some(in_proj), "in_proj") = (&in_proj, name) {
             let projected = backend.emit(backend.linear(in_proj, x)?, Emit::FLOAT)?;
-            see(CONVOLUTION, &backend.largest_magnitudes(&projected)?[channels.clone()])?;
+            see(CONVOLUTION, &backend.largest_magnitudes(&projected)?[inner..inner + channels])?;
         }
         Ok(())
     };
-    let mixed = inputs.iter().zip(sequences).map(|(h, sequences)| block.mix(backend, h, sequences, None, Some(&tap)));
-    let mixed = mixed.collect::<Result<_>>()?;
-    Ok((mixed, found.into_inner()))
+    let watch: &Tap<'_, B> = &watch;
+    let tap = transforms.iter().any(|transform| transform.smooths()).then_some(watch);
+    for (index, (h, sequences)) in inputs.iter(backend).zip(sequences).enumerate() {
+        let h = h?;
+        let mixed = block.mix(backend, &h, sequences, None, tap)?;
+        behind(index, backend.add(h, &mixed)?)?;
+    }
+    Ok(found.into_inner())
 }
 
 /// The Hessian of the input of each linear of `block` (float) over the batches, by the linear's name.
@@ -89,15 +93,15 @@ pub fn hessians<'a, B: Backend>(
     backend: &'a B,
     spec: &BlockSpec,
     block: &Block<B>,
-    inputs: &[B::Tensor],
+    inputs: &Boundary<B>,
     sequences: &[Sequences],
     monitor: &Monitor,
 ) -> Result<BTreeMap<String, Summed<'a, B>>> {
     let sums: RefCell<BTreeMap<String, Option<B::Gram>>> = RefCell::new(BTreeMap::new());
     let tap = |name: &str, x: &B::Activation| backend.add_gram(sums.borrow_mut().entry(name.to_owned()).or_default(), x);
-    for (h, sequences) in inputs.iter().zip(sequences) {
+    for (h, sequences) in inputs.iter(backend).zip(sequences) {
         monitor.check()?;
-        block.mix(backend, h, sequences, None, Some(&tap))?;
+        block.mix(backend, &h?, sequences, None, Some(&tap))?;
     }
     let sums = sums.into_inner().into_iter().filter_map(|(name, sum)| Some((name, sum?)));
     let hessian = |(name, sum): (String, B::Gram)| {

@@ -31,7 +31,7 @@ use crate::checkpoint::{BlockSpec, Checkpoint, Dtype, LinearSpec, TOOL, sha256_h
 use crate::error::{Error, Result};
 use crate::files;
 use crate::format::{BlockKind, Format, LinearWeights, QuantizedMatrix, Scheme, SsmActivations, Transform, WeightPart, packing};
-use crate::model::{Block, BlockSource};
+use crate::model::{Block, BlockSource, Boundary, Stream};
 use crate::monitor::Monitor;
 
 const INDEX: &str = "donors.json";
@@ -192,7 +192,7 @@ impl Donors {
         checkpoint: &Checkpoint,
         spec: &BlockSpec,
         formats: &[Format],
-        inputs: &[B::Tensor],
+        inputs: &Boundary<B>,
         sequences: &[Sequences],
         monitor: &Monitor,
     ) -> Result<()> {
@@ -232,15 +232,15 @@ impl Donors {
 
     /// Makes the head's donor for `format` if it is missing. `inputs` is the sample's residual stream behind the last
     /// block, in the transforms' basis.
-    pub fn make_head<B: Backend>(&mut self, backend: &B, checkpoint: &Checkpoint, format: Format, inputs: &[B::Tensor]) -> Result<()> {
+    pub fn make_head<B: Backend>(&mut self, backend: &B, checkpoint: &Checkpoint, format: Format, inputs: &Boundary<B>) -> Result<()> {
         if self.has(Place::Head, format) {
             return Ok(());
         }
         let head = self.transforms.head(backend, checkpoint)?;
         let norm = backend.prepare_vector(self.transforms.final_norm(checkpoint)?)?;
         let mut sum = None;
-        for h in inputs {
-            let x = backend.rms_norm(h, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
+        for h in inputs.iter(backend) {
+            let x = backend.rms_norm(&h?, &norm, checkpoint.config.norm_eps, Emit::FLOAT)?;
             backend.add_gram(&mut sum, &x)?;
         }
         let hessian = sum.filter(|_| self.steps.method.uses_hessians()).map(|sum| Summed::new(backend, sum)).transpose()?;
@@ -521,7 +521,8 @@ fn second_moment<B: Backend>(backend: &B, checkpoint: &Checkpoint, sample: &Samp
     {
         return Ok(bytes.as_chunks::<8>().0.iter().map(|value| f64::from_le_bytes(*value)).collect());
     }
-    let moment = calibrate::second_moment(backend, checkpoint, &sample.batches(), monitor)?;
+    let stream = Stream::new(backend, checkpoint, &sample.batches())?;
+    let moment = calibrate::second_moment(backend, checkpoint, stream, monitor)?;
     files::write_atomically(path, &moment.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
     Ok(moment)
 }

@@ -1,13 +1,15 @@
 //! What quantizing takes of the host's memory, before it starts.
 
-use crate::backend::Backend;
 use crate::checkpoint::{BlockSpec, Layout, LinearSpec};
 use crate::error::{Error, Result};
+
+/// Residual streams that wait at a time: the float and the quantized one in front of a block, and the float one behind it.
+const STREAMS: u64 = 3;
 
 /// Bytes of memory, estimated from shapes. One block is in memory at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryNeed {
-    /// The float and the quantized residual stream of the sample at one boundary, and a copy of one while a block runs.
+    /// Residual streams of the sample, [`STREAMS`] of them.
     pub streams: u64,
     /// The largest block: in f64 for the transforms, three times in f32 (checkpoint's, transformed, quantized) and as codes.
     pub block: u64,
@@ -25,29 +27,47 @@ impl MemoryNeed {
             8 * block.linears.iter().map(|linear| square(linear.cols)).sum::<u64>() + 28 * largest
         };
         Self {
-            streams: 3 * 4 * (tokens * hidden) as u64,
+            streams: STREAMS * 4 * (tokens * hidden) as u64,
             block: (8 + 3 * 4 + 2) * layout.blocks.iter().map(weights).max().unwrap_or(0),
             statistics: if hessians { layout.blocks.iter().map(moments).max().unwrap_or(0) } else { 0 },
         }
     }
 
-    /// An error when a device with memory of its own has less free.
-    pub fn check<B: Backend>(&self, backend: &B) -> Result<()> {
-        let total = self.streams + self.block + self.statistics;
-        let Some(free) = backend.free_bytes()?.filter(|free| total > *free) else { return Ok(()) };
-        let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1_u64 << 30) as f64);
-        let share = free.saturating_sub(self.block + self.statistics) as f64 / self.streams as f64;
-        let hint =
-            if share > 0.0 { format!("{:.0} % of the sample would fit", 100.0 * share) } else { "not even the largest block fits".into() };
-        Err(Error::input(format!("quantizing takes about {} on {}, where {} are free", gib(total), backend.name(), gib(free)))
-            .hint(format!("{hint}; take fewer or shorter sequences, or --device cpu")))
+    /// Bytes that one of the sample's streams may take of `limit` bytes of memory; an error where the largest block does not
+    /// fit into them.
+    pub fn held(&self, limit: u64) -> Result<u64> {
+        limit.checked_sub(self.block + self.statistics).map(|left| left / STREAMS).ok_or_else(|| {
+            Error::input(format!(
+                "quantizing takes about {} for the largest block and {} for its statistics, and {} of memory may be taken",
+                mb(self.block),
+                mb(self.statistics),
+                mb(limit)
+            ))
+            .hint("raise --host-memory where it is the limit, take --device cpu where the device's memory is, or a recipe without GPTQ")
+        })
     }
 
     /// In words.
     pub fn statement(&self) -> String {
-        let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
         let total = mb(self.streams + self.block + self.statistics);
         let (streams, block, statistics) = (mb(self.streams), mb(self.block), mb(self.statistics));
         format!("needs about {total} of memory: {streams} for the sample, {block} for the largest block, {statistics} for its statistics")
+    }
+}
+
+fn mb(bytes: u64) -> String {
+    format!("{:.0} MB", bytes as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streams_share_what_a_block_leaves() {
+        let need = MemoryNeed { streams: 300, block: 50, statistics: 50 };
+        assert_eq!(need.held(400).unwrap(), 100);
+        assert_eq!(need.held(100).unwrap(), 0);
+        assert!(need.held(99).unwrap_err().hint.unwrap().contains("--host-memory"));
     }
 }

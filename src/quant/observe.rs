@@ -13,7 +13,7 @@ use crate::backend::{Backend, MambaParameters, MambaShape, Sequences, SsmInterna
 use crate::checkpoint::{BlockSpec, Config};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormats, Transform};
-use crate::model::{Block, BlockSource, mamba_shape};
+use crate::model::{Block, BlockSource, Boundary, mamba_shape};
 
 /// Bins of magnitudes: 8 an octave, from 2⁻²⁴ up to 2²⁴.
 const BINS_IN_OCTAVE: u32 = 8;
@@ -145,7 +145,7 @@ pub fn static_scales<B: Backend>(
     config: &Config,
     spec: &BlockSpec,
     (block, source): (&Block<B>, &FloatBlock<'_>),
-    (inputs, sequences): (&[B::Tensor], &[Sequences]),
+    (inputs, sequences): (&Boundary<B>, &[Sequences]),
     observers: &Observers,
     wanted: Wanted,
 ) -> Result<StaticScales> {
@@ -169,11 +169,11 @@ pub fn static_scales<B: Backend>(
         }
         Ok(())
     };
-    for (h, sequences) in inputs.iter().zip(sequences) {
+    for (h, sequences) in inputs.iter(backend).zip(sequences) {
         if let Some(inside) = &inside {
             inside.borrow_mut().begin(backend);
         }
-        block.mix(backend, h, sequences, None, Some(&tap))?;
+        block.mix(backend, &h?, sequences, None, Some(&tap))?;
     }
     let linears = linears.into_inner();
     let scale = |name: &str| linears.get(&input_of(spec, name)).map(|seen| seen.bounds(observers.linears)[0] / 127.0);
@@ -184,10 +184,10 @@ pub fn static_scales<B: Backend>(
 }
 
 /// Scale of the input of the head, from what it reads on the sample.
-pub fn head_scale<B: Backend>(backend: &B, inputs: &[B::Activation], observers: &Observers) -> Result<f32> {
+pub fn head_scale<B: Backend>(backend: &B, inputs: impl Iterator<Item = Result<B::Activation>>, observers: &Observers) -> Result<f32> {
     let mut seen = Magnitudes::new(1, observers.linears);
     for x in inputs {
-        seen.add(&backend.floats(x)?);
+        seen.add(&backend.floats(&x?)?);
     }
     Ok(seen.bounds(observers.linears)[0] / 127.0)
 }

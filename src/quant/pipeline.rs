@@ -30,7 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
 use crate::format::{Format, Plan, Scheme, Transform};
-use crate::model::Stream;
+use crate::model::{Boundary, Stream, WaitingRoom};
 use crate::monitor::Monitor;
 
 /// What to quantize, how, and to where.
@@ -45,6 +45,8 @@ pub struct QuantizeRequest<'a> {
     pub output: PathBuf,
     /// Replace an output that exists.
     pub force: bool,
+    /// Bytes of memory that may be taken: streams of the sample that do not fit wait in a file in the work folder.
+    pub host_memory: u64,
     /// Take quantized weights from these instead of rounding again; of the same checkpoint, steps and sample.
     pub donors: Option<&'a Donors>,
 }
@@ -62,8 +64,10 @@ struct State {
 
 /// The float and the quantized residual stream of each sample sequence.
 struct Streams<B: Backend> {
-    reference: Vec<B::Tensor>,
-    quantized: Vec<B::Tensor>,
+    reference: Boundary<B>,
+    quantized: Boundary<B>,
+    /// The float stream behind the block that is at work.
+    behind: Boundary<B>,
     sequences: Vec<Sequences>,
 }
 
@@ -119,6 +123,7 @@ struct Pipeline<'a, B: Backend> {
     source: String,
     state: State,
     transforms: Transforms,
+    room: WaitingRoom<'a>,
     /// When the streams were kept last.
     kept: Option<Kept>,
 }
@@ -156,10 +161,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
         };
         fs::create_dir_all(&files).map_err(|error| Error::io("creating", &files, &error))?;
-        let (layout, hidden) = (&request.checkpoint.layout, request.checkpoint.config.hidden_size);
-        let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method.uses_hessians());
-        monitor.log(need.statement());
-        need.check(backend)?;
+        let room = waiting_room(backend, request, work, monitor)?;
         let mut layout = request.checkpoint.layout.clone();
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
@@ -168,14 +170,14 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             Some(donors) => donors.transforms().clone(),
             None => {
                 let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
-                    Some(kept_second_moment(backend, request, work, &state.key, monitor)?)
+                    Some(kept_second_moment(backend, request, room, &state.key, monitor)?)
                 } else {
                     None
                 };
                 Transforms::new(backend, &request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
             }
         };
-        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms, kept: None })
+        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms, room, kept: None })
     }
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
@@ -218,19 +220,26 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let blocks = self.blocks.len();
         self.monitor.stage("quantize", blocks);
         let batches = self.request.sample.batches();
+        let hidden = self.request.checkpoint.config.hidden_size;
+        let tokens: Vec<usize> = batches.iter().map(|(ids, _)| ids.len()).collect();
+        let empty = || Boundary::within(self.room, &tokens, hidden);
         let sequences = batches.iter().map(|(_, sequences)| sequences.clone()).collect();
-        let mut streams = if self.state.boundaries.is_empty() {
-            let reference = Stream::new(self.backend, self.request.checkpoint, &batches)?.boundary().to_vec();
-            let mut table = self.embedding()?.weights(self.request.checkpoint.config.hidden_size);
+        let mut streams = Streams { reference: empty()?, quantized: empty()?, behind: empty()?, sequences };
+        if streams.reference.is_spilled() {
+            self.monitor.log(format!("the sample's streams wait in scratch files in {}", self.work.display()));
+        }
+        if self.state.boundaries.is_empty() {
+            streams.reference = Stream::within(self.backend, self.request.checkpoint, &batches, self.room)?.into_boundary();
+            let mut table = self.embedding()?.weights(hidden);
             table.int8_activations = false;
             let table = self.backend.prepare_embedding(table)?;
-            let quantized = batches.iter().map(|(ids, _)| self.backend.embed(&table, ids)).collect::<Result<_>>()?;
-            let streams = Streams { reference, quantized, sequences };
+            for (index, (ids, _)) in batches.iter().enumerate() {
+                streams.quantized.put(self.backend, index, self.backend.embed(&table, ids)?)?;
+            }
             self.state.boundaries.push(self.boundary_hash(&streams.quantized, "the embedding")?);
-            streams
         } else {
-            self.load_streams(sequences)?
-        };
+            self.load_streams(&mut streams, &tokens)?;
+        }
         for record in &self.state.records {
             self.monitor.block(record.index, record.error, record.bytes);
         }
@@ -251,10 +260,10 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 
     /// SHA-256 over the values of every batch; an error when one is not finite.
-    fn boundary_hash(&self, boundary: &[B::Tensor], after: &str) -> Result<String> {
+    fn boundary_hash(&self, boundary: &Boundary<B>, after: &str) -> Result<String> {
         let mut hash = FloatHash::default();
-        for tensor in boundary {
-            hash.add_tensor(self.backend, tensor, after)?;
+        for tensor in boundary.iter(self.backend) {
+            hash.add_tensor(self.backend, &tensor?, after)?;
         }
         Ok(hash.finish())
     }
@@ -268,7 +277,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             return Ok(());
         }
         let start = Instant::now();
-        boundary::write(self.backend, &boundary_file(self.work, done), streams.reference.iter().chain(&streams.quantized))?;
+        let tensors = streams.reference.iter(self.backend).chain(streams.quantized.iter(self.backend));
+        boundary::write(self.backend, &boundary_file(self.work, done), tensors)?;
         files::write_atomically(&self.work.join("state.json"), json!(self.state).to_string().as_bytes())?;
         // The boundary before is no longer needed once the state names the new one.
         let before = boundary_file(self.work, self.kept.map_or(done - 1, |kept| kept.blocks));
@@ -279,18 +289,16 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         }
     }
 
-    fn load_streams(&self, sequences: Vec<Sequences>) -> Result<Streams<B>> {
+    /// Reads the streams that a run before kept, of batches of so many `tokens`.
+    fn load_streams(&self, streams: &mut Streams<B>, tokens: &[usize]) -> Result<()> {
         let path = boundary_file(self.work, self.state.records.len());
-        let tokens = || sequences.iter().map(Sequences::tokens);
         let hidden = self.request.checkpoint.config.hidden_size;
-        let mut reference = boundary::read(self.backend, &path, tokens().chain(tokens()), hidden)?;
-        let quantized = reference.split_off(sequences.len());
-        let streams = Streams { reference, quantized, sequences };
+        boundary::read(self.backend, &path, tokens, hidden, [&mut streams.reference, &mut streams.quantized])?;
         if self.boundary_hash(&streams.quantized, "the last finished block").ok() != self.state.boundaries.last().cloned() {
             return Err(Error::run(format!("{} is damaged: its hash is not the recorded one", path.display()))
                 .hint("remove the work folder and run again"));
         }
-        Ok(streams)
+        Ok(())
     }
 
     fn sample_record(&self, logits: Judgement) -> SampleRecord {
@@ -307,16 +315,26 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 }
 
+/// Where the sample's streams wait: in memory as far as what may be taken allows, otherwise in the `work` folder, which is
+/// where the variant's bytes go, too. Says what the job needs.
+fn waiting_room<'a, B: Backend>(backend: &B, request: &QuantizeRequest<'_>, work: &'a Path, monitor: &Monitor) -> Result<WaitingRoom<'a>> {
+    let (layout, hidden) = (&request.checkpoint.layout, request.checkpoint.config.hidden_size);
+    let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method.uses_hessians());
+    monitor.log(need.statement());
+    let limit = backend.free_bytes()?.map_or(request.host_memory, |free| free.min(request.host_memory));
+    Ok(WaitingRoom { held: need.held(limit)?, scratch: work })
+}
+
 /// The second moment of the stream in front of the blocks: measured once, and kept in the work folder for a run that
 /// goes on.
 fn kept_second_moment<B: Backend>(
     backend: &B,
     request: &QuantizeRequest<'_>,
-    work: &Path,
+    room: WaitingRoom<'_>,
     key: &str,
     monitor: &Monitor,
 ) -> Result<Vec<f64>> {
-    let path = work.join(format!("second-moment-{}.f64", &key[..16]));
+    let path = room.scratch.join(format!("second-moment-{}.f64", &key[..16]));
     let hidden = request.checkpoint.config.hidden_size;
     if let Ok(bytes) = fs::read(&path)
         && bytes.len() == 8 * hidden * hidden
@@ -324,7 +342,8 @@ fn kept_second_moment<B: Backend>(
         monitor.log("the calibration pass of an earlier run is used again");
         return Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect());
     }
-    let moment = calibrate::second_moment(backend, request.checkpoint, &request.sample.batches(), monitor)?;
+    let stream = Stream::within(backend, request.checkpoint, &request.sample.batches(), room)?;
+    let moment = calibrate::second_moment(backend, request.checkpoint, stream, monitor)?;
     files::write_atomically(&path, &moment.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
     Ok(moment)
 }

@@ -28,7 +28,7 @@ pub struct ReplayOptions {
     /// Only measure what the parts of the model lose under the steps of each variant.
     #[serde(default)]
     pub measure: bool,
-    /// Bytes of memory that evaluation may take; `None` for what is free.
+    /// Bytes of memory that quantizing and evaluation may take; `None` for what is free.
     pub host_memory: Option<u64>,
 }
 
@@ -137,6 +137,7 @@ impl Replay<'_> {
             output: self.options.output.as_ref().map(|folder| folder.join(&variant.name)),
             store: paths::variants_directory(),
             force: self.options.fresh,
+            host_memory: self.options.host_memory,
             donors: None,
         })
     }

@@ -187,7 +187,7 @@ pub struct Queue {
     pub journal: Option<PathBuf>,
     /// The folder where what the base says of a text is kept.
     pub references: Option<PathBuf>,
-    /// Memory that a model may take.
+    /// Memory that a job may take.
     pub host_memory: Option<u64>,
     pub runs: Vec<Run>,
     /// Place of the run that keys are about.
@@ -292,9 +292,13 @@ impl Queue {
             let run = &mut self.runs[at];
             let index = run.steps.iter().position(|step| step.status == Status::Waiting)?;
             let mut job = job(run, &run.steps[index].work, measurements, &self.store, &self.data);
-            if let Ok(Some(Job::Evaluate(request))) = &mut job {
-                (request.journal, request.references) = (self.journal.clone(), self.references.clone());
-                request.host_memory = self.host_memory;
+            match &mut job {
+                Ok(Some(Job::Evaluate(request))) => {
+                    (request.journal, request.references) = (self.journal.clone(), self.references.clone());
+                    request.host_memory = self.host_memory;
+                }
+                Ok(Some(Job::Quantize(job))) => job.host_memory = self.host_memory,
+                _ => {}
             }
             let step = &mut run.steps[index];
             match job {
@@ -515,6 +519,7 @@ fn job(run: &Run, work: &Work, measurements: &Measurements, store: &Path, data: 
                 output: None,
                 store: store.to_owned(),
                 force: false,
+                host_memory: None,
                 donors: None,
                 allocate: allocate_job(target.origin.allocate.as_ref(), data),
             }))))

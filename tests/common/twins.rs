@@ -194,8 +194,8 @@ fn eigenvectors(demo: &Checkpoint) -> Mat<f64> {
     let hidden = demo.config.hidden_size;
     let mut moment = Mat::<f64>::zeros(hidden, hidden);
     for block in 0..stream.blocks() {
-        for h in stream.boundary() {
-            let values = strata::backend::Backend::download(&Cpu, h).unwrap();
+        for h in stream.boundary().iter(&Cpu) {
+            let values = strata::backend::Backend::download(&Cpu, &h.unwrap()).unwrap();
             let tokens = values.len() / hidden;
             let rows = Mat::from_fn(tokens, hidden, |t, c| f64::from(values[t * hidden + c]));
             moment += rows.transpose() * &rows;

@@ -16,7 +16,7 @@ use crate::checkpoint::{Checkpoint, LinearSpec};
 use crate::error::{Error, Result};
 use crate::eval::statistics;
 use crate::format::{Format, LinearWeights};
-use crate::model::{Block, Stream};
+use crate::model::{Block, Boundary, Stream};
 use crate::monitor::Monitor;
 use crate::quant::Donors;
 
@@ -220,13 +220,13 @@ impl<B: Backend> Run<'_, B> {
         self.monitor.step(blocks.len() + 1, "head: donor")
     }
 
-    fn screen_block(&mut self, todo: &[Pair], inputs: &[B::Tensor], sequences: &[Sequences]) -> Result<()> {
+    fn screen_block(&mut self, todo: &[Pair], inputs: &Boundary<B>, sequences: &[Sequences]) -> Result<()> {
         let (backend, checkpoint) = (self.backend, self.request.checkpoint);
         let spec = &checkpoint.layout.blocks[self.units[todo[0].0].block];
         let weights = self.donors.block(backend, checkpoint, spec)?;
         let outputs = |block: &Block<B>| {
-            let mix = |(h, sequences)| backend.download(&block.mix(backend, h, sequences, None, None)?);
-            inputs.iter().zip(sequences).map(mix).collect::<Result<Vec<_>>>()
+            let mix = |(h, sequences): (Result<B::Tensor>, _)| backend.download(&block.mix(backend, &h?, sequences, None, None)?);
+            inputs.iter(backend).zip(sequences).map(mix).collect::<Result<Vec<_>>>()
         };
         let exact = outputs(&weights.prepare(backend, |_, _| None)?)?;
         let norm: f64 = exact.iter().flatten().map(|value| f64::from(*value).powi(2)).sum();
@@ -304,10 +304,10 @@ impl<B: Backend> Run<'_, B> {
         let mut streams = Vec::with_capacity(pairs.len());
         for (unit, format) in pairs {
             let block = weights.prepare(backend, formats_of(&self.units[*unit], *format))?;
-            let mix = |(h, sequences)| block.mix(backend, h, sequences, None, None);
-            let mixed = inputs.iter().zip(reference.sequences()).map(mix).collect::<Result<Vec<_>>>()?;
+            let mix = |(h, sequences): (Result<B::Tensor>, _)| block.mix(backend, &h?, sequences, None, None);
+            let mixed = inputs.iter(backend).zip(reference.sequences()).map(mix).collect::<Result<Vec<_>>>()?;
             let mixed = self.basis.leave_all(backend, mixed)?;
-            let added = stream.boundary().iter().zip(&mixed).map(|(h, mixed)| backend.add(h.clone(), mixed));
+            let added = stream.boundary().iter(backend).zip(&mixed).map(|(h, mixed)| backend.add(h?, mixed));
             streams.push(added.collect::<Result<Vec<_>>>()?);
             self.monitor.check()?;
         }
@@ -386,8 +386,8 @@ impl<B: Backend> Basis<B> {
         }
     }
 
-    fn enter_all(&self, backend: &B, stream: &[B::Tensor]) -> Result<Vec<B::Tensor>> {
-        stream.iter().map(|h| self.enter(backend, h)).collect()
+    fn enter_all(&self, backend: &B, stream: &Boundary<B>) -> Result<Boundary<B>> {
+        Ok(stream.iter(backend).map(|h| self.enter(backend, &h?)).collect::<Result<Vec<_>>>()?.into())
     }
 
     /// From the transforms' basis into the model's.

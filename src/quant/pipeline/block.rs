@@ -8,8 +8,8 @@ use super::{Pipeline, Streams};
 use crate::backend::{Backend, SsmInternals, SsmScales};
 use crate::checkpoint::{BlockRecord, BlockSpec, Dtype, LinearSpec};
 use crate::error::Result;
-use crate::format::{BlockKind, ScaleKind, Scheme, SsmActivations, Transform};
-use crate::model::{Block, mamba_shape};
+use crate::format::{BlockKind, ScaleKind, Scheme, SsmActivations};
+use crate::model::Block;
 use crate::quant::asymmetric;
 use crate::quant::calibrate;
 use crate::quant::donors::{PartlyQuantized, Place};
@@ -24,22 +24,9 @@ impl<B: Backend> Pipeline<'_, B> {
     pub(super) fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
         let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
         let mut laps = Laps::start();
-        let float_block = Block::load(self.backend, checkpoint, index)?;
-        let (mixed, maxima) = if self.request.steps.transforms.iter().any(|transform| transform.smooths()) {
-            let in_proj = match (spec.kind, spec.linear("in_proj")) {
-                (BlockKind::Ssm, Some(linear)) if self.request.steps.transforms.contains(&Transform::SmoothConv) => {
-                    Some(self.backend.prepare(checkpoint.linear(linear, None)?)?)
-                }
-                _ => None,
-            };
-            let mamba = mamba_shape(&checkpoint.config.mamba);
-            let projection = in_proj.as_ref().map(|in_proj| (in_proj, mamba.inner()..mamba.inner() + mamba.conv_channels()));
-            calibrate::maxima(self.backend, spec, &float_block, projection.as_ref(), &streams.reference, &streams.sequences)?
-        } else {
-            let pairs = streams.reference.iter().zip(&streams.sequences);
-            let mix = |(h, sequences)| float_block.mix(self.backend, h, sequences, None, None);
-            (pairs.map(mix).collect::<Result<_>>()?, BTreeMap::new())
-        };
+        let Streams { reference, behind, sequences, .. } = streams;
+        let keep = |batch, h| behind.put(self.backend, batch, h);
+        let maxima = calibrate::float_pass(self.backend, checkpoint, spec, &self.request.steps.transforms, (reference, sequences), keep)?;
         laps.end("float pass");
         let weights = self.transforms.block(self.backend, checkpoint, spec, &maxima)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
@@ -85,16 +72,15 @@ impl<B: Backend> Pipeline<'_, B> {
         let quantized_block =
             Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
         let mut sums = (0.0, 0.0);
-        for (quantized, sequences) in streams.quantized.iter_mut().zip(&streams.sequences) {
+        for (batch, sequences) in streams.sequences.iter().enumerate() {
             self.monitor.check()?;
-            let exact = transformed.mix(self.backend, quantized, sequences, None, None)?;
-            let rounded = quantized_block.mix(self.backend, quantized, sequences, None, None)?;
+            let h = streams.quantized.take(self.backend, batch)?;
+            let exact = transformed.mix(self.backend, &h, sequences, None, None)?;
+            let rounded = quantized_block.mix(self.backend, &h, sequences, None, None)?;
             self.backend.add_difference(&exact, &rounded, &mut sums)?;
-            *quantized = self.backend.add(quantized.clone(), &rounded)?;
+            streams.quantized.put(self.backend, batch, self.backend.add(h, &rounded)?)?;
         }
-        for (reference, mixed) in streams.reference.iter_mut().zip(&mixed) {
-            *reference = self.backend.add(reference.clone(), mixed)?;
-        }
+        std::mem::swap(&mut streams.reference, &mut streams.behind);
         laps.end("quantized pass");
         self.monitor.log(format!("block {index}: {}", laps.text()));
         Ok(BlockRecord {
@@ -124,7 +110,7 @@ impl<B: Backend> Pipeline<'_, B> {
             linears: steps.activations.linears == ScaleKind::Static && spec.linears.iter().any(int8),
             internals: internals && self.request.donors.is_none(),
         };
-        let sample = (streams.quantized.as_slice(), streams.sequences.as_slice());
+        let sample = (&streams.quantized, streams.sequences.as_slice());
         let mut scales = observe::static_scales(self.backend, config, spec, (transformed, source), sample, &steps.observers, wanted)?;
         // What plans were measured with is what is stored.
         if let Some(donors) = self.request.donors.filter(|_| internals)
@@ -153,9 +139,8 @@ impl<B: Backend> Pipeline<'_, B> {
             BTreeMap::new()
         };
         let shifts = if method == Method::Gptaq && any {
-            let turned = |h| asymmetric::turned(self.backend, h, self.transforms.rotation());
-            let float = streams.reference.iter().map(turned).collect::<Result<Vec<_>>>()?;
-            asymmetric::shifts(self.backend, spec, transformed, (&float, &streams.quantized), &streams.sequences, self.monitor)?
+            let both = (&streams.reference, &streams.quantized);
+            asymmetric::shifts(self.backend, spec, transformed, both, self.transforms.rotation(), &streams.sequences, self.monitor)?
         } else {
             BTreeMap::new()
         };

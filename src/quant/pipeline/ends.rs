@@ -78,10 +78,12 @@ impl<B: Backend> Pipeline<'_, B> {
             self.backend.linear(head, &x)
         };
         let (mut rows, mut hash) = (Vec::new(), FloatHash::default());
-        for ((exact, rounded), sequences) in streams.reference.iter().zip(&streams.quantized).zip(&streams.sequences) {
+        let both = streams.reference.iter(self.backend).zip(streams.quantized.iter(self.backend));
+        for ((float, h), sequences) in both.zip(&streams.sequences) {
+            let (float, h) = (float?, h?);
             for tokens in logit_pieces(sequences.tokens(), layout.head.rows) {
-                let exact = logits(&reference, &original_norm, exact, &tokens)?;
-                let rounded = logits(&quantized, &norm, rounded, &tokens)?;
+                let exact = logits(&reference, &original_norm, &float, &tokens)?;
+                let rounded = logits(&quantized, &norm, &h, &tokens)?;
                 hash.add_tensor(self.backend, &rounded, "the head")?;
                 rows.extend(self.backend.divergence(&exact, &rounded)?);
             }
@@ -103,9 +105,8 @@ impl<B: Backend> Pipeline<'_, B> {
         }
         let eps = self.request.checkpoint.config.norm_eps;
         let norm = self.backend.prepare_vector(norm.to_vec())?;
-        let normalize = |h| self.backend.rms_norm(h, &norm, eps, Emit::FLOAT);
-        let inputs = streams.quantized.iter().map(normalize).collect::<Result<Vec<_>>>()?;
-        observe::head_scale(self.backend, &inputs, &steps.observers).map(Some)
+        let inputs = streams.quantized.iter(self.backend).map(|h| self.backend.rms_norm(&h?, &norm, eps, Emit::FLOAT));
+        observe::head_scale(self.backend, inputs, &steps.observers).map(Some)
     }
 
     /// The Hessian of the head's input, where the method uses one, and the shift where that is corrected too. A token counts by how undecided the model is about what
@@ -122,8 +123,8 @@ impl<B: Backend> Pipeline<'_, B> {
         let normalize = |h: &B::Tensor| self.backend.rms_norm(h, &norm, self.request.checkpoint.config.norm_eps, Emit::FLOAT);
         let mut sum = None;
         let mut shift = (method == Method::Gptaq).then(Shift::default);
-        for (float, h) in streams.reference.iter().zip(&streams.quantized) {
-            let x = normalize(h)?;
+        for (float, h) in streams.reference.iter(self.backend).zip(streams.quantized.iter(self.backend)) {
+            let x = normalize(&h?)?;
             let logits = self.backend.linear(&head, &x)?;
             let mut values = self.backend.floats(&x)?;
             let weights: Vec<f32> = self.backend.undecidedness(&logits)?.into_iter().map(|weight| weight.sqrt() as f32).collect();
@@ -133,7 +134,7 @@ impl<B: Backend> Pipeline<'_, B> {
             };
             weigh(&mut values);
             if let Some(shift) = &mut shift {
-                let turned = asymmetric::turned(self.backend, float, self.transforms.rotation())?;
+                let turned = asymmetric::turned(self.backend, &float?, self.transforms.rotation())?;
                 let mut float = self.backend.floats(&normalize(&turned)?)?;
                 weigh(&mut float);
                 shift.add(&float, &values, cols);

@@ -126,7 +126,7 @@ impl<B: Backend> Pipeline<'_, B> {
         let variant = Checkpoint::open(&self.files)?;
         let blocks = self.blocks.len();
         self.monitor.stage("validate", blocks + 1);
-        let mut stream = Stream::new(self.backend, &variant, &self.request.sample.batches())?;
+        let mut stream = Stream::within(self.backend, &variant, &self.request.sample.batches(), self.room)?;
         let differs = |what: &str| Error::run(format!("read back from disk, {what} differs from what was measured"));
         let recorded = &manifest.sample.boundaries;
         if self.boundary_hash(stream.boundary(), "the embedding")? != recorded[0] {
