@@ -182,10 +182,6 @@ fn quantize<B: Backend>(backend: &B, id: JobId, job: QuantizeJob, monitor: &Moni
         monitor.warn("portable: activations get scales at run time, and SSM internals and caches stay in float");
         (steps.activations, steps.cache) = (Activations::default(), CacheFormats::default());
     }
-    if (job.donors.is_some() || job.allocate.is_some()) && steps.transforms.iter().any(|transform| transform.smooths()) {
-        monitor.log("smoothing is left out: donors are made of weights that do not depend on a block's inputs");
-        steps = steps.without_smoothing();
-    }
     let mut folder = job.donors;
     if let Some(allocate) = &job.allocate {
         let (found, losses) = measure::find_plan(backend, &checkpoint, (&steps, &plan, &job.sample), allocate, monitor)?;

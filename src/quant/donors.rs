@@ -1,7 +1,8 @@
 //! Donors: every linear quantized once at each width, from which any plan is put together without quantizing again.
 //!
-//! A donor's Hessian is that of the float model's activations, so that it depends on no plan. GPTQ rounds every row of a
-//! linear for itself: slices of one linear can come from donors of different widths. Donors lie in a folder named by the
+//! A donor's Hessian is that of the float model's activations, and so are the magnitudes that it is smoothed by, so that it
+//! depends on no plan. GPTQ rounds every row of a linear for itself: slices of one linear can come from donors of different
+//! widths. Donors lie in a folder named by the
 //! hash of source, transforms, rounding, sample and tool, one file a block and width, each with its own hash in the folder's index.
 //! Start with [`Donors::open`].
 
@@ -17,7 +18,7 @@ use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::calibrate;
+use super::calibrate::{self, Maxima};
 use super::hessian::{Hessian, Summed};
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::observe::{self, Wanted};
@@ -87,6 +88,11 @@ fn scales_file(spec: &BlockSpec) -> String {
     format!("block-{:05}.scales.safetensors", spec.index)
 }
 
+/// The file of the largest magnitudes that block `spec` is smoothed by.
+fn maxima_file(spec: &BlockSpec) -> String {
+    format!("block-{:05}.maxima.safetensors", spec.index)
+}
+
 /// The format of the same weights with 16-bit activations: what a donor is named by.
 pub fn weights_of(format: Format) -> Format {
     let same = |candidate: &Format| candidate.weight_bits() == format.weight_bits() && !candidate.quantizes_activations();
@@ -94,16 +100,14 @@ pub fn weights_of(format: Format) -> Format {
 }
 
 impl Donors {
-    /// Hash of everything that decides the donors' bytes. How linears read activations is not among it, and donors are not
-    /// smoothed: smoothing follows a block's inputs, which a plan's other choices change.
+    /// Hash of everything that decides the donors' bytes. How linears read activations is not among it.
     pub fn key(source: &str, steps: &Steps, sample: &Sample) -> String {
-        let (transforms, method, internals) = (steps.without_smoothing().transforms, steps.method, steps.internals());
         let identity = json!({
             "tool": TOOL,
             "source": source,
-            "transforms": transforms,
-            "method": method,
-            "internals": internals,
+            "transforms": steps.transforms,
+            "method": steps.method,
+            "internals": steps.internals(),
             "sample": sample.sha256(),
         });
         sha256_hex(identity.to_string().as_bytes())
@@ -119,8 +123,7 @@ impl Donors {
         store: &Path,
         monitor: &Monitor,
     ) -> Result<Self> {
-        let steps = steps.without_smoothing();
-        let key = Self::key(&checkpoint.sha256()?, &steps, sample);
+        let key = Self::key(&checkpoint.sha256()?, steps, sample);
         let directory = store.join(&key[..16]);
         fs::create_dir_all(&directory).map_err(|error| Error::io("creating", &directory, &error))?;
         let index = match fs::read(directory.join(INDEX)) {
@@ -134,7 +137,7 @@ impl Donors {
             None
         };
         let transforms = Transforms::new(backend, &steps.transforms, moment.as_deref(), checkpoint.config.hidden_size)?;
-        Ok(Self { directory, key, steps, float_bytes: checkpoint.layout.float_bytes, index, transforms })
+        Ok(Self { directory, key, steps: steps.clone(), float_bytes: checkpoint.layout.float_bytes, index, transforms })
     }
 
     /// The hash that names the donors.
@@ -155,8 +158,19 @@ impl Donors {
     /// Whether block `spec` has all that plans of `formats` need of it.
     pub fn has_block(&self, spec: &BlockSpec, formats: &[Format]) -> bool {
         let scales = self.keeps_scales(spec).then(|| scales_file(spec));
+        let maxima = self.smooths().then(|| maxima_file(spec));
         formats.iter().all(|format| self.has(Place::Block(spec.index), *format))
-            && scales.is_none_or(|file| self.index.files.contains_key(&file))
+            && scales.into_iter().chain(maxima).all(|file| self.index.files.contains_key(&file))
+    }
+
+    /// Whether blocks are smoothed.
+    fn smooths(&self) -> bool {
+        self.steps.transforms.iter().any(|transform| transform.smooths())
+    }
+
+    /// The largest magnitudes in the float model that block `spec` is smoothed by; none where nothing smooths.
+    pub(super) fn maxima(&self, spec: &BlockSpec) -> Result<Maxima> {
+        if self.smooths() { self.read(&maxima_file(spec))?.all_floats() } else { Ok(Maxima::new()) }
     }
 
     /// Whether static scales are kept for the inside of block `spec`.
@@ -180,19 +194,19 @@ impl Donors {
 
     /// The transformed weights of block `spec`.
     pub fn block<'a, B: Backend>(&'a self, backend: &B, checkpoint: &'a Checkpoint, spec: &'a BlockSpec) -> Result<DonorBlock<'a>> {
-        let weights = self.transforms.block(backend, checkpoint, spec, &calibrate::Maxima::new())?;
+        let weights = self.transforms.block(backend, checkpoint, spec, &self.maxima(spec)?)?;
         Ok(DonorBlock { donors: self, checkpoint, spec, weights })
     }
 
     /// Makes the donors of block `spec` that are missing among those for `formats`, and the static scales of its inside.
-    /// `inputs` is the sample's residual stream in front of the block, in the transforms' basis.
+    /// `stream` is the sample's residual stream in front of the block in the checkpoint's basis, `inputs` in the transforms'.
     pub fn make_block<B: Backend>(
         &mut self,
         backend: &B,
         checkpoint: &Checkpoint,
         spec: &BlockSpec,
         formats: &[Format],
-        inputs: &Boundary<B>,
+        (stream, inputs): (&Boundary<B>, &Boundary<B>),
         sequences: &[Sequences],
         monitor: &Monitor,
     ) -> Result<()> {
@@ -201,7 +215,15 @@ impl Donors {
         }
         let place = Place::Block(spec.index);
         let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
-        let weights = self.transforms.block(backend, checkpoint, spec, &calibrate::Maxima::new())?;
+        if self.smooths() && !self.index.files.contains_key(&maxima_file(spec)) {
+            let transforms = &self.steps.transforms;
+            let maxima = calibrate::float_pass(backend, checkpoint, spec, transforms, (stream, sequences), |_, _| Ok(()))?;
+            let vector = |(name, values): (String, Vec<f64>)| {
+                publish::float_vector(name, &values.into_iter().map(|value| value as f32).collect::<Vec<_>>())
+            };
+            self.keep(maxima_file(spec), &maxima.into_iter().map(vector).collect::<Vec<_>>(), BTreeMap::new())?;
+        }
+        let weights = self.transforms.block(backend, checkpoint, spec, &self.maxima(spec)?)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.steps.transforms };
         let block = Block::assemble(backend, &checkpoint.config, spec, &source)?;
         if self.keeps_scales(spec) {
@@ -451,6 +473,12 @@ impl File {
         let tensors = SafeTensors::deserialize(&self.bytes).map_err(|error| damaged(&self.path, &error))?;
         let tensor = tensors.tensor(name).map_err(|error| damaged(&self.path, &error))?;
         Ok(tensor.data().as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
+    }
+
+    /// The floats of every tensor, by name.
+    fn all_floats(&self) -> Result<BTreeMap<String, Vec<f64>>> {
+        let tensors = SafeTensors::deserialize(&self.bytes).map_err(|error| damaged(&self.path, &error))?;
+        tensors.names().into_iter().map(|name| Ok((name.to_owned(), self.floats(name)?.into_iter().map(f64::from).collect()))).collect()
     }
 
     /// Rows `rows` of `linear` in the weights of `format`; they lie within one stored part.

@@ -77,14 +77,6 @@ impl Steps {
         Self { transforms, method, activations, observers: Observers::default(), cache }
     }
 
-    /// The same without the transforms whose scales come from a block's inputs.
-    #[must_use]
-    pub fn without_smoothing(&self) -> Self {
-        let mut steps = self.clone();
-        steps.transforms.retain(|transform| !transform.smooths());
-        steps
-    }
-
     /// How the inside of state-space mixers is rounded, with all that its scales depend on.
     pub fn internals(&self) -> Internals {
         let ssm = self.activations.ssm;

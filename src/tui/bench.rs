@@ -70,7 +70,7 @@ impl Workbench {
 /// last block; int8 activations add a little.
 pub(super) fn losses(document: &Document) -> Sensitivities {
     let (layout, draft) = (&document.layout, document.draft());
-    let steps = draft.recipe.steps().without_smoothing();
+    let steps = draft.recipe.steps();
     let identity = Identity {
         schema: SENSITIVITY_SCHEMA.into(),
         tool: String::new(),

@@ -29,7 +29,7 @@ pub struct Key {
 impl Key {
     /// Of the losses that `draft` is predicted from.
     pub fn of(draft: &Draft) -> Self {
-        let steps = draft.recipe.steps().without_smoothing();
+        let steps = draft.recipe.steps();
         let (method, embedding, head) = (steps.method.name().into(), draft.plan.embedding, draft.plan.head);
         Self { internals: steps.internals(), transforms: steps.transforms, method, embedding, head }
     }

@@ -199,7 +199,8 @@ impl<B: Backend> Run<'_, B> {
         for spec in blocks {
             if !self.donors.has_block(spec, formats) {
                 let inputs = self.basis.enter_all(backend, calibration.boundary())?;
-                self.donors.make_block(backend, checkpoint, spec, formats, &inputs, &calibration_sequences, self.monitor)?;
+                let streams = (calibration.boundary(), &inputs);
+                self.donors.make_block(backend, checkpoint, spec, formats, streams, &calibration_sequences, self.monitor)?;
             }
             let units: Vec<usize> = (0..self.units.len()).filter(|unit| self.units[*unit].block == spec.index).collect();
             let todo: Vec<Pair> = units

@@ -152,11 +152,11 @@ impl<'a> Request<'a> {
         formats.dedup();
         Ok(Self {
             checkpoint,
-            // Donors are not smoothed, and linears find the scales of their inputs at run time.
+            // Linears find the scales of their inputs at run time.
             steps: Steps {
                 activations: Activations { ssm: spec.steps.activations.ssm, ..Activations::default() },
                 observers: spec.steps.observers,
-                ..Steps::new(spec.steps.without_smoothing().transforms, spec.steps.method)
+                ..Steps::new(spec.steps.transforms.clone(), spec.steps.method)
             },
             embedding: spec.embedding,
             head: spec.head,

@@ -26,7 +26,10 @@ impl<B: Backend> Pipeline<'_, B> {
         let mut laps = Laps::start();
         let Streams { reference, behind, sequences, .. } = streams;
         let keep = |batch, h| behind.put(self.backend, batch, h);
-        let maxima = calibrate::float_pass(self.backend, checkpoint, spec, &self.request.steps.transforms, (reference, sequences), keep)?;
+        // What donors were smoothed by is what they are put together with.
+        let watched = if self.request.donors.is_some() { &[] } else { self.request.steps.transforms.as_slice() };
+        let seen = calibrate::float_pass(self.backend, checkpoint, spec, watched, (reference, sequences), keep)?;
+        let maxima = self.request.donors.map_or(Ok(seen), |donors| donors.maxima(spec))?;
         laps.end("float pass");
         let weights = self.transforms.block(self.backend, checkpoint, spec, &maxima)?;
         let source = FloatBlock { checkpoint, weights: &weights, transforms: &self.request.steps.transforms };
