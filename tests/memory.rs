@@ -119,7 +119,7 @@ fn a_sample_larger_than_the_address_space_is_calibrated_on_and_changes_no_byte()
     let model = folder.path().join("model");
     std::fs::create_dir(&model).unwrap();
     write_checkpoint(&model, SMALL_CONFIG);
-    assert!(3 * LONG_SAMPLE * 1024 > LIMIT_KIB, "the three streams of the sample fit");
+    const { assert!(3 * LONG_SAMPLE * 1024 > LIMIT_KIB, "the three streams of the sample fit") };
     let quantize = |limit: &str, memory: &str, out: &str| {
         let (sequences, out) = (LONG_SAMPLE.to_string(), folder.path().join(out).display().to_string());
         let arguments = ["quantize", model.to_str().unwrap(), "-r", "phase2", "-o", &out, "--sequences", &sequences];
