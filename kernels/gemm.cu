@@ -1,10 +1,7 @@
 // Linears for many tokens: tiles of 128 tokens by 128 rows on the tensor cores, inputs brought to shared memory some stages
 // ahead. 8 warps, each 64 tokens by 32 rows. Rows of a stage are 64 bytes of activations; 16-byte chunks of a row are
 // permuted by its number so that the eight rows that a matrix load reads lie in different banks.
-#include "device.cuh"
-
-#define TAIL_PARAMETERS const float *bias, const float *residual, float *out, int out_stride
-#define TAIL_ARGUMENTS bias, residual, out, out_stride
+#include "experts.cuh"
 
 namespace {
 
@@ -14,14 +11,40 @@ constexpr int THREADS = 256;
 // Byte of chunk `chunk` (of four) in row `row` of a stage with 64-byte rows.
 DEVICE int place(int row, int chunk) { return row * 64 + (chunk ^ (row >> 1 & 3)) * 16; }
 
-// Brings rows first…first + 127 of a matrix of `count` rows, 64 bytes each from byte `at` on, to a stage; zeros outside.
-DEVICE void fetch_rows(u8* stage, const u8* matrix, int first, int count, i64 row_bytes, i64 at) {
+// Rows of a tile that a thread brings to shared memory, a chunk of each at a time.
+constexpr int LINES = TILE * 4 / THREADS;
+
+// A matrix with rows of `row_bytes` bytes: where the thread's chunks of `rows` are, null outside.
+struct Lines {
+    const u8* matrix;
+    i64 row_bytes;
+    const u8* at[LINES];
+};
+
+DEVICE Lines lines(const void* matrix, i64 row_bytes, const Rows& rows, const int* x_rows) {
+    Lines own = {static_cast<const u8*>(matrix), row_bytes, {}};
 #pragma unroll
-    for (int i = 0; i < TILE * 4 / THREADS; ++i) {
+    for (int i = 0; i < LINES; ++i) {
         const int index = i * THREADS + threadIdx.x, row = index / 4, chunk = index % 4;
-        const bool valid = first + row < count && at + chunk * 16 < row_bytes;
-        copy_async(stage + place(row, chunk), valid ? matrix + (first + row) * row_bytes + at + chunk * 16 : matrix, valid);
+        own.at[i] = row < rows.count ? own.matrix + x_row(rows.first + row, x_rows) * row_bytes + chunk * 16 : nullptr;
     }
+    return own;
+}
+
+// Brings 64 bytes of each row from byte `at` on to a stage; zeros outside.
+DEVICE void fetch_rows(u8* stage, const Lines& from, i64 at) {
+#pragma unroll
+    for (int i = 0; i < LINES; ++i) {
+        const int index = i * THREADS + threadIdx.x, row = index / 4, chunk = index % 4;
+        const bool valid = from.at[i] && at + chunk * 16 < from.row_bytes;
+        copy_async(stage + place(row, chunk), valid ? from.at[i] + at : from.matrix, valid);
+    }
+}
+
+// Rows of the weights that a block multiplies.
+DEVICE Rows outputs_of_block(int rows) {
+    const int first = blockIdx.y * TILE;
+    return {first, minimum(TILE, rows - first)};
 }
 
 // Where a lane points for a matrix load of 16 rows by 32 bytes: words are (rows 0-7, low), (8-15, low), (0-7, high), (8-15, high).
@@ -63,14 +86,14 @@ template <int STAGES, class Fetch, class Use> DEVICE void pipeline(int steps, Fe
 
 // x wᵀ of two matrices with rows of `row_bytes` bytes: int8 with sums in int, or bf16 with sums in float. Leaves
 // sums[m][n][i] = token 16 m + 8 (i / 2) + lane / 4, row 8 n + lane % 4 · 2 + i % 2 of the warp's tile.
-template <class Sum> DEVICE void product_tile(u8* shared, const u8* w, const u8* x, int tokens, int rows, int row_bytes, Sum (&sums)[4][4][4]) {
+template <class Sum> DEVICE void product_tile(u8* shared, const void* w, const void* x, const Rows& tokens, const int* x_rows, int rows, int row_bytes, Sum (&sums)[4][4][4]) {
     constexpr int STAGES = 4, STAGE = 2 * TILE * 64;
-    const int first_token = blockIdx.x * TILE, first_row = blockIdx.y * TILE, steps = row_bytes / 64;
-    const int warp = threadIdx.x / 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
+    const Lines activations = lines(x, row_bytes, tokens, x_rows), weights = lines(w, row_bytes, outputs_of_block(rows), nullptr);
+    const int steps = row_bytes / 64, warp = threadIdx.x / 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
     const auto fetch = [&](int step) {
         u8* stage = shared + step % STAGES * STAGE;
-        fetch_rows(stage, x, first_token, tokens, row_bytes, static_cast<i64>(step) * 64);
-        fetch_rows(stage + TILE * 64, w, first_row, rows, row_bytes, static_cast<i64>(step) * 64);
+        fetch_rows(stage, activations, static_cast<i64>(step) * 64);
+        fetch_rows(stage + TILE * 64, weights, static_cast<i64>(step) * 64);
     };
     pipeline<STAGES>(steps, fetch, [&](int step) {
         const u8* stage = shared + step % STAGES * STAGE;
@@ -90,54 +113,59 @@ template <class Sum> DEVICE void product_tile(u8* shared, const u8* w, const u8*
 }
 
 // Calls `value(sum, token, row)` for each of the thread's results inside the output and stores what it returns.
-template <class Sum, class F> DEVICE void store_tile(const Sum (&sums)[4][4][4], int tokens, int rows, F value, TAIL_PARAMETERS) {
+template <class Sum, class F> DEVICE void store_tile(const Sum (&sums)[4][4][4], const Rows& tokens, int rows, F value, TAIL_PARAMETERS) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int first_token = blockIdx.x * TILE + warp / 4 * 64 + lane / 4, first_row = blockIdx.y * TILE + warp % 4 * 32 + lane % 4 * 2;
+    const int first_token = warp / 4 * 64 + lane / 4, first_row = blockIdx.y * TILE + warp % 4 * 32 + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int token = first_token + m * 16 + i / 2 * 8, row = first_row + n * 8 + i % 2;
-                if (token < tokens && row < rows) finish(value(sums[m][n][i], token, row), token, row, TAIL_ARGUMENTS);
+                const int at = first_token + m * 16 + i / 2 * 8, token = tokens.first + at, row = first_row + n * 8 + i % 2;
+                if (at < tokens.count && row < rows) finish(value(sums[m][n][i], token, row), token, row, TAIL_ARGUMENTS);
             }
 }
 
 }  // namespace
 
-KERNEL(256, gemm_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+KERNEL(256, gemm_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     DYNAMIC_SHARED(u8, shared);
+    const Rows own = rows_of_tile(blockIdx.x, TILE, tokens, experts, tiles, w, w_scales, bias);
+    if (own.count <= 0) return;
     int sums[4][4][4] = {};
-    product_tile(shared, reinterpret_cast<const u8*>(w), reinterpret_cast<const u8*>(x), tokens, rows, ld(cols), sums);
-    store_tile(sums, tokens, rows, [&](int sum, int token, int row) {
-        return __fmul_rn(static_cast<float>(sum), __fmul_rn(x_scales[token], w_scales[row]));
+    product_tile(shared, w, x, own, x_rows, rows, ld(cols), sums);
+    store_tile(sums, own, rows, [&](int sum, int token, int row) {
+        return __fmul_rn(static_cast<float>(sum), __fmul_rn(x_scales[x_row(token, x_rows)], w_scales[row]));
     }, TAIL_ARGUMENTS);
 }
 
-KERNEL(256, gemm_bf16, (const bf16* w, const bf16* x, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+KERNEL(256, gemm_bf16, (const bf16* w, const bf16* x, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     DYNAMIC_SHARED(u8, shared);
+    const float* none = nullptr;
+    const Rows own = rows_of_tile(blockIdx.x, TILE, tokens, experts, tiles, w, none, bias);
+    if (own.count <= 0) return;
     float sums[4][4][4] = {};
-    product_tile(shared, reinterpret_cast<const u8*>(w), reinterpret_cast<const u8*>(x), tokens, rows, ld(cols) * 2, sums);
-    store_tile(sums, tokens, rows, [](float sum, int, int) { return sum; }, TAIL_ARGUMENTS);
+    product_tile(shared, w, x, own, x_rows, rows, ld(cols) * 2, sums);
+    store_tile(sums, own, rows, [](float sum, int, int) { return sum; }, TAIL_ARGUMENTS);
 }
 
 namespace {
 
 // int4 weights: a stage is 128 inputs, activations as two halves of 64 and weights as rows of 64 bytes. PARTS groups in a stage.
-template <int PARTS> DEVICE void int4_tile(u8* shared, const u8* w, const bf16* w_scales, const i8* x, int tokens, int rows, int cols, float (&totals)[4][4][4]) {
+template <int PARTS> DEVICE void int4_tile(u8* shared, const u8* w, const bf16* w_scales, const i8* x, const Rows& tokens, const int* x_rows, int rows, int cols, float (&totals)[4][4][4]) {
     constexpr int STAGES = 3, STAGE = 3 * TILE * 64, CHUNKS = 4 / PARTS;
     const int width = ld(cols), groups = cols / (128 / PARTS), steps = divide_up(width, 128);
-    const int first_token = blockIdx.x * TILE, first_row = blockIdx.y * TILE;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
-    const u8* activations = reinterpret_cast<const u8*>(x);
+    const int first_row = blockIdx.y * TILE;
+    const Lines activations = lines(x, width, tokens, x_rows), weights = lines(w, width / 2, outputs_of_block(rows), nullptr);
     const auto fetch = [&](int step) {
         u8* stage = shared + step % STAGES * STAGE;
-        fetch_rows(stage, activations, first_token, tokens, width, static_cast<i64>(step) * 128);
-        fetch_rows(stage + TILE * 64, activations, first_token, tokens, width, static_cast<i64>(step) * 128 + 64);
-        fetch_rows(stage + 2 * TILE * 64, w, first_row, rows, width / 2, static_cast<i64>(step) * 64);
+        fetch_rows(stage, activations, static_cast<i64>(step) * 128);
+        fetch_rows(stage + TILE * 64, activations, static_cast<i64>(step) * 128 + 64);
+        fetch_rows(stage + 2 * TILE * 64, weights, static_cast<i64>(step) * 64);
     };
     pipeline<STAGES>(steps, fetch, [&](int step) {
         const u8* stage = shared + step % STAGES * STAGE;
@@ -182,29 +210,32 @@ template <int PARTS> DEVICE void int4_tile(u8* shared, const u8* w, const bf16* 
 
 }  // namespace
 
-KERNEL(256, gemm_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+KERNEL(256, gemm_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     DYNAMIC_SHARED(u8, shared);
+    const Rows own = rows_of_tile(blockIdx.x, TILE, tokens, experts, tiles, w, w_scales, bias);
+    if (own.count <= 0) return;
     float totals[4][4][4] = {};
-    if (group == 128) int4_tile<1>(shared, w, w_scales, x, tokens, rows, cols, totals);
-    if (group == 64) int4_tile<2>(shared, w, w_scales, x, tokens, rows, cols, totals);
-    if (group == 32) int4_tile<4>(shared, w, w_scales, x, tokens, rows, cols, totals);
-    store_tile(totals, tokens, rows, [&](float total, int token, int) { return __fmul_rn(total, x_scales[token]); }, TAIL_ARGUMENTS);
+    if (group == 128) int4_tile<1>(shared, w, w_scales, x, own, x_rows, rows, cols, totals);
+    if (group == 64) int4_tile<2>(shared, w, w_scales, x, own, x_rows, rows, cols, totals);
+    if (group == 32) int4_tile<4>(shared, w, w_scales, x, own, x_rows, rows, cols, totals);
+    store_tile(totals, own, rows, [&](float total, int token, int) { return __fmul_rn(total, x_scales[x_row(token, x_rows)]); }, TAIL_ARGUMENTS);
 }
 
 namespace {
 
 // int8 or int4 weights by bf16 activations: a stage is 32 inputs; codes become bf16 on their way to the products. int4: the
 // group's scale goes into the weight, rounded to bf16; int8: codes are exact, the row's scale comes last.
-template <bool INT4> DEVICE void widening_tile(u8* shared, const u8* w, const bf16* w_scales, int group, const bf16* x, int tokens, int rows, int cols, float (&sums)[4][4][4]) {
+template <bool INT4> DEVICE void widening_tile(u8* shared, const u8* w, const bf16* w_scales, int group, const bf16* x, const Rows& tokens, const int* x_rows, int rows, int cols, float (&sums)[4][4][4]) {
     constexpr int STAGES = 4, ROW = INT4 ? 16 : 32, STAGE = TILE * 64 + TILE * ROW;
     const int width = ld(cols), steps = width / 32, groups = INT4 ? cols / group : 1;
     const i64 row_bytes = INT4 ? width / 2 : width;
-    const int first_token = blockIdx.x * TILE, first_row = blockIdx.y * TILE;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_token = warp / 4 * 64, warp_row = warp % 4 * 32;
+    const int first_row = blockIdx.y * TILE;
+    const Lines activations = lines(x, width * 2, tokens, x_rows);
     const auto fetch = [&](int step) {
         u8* stage = shared + step % STAGES * STAGE;
-        fetch_rows(stage, reinterpret_cast<const u8*>(x), first_token, tokens, width * 2, static_cast<i64>(step) * 64);
+        fetch_rows(stage, activations, static_cast<i64>(step) * 64);
         const int row = threadIdx.x / (ROW / 16), chunk = threadIdx.x % (ROW / 16);
         if (row < TILE) {
             const bool valid = first_row + row < rows;
@@ -247,35 +278,42 @@ template <bool INT4> DEVICE void widening_tile(u8* shared, const u8* w, const bf
 
 }  // namespace
 
-KERNEL(256, gemm_w8a16, (const i8* w, const float* w_scales, const bf16* x, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+KERNEL(256, gemm_w8a16, (const i8* w, const float* w_scales, const bf16* x, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     DYNAMIC_SHARED(u8, shared);
+    const Rows own = rows_of_tile(blockIdx.x, TILE, tokens, experts, tiles, w, w_scales, bias);
+    if (own.count <= 0) return;
     float sums[4][4][4] = {};
-    widening_tile<false>(shared, reinterpret_cast<const u8*>(w), nullptr, 1, x, tokens, rows, cols, sums);
-    store_tile(sums, tokens, rows, [&](float sum, int, int row) { return sum * w_scales[row]; }, TAIL_ARGUMENTS);
+    widening_tile<false>(shared, reinterpret_cast<const u8*>(w), nullptr, 1, x, own, x_rows, rows, cols, sums);
+    store_tile(sums, own, rows, [&](float sum, int, int row) { return sum * w_scales[row]; }, TAIL_ARGUMENTS);
 }
 
-KERNEL(256, gemm_w4a16, (const u8* w, const bf16* w_scales, int group, const bf16* x, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+KERNEL(256, gemm_w4a16, (const u8* w, const bf16* w_scales, int group, const bf16* x, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     DYNAMIC_SHARED(u8, shared);
+    const Rows own = rows_of_tile(blockIdx.x, TILE, tokens, experts, tiles, w, w_scales, bias);
+    if (own.count <= 0) return;
     float sums[4][4][4] = {};
-    widening_tile<true>(shared, w, w_scales, group, x, tokens, rows, cols, sums);
-    store_tile(sums, tokens, rows, [](float sum, int, int) { return sum; }, TAIL_ARGUMENTS);
+    widening_tile<true>(shared, w, w_scales, group, x, own, x_rows, rows, cols, sums);
+    store_tile(sums, own, rows, [](float sum, int, int) { return sum; }, TAIL_ARGUMENTS);
 }
 
 // f32 without tensor cores: 64 tokens by 64 rows, each thread 4 by 4.
-KERNEL(256, gemm_f32, (const float* w, const float* x, int x_stride, int tokens, int rows, int cols, TAIL_PARAMETERS)) {
+KERNEL(256, gemm_f32, (const float* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     constexpr int SIDE = 64, DEPTH = 16;
     SHARED_ROWS(float, inputs, DEPTH, SIDE + 4);
     SHARED_ROWS(float, weights, DEPTH, SIDE + 4);
-    const int first_token = blockIdx.x * SIDE, first_row = blockIdx.y * SIDE, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const float* none = nullptr;
+    const Rows own = rows_of_tile(blockIdx.x, SIDE, tokens, experts, tiles, w, none, bias);
+    if (own.count <= 0) return;
+    const int first_row = blockIdx.y * SIDE, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     float sums[4][4] = {};
     for (int start = 0; start < cols; start += DEPTH) {
         for (int i = threadIdx.x; i < SIDE * DEPTH; i += THREADS) {
             const int line = i / DEPTH, k = i % DEPTH;
             const bool inside = start + k < cols;
-            inputs[k][line] = inside && first_token + line < tokens ? x[static_cast<i64>(first_token + line) * x_stride + start + k] : 0.0f;
+            inputs[k][line] = inside && line < own.count ? x[static_cast<i64>(x_row(own.first + line, x_rows)) * x_stride + start + k] : 0.0f;
             weights[k][line] = inside && first_row + line < rows ? w[static_cast<i64>(first_row + line) * cols + start + k] : 0.0f;
         }
         __syncthreads();
@@ -289,7 +327,7 @@ KERNEL(256, gemm_f32, (const float* w, const float* x, int x_stride, int tokens,
     }
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) {
-            const int token = first_token + ty * 4 + i, row = first_row + tx + j * 16;
-            if (token < tokens && row < rows) finish(sums[i][j], token, row, TAIL_ARGUMENTS);
+            const int at = ty * 4 + i, row = first_row + tx + j * 16;
+            if (at < own.count && row < rows) finish(sums[i][j], own.first + at, row, TAIL_ARGUMENTS);
         }
 }

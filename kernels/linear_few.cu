@@ -5,11 +5,7 @@
 //
 // Integer results are exactly those of the CPU backend: int8 y = acc·(s_x·s_w); int4 y = (Σ_g acc_g·s_w[g])·s_x with the
 // groups in ascending order, product and sum rounded apart.
-#include "device.cuh"
-
-#define EXPERTS_PARAMETERS const int *tiles, const int *x_rows
-#define TAIL_PARAMETERS const float *bias, const float *residual, float *out, int out_stride
-#define TAIL_ARGUMENTS bias, residual, out, out_stride
+#include "experts.cuh"
 
 namespace {
 
@@ -17,20 +13,15 @@ constexpr int ROWS = 16;
 constexpr int TOKENS = 8;
 constexpr int WARPS = 8;
 
-// What a block computes: rows from `row`, `count` tokens from `first` with the weights of `expert`.
+// What a block computes: outputs from `row` on of `count` rows from `first`.
 struct Tile {
-    int row, expert, first, count;
+    int row, first, count;
 };
 
-DEVICE Tile tile_of_block(int tokens, const int* tiles) {
-    const int index = blockIdx.y, row = blockIdx.x * ROWS;
-    if (tiles) return {row, tiles[3 * index], tiles[3 * index + 1], tiles[3 * index + 2]};
-    return {row, 0, index * TOKENS, minimum(TOKENS, tokens - index * TOKENS)};
-}
-
-DEVICE int x_row(const Tile& tile, int token, const int* x_rows) {
-    const int pair = tile.first + token;
-    return x_rows ? x_rows[pair] : pair;
+template <class W, class S>
+DEVICE Tile tile_of_block(int tokens, const Expert* experts, const int* tiles, const W*& w, const S*& w_scales, const float*& bias) {
+    const Rows rows = rows_of_tile(blockIdx.y, TOKENS, tokens, experts, tiles, w, w_scales, bias);
+    return {static_cast<int>(blockIdx.x) * ROWS, rows.first, rows.count};
 }
 
 // A result's place, and what is added to it: read before the products, which would keep the load waiting.
@@ -59,8 +50,6 @@ DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
 DEVICE void few_int8(int* partial, const i8* w, const float* w_scales, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
     constexpr int UNROLL = 4;
     const int width = ld(cols), warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
-    w += static_cast<i64>(tile.expert) * rows * width;
-    w_scales += static_cast<i64>(tile.expert) * rows;
     const i8* upper = w + static_cast<i64>(minimum(tile.row + line, rows - 1)) * width + quad * 16;
     const i8* lower = w + static_cast<i64>(minimum(tile.row + line + 8, rows - 1)) * width + quad * 16;
     // The weights of the first inputs are asked for ahead. No more of them: loads come back in order, and the activations follow.
@@ -73,8 +62,8 @@ DEVICE void few_int8(int* partial, const i8* w, const float* w_scales, const i8*
     wait_previous();
     const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
     const bool present = line < tile.count, stores = token < tile.count && row < rows;
-    const i8* input = x + static_cast<i64>(present ? x_row(tile, line, x_rows) : 0) * width + quad * 16;
-    const float scale = stores ? __fmul_rn(x_scales[x_row(tile, token, x_rows)], w_scales[row]) : 0.0f;
+    const i8* input = x + static_cast<i64>(present ? x_row(tile.first + line, x_rows) : 0) * width + quad * 16;
+    const float scale = stores ? __fmul_rn(x_scales[x_row(tile.first + token, x_rows)], w_scales[row]) : 0.0f;
     const Result to = result(stores, tile.first + token, row, TAIL_ARGUMENTS);
     int sum[4] = {0, 0, 0, 0};
     for (int start = warp * 64; start < width; start += WARPS * 64 * UNROLL) {
@@ -117,7 +106,7 @@ DEVICE void few_groups(float* products, const u8* w, const bf16* w_scales, const
     const bf16* upper_scales = w_scales + static_cast<i64>(upper_row) * groups;
     const bf16* lower_scales = w_scales + static_cast<i64>(lower_row) * groups;
     const bool present = line < tile.count;
-    const i8* input = x + static_cast<i64>(present ? x_row(tile, line, x_rows) : 0) * width + quad * 32;
+    const i8* input = x + static_cast<i64>(present ? x_row(tile.first + line, x_rows) : 0) * width + quad * 32;
     const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
     const bool stores = token < tile.count && row < rows;
     const Result to = result(stores, tile.first + token, row, TAIL_ARGUMENTS);
@@ -172,12 +161,10 @@ DEVICE void few_groups(float* products, const u8* w, const bf16* w_scales, const
             for (int i = 0; i < count; ++i) total = __fadd_rn(total, own[i * ROWS * TOKENS + threadIdx.x]);
         }
     }
-    if (stores) finish(__fmul_rn(total, x_scales[x_row(tile, token, x_rows)]), to, TAIL_ARGUMENTS);
+    if (stores) finish(__fmul_rn(total, x_scales[x_row(tile.first + token, x_rows)]), to, TAIL_ARGUMENTS);
 }
 
 DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
-    w += static_cast<i64>(tile.expert) * rows * (ld(cols) / 2);
-    w_scales += static_cast<i64>(tile.expert) * rows * (cols / group);
     if (group == 128) few_groups<1>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
     if (group == 64) few_groups<2>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
     if (group == 32) few_groups<4>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
@@ -191,14 +178,14 @@ KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const fl
     launch_next();
     if (tiles) wait_previous();
     SHARED(int, partial, WARPS * ROWS * TOKENS);
-    const Tile tile = tile_of_block(tokens, tiles);
+    const Tile tile = tile_of_block(tokens, experts, tiles, w, w_scales, bias);
     if (tile.count > 0) few_int8(partial, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 RESIDENT_KERNEL(256, 2, few_w4a8, (const u8* w, const bf16* w_scales, int group, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
     SHARED(float, products, PRODUCTS);
-    const Tile tile = tile_of_block(tokens, tiles);
+    const Tile tile = tile_of_block(tokens, experts, tiles, w, w_scales, bias);
     if (tile.count > 0) few_int4(products, w, w_scales, group, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
@@ -206,7 +193,7 @@ RESIDENT_KERNEL(256, 2, few_w4a8, (const u8* w, const bf16* w_scales, int group,
 RESIDENT_KERNEL(256, 2, few_w4w8a8, (const u8* w, const bf16* w_scales, int group, int rows, const i8* other_w, const float* other_scales, int other_rows, const i8* x, const float* x_scales, int tokens, int cols, TAIL_PARAMETERS)) {
     launch_next();
     SHARED(float, products, PRODUCTS);
-    Tile tile = tile_of_block(tokens, nullptr);
+    Tile tile = tile_of_block(tokens, nullptr, nullptr, w, w_scales, bias);
     const int others = divide_up(other_rows, ROWS) * ROWS;
     if (tile.row < others) {
         few_int8(reinterpret_cast<int*>(products), other_w, other_scales, x, x_scales, other_rows, cols, tile, nullptr, bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
@@ -244,12 +231,12 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     constexpr int INPUTS = KIND == BF16 ? 8 : KIND == INT8 ? 16 : 32, PAIRS = INPUTS / 2, SETS = TOKENS / 2;
     SHARED(float, partial, WARPS * ROWS * TOKENS);
     const int width = ld(cols), bytes = width / INPUTS * 16, warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
-    const u8* base = static_cast<const u8*>(weights) + static_cast<i64>(tile.expert) * rows * bytes;
+    const u8* base = static_cast<const u8*>(weights);
     const int upper_row = minimum(tile.row + line, rows - 1), lower_row = minimum(tile.row + line + 8, rows - 1);
     const u8* upper = base + static_cast<i64>(upper_row) * bytes;
     const u8* lower = base + static_cast<i64>(lower_row) * bytes;
     const int groups = KIND == INT4 ? cols / group : 1;
-    const bf16* group_scales = static_cast<const bf16*>(w_scales) + static_cast<i64>(tile.expert) * rows * groups;
+    const bf16* group_scales = static_cast<const bf16*>(w_scales);
     constexpr int AHEAD = 2;
     uint4 above_held[AHEAD], below_held[AHEAD];
     const auto fetch = [&](int start) {
@@ -271,7 +258,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
 #pragma unroll
     for (int set = 0; set < SETS; ++set) {
         present[set] = set * 2 + line / 4 < tile.count;
-        inputs[set] = x + static_cast<i64>(present[set] ? x_row(tile, set * 2 + line / 4, x_rows) : 0) * x_stride;
+        inputs[set] = x + static_cast<i64>(present[set] ? x_row(tile.first + set * 2 + line / 4, x_rows) : 0) * x_stride;
     }
     const bool wide = x_stride % 4 == 0 && cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
     float sums[SETS][4] = {};
@@ -350,7 +337,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     if (!stores) return;
     float total = 0.0f;
     for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
-    if (KIND == INT8) total *= static_cast<const float*>(w_scales)[static_cast<i64>(tile.expert) * rows + row];
+    if (KIND == INT8) total *= static_cast<const float*>(w_scales)[row];
     finish(total, to, TAIL_ARGUMENTS);
 }
 
@@ -359,33 +346,35 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
 KERNEL(256, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     if (tiles) wait_previous();
-    const Tile tile = tile_of_block(tokens, tiles);
+    const float* none = nullptr;
+    const Tile tile = tile_of_block(tokens, experts, tiles, w, none, bias);
     if (tile.count > 0) few_float<BF16>(w, nullptr, 0, x, x_stride, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 KERNEL(256, few_w8a16, (const i8* w, const float* w_scales, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     if (tiles) wait_previous();
-    const Tile tile = tile_of_block(tokens, tiles);
+    const Tile tile = tile_of_block(tokens, experts, tiles, w, w_scales, bias);
     if (tile.count > 0) few_float<INT8>(w, w_scales, 0, x, x_stride, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 KERNEL(256, few_w4a16, (const u8* w, const bf16* w_scales, int group, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     if (tiles) wait_previous();
-    const Tile tile = tile_of_block(tokens, tiles);
+    const Tile tile = tile_of_block(tokens, experts, tiles, w, w_scales, bias);
     if (tile.count > 0) few_float<INT4>(w, w_scales, group, x, x_stride, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
 // f32 weights, two rows a warp.
 KERNEL(256, few_f32, (const float* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     depend();
-    const Tile tile = tile_of_block(tokens, tiles);
+    const float* none = nullptr;
+    const Tile tile = tile_of_block(tokens, experts, tiles, w, none, bias);
     const int lane = threadIdx.x % 32;
     for (int row = tile.row + threadIdx.x / 32; row < minimum(tile.row + ROWS, rows); row += WARPS) {
-        const float* weights = w + (static_cast<i64>(tile.expert) * rows + row) * cols;
+        const float* weights = w + static_cast<i64>(row) * cols;
         for (int token = 0; token < tile.count; ++token) {
-            const float* input = x + static_cast<i64>(x_row(tile, token, x_rows)) * x_stride;
+            const float* input = x + static_cast<i64>(x_row(tile.first + token, x_rows)) * x_stride;
             float sum = 0.0f;
             for (int c = lane; c < cols; c += 32) sum = fmaf(weights[c], input[c], sum);
             sum = warp_sum(sum);

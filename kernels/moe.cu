@@ -82,6 +82,49 @@ KERNEL(32, route, (const float* logits, const float* correction, int tokens, int
     }
 }
 
+// Pairs of a token and an expert that it chose, sorted by expert and then by token: places[pair] is where a pair stands, x_rows its
+// token there. The pairs of each expert are divided into tiles of `height`: (expert, first place, pairs), and with no pairs
+// those of `tile_count` that are left. One block: a thread counts, and then places, an expert's pairs in a share of all.
+KERNEL(1024, sort_pairs, (const int* experts_of, int pairs, int chosen, int experts, int height, int tile_count, int* places, int* x_rows, int* tiles)) {
+    depend();
+    SHARED(int, counts, 1024);
+    SHARED(int, totals, 1024);
+    const int shares = blockDim.x / experts, expert = threadIdx.x % experts, share = threadIdx.x / experts;
+    const int length = divide_up(pairs, shares), first = minimum(share * length, pairs), end = minimum(first + length, pairs);
+    int count = 0;
+    if (share < shares)
+        for (int pair = first; pair < end; ++pair) count += experts_of[pair] == expert;
+    counts[threadIdx.x] = count;
+    __syncthreads();
+    if (share == 0) {
+        int total = 0;
+        for (int i = 0; i < shares; ++i) total += counts[i * experts + expert];
+        totals[expert] = total;
+    }
+    __syncthreads();
+    int place = 0, tile = 0, used = 0;
+    for (int e = 0; e < experts; ++e) {
+        const int own = divide_up(totals[e], height);
+        if (e < expert) place += totals[e], tile += own;
+        used += own;
+    }
+    if (share == 0)
+        for (int at = 0; at < totals[expert]; at += height, ++tile) {
+            tiles[3 * tile] = expert;
+            tiles[3 * tile + 1] = place + at;
+            tiles[3 * tile + 2] = minimum(height, totals[expert] - at);
+        }
+    for (int i = 3 * used + threadIdx.x; i < 3 * tile_count; i += blockDim.x) tiles[i] = 0;
+    if (share >= shares) return;
+    for (int i = 0; i < share; ++i) place += counts[i * experts + expert];
+    for (int pair = first; pair < end; ++pair) {
+        if (experts_of[pair] != expert) continue;
+        places[pair] = place;
+        x_rows[place++] = pair / chosen;
+    }
+}
+
+// The sum of what a token's experts put out, each times its weight, one after another.
 KERNEL(256, combine, (const float* x, const int* pairs, const float* weights, int chosen, int cols, float* out)) {
     depend();
     const int c = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;

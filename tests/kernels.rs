@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 35] = [
+const MUTANTS: [(&str, &str, &str); 40] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -76,6 +76,11 @@ const MUTANTS: [(&str, &str, &str); 35] = [
     ("attention.cu", "rows + tile * KEYS + i;", "rows + tile * KEYS;"),
     ("attention.cu", "return scales[row * kv_heads + head];", "return scales[row + head];"),
     ("moe.cu", "own[at - 1] > best", "own[at - 1] < best"),
+    ("moe.cu", "if (e < expert) place += totals[e]", "if (e <= expert) place += totals[e]"),
+    ("moe.cu", "for (int i = 0; i < share; ++i) place", "for (int i = 1; i < share; ++i) place"),
+    ("moe.cu", "minimum(height, totals[expert] - at)", "height"),
+    ("gemm.cu", "x_row(rows.first + row, x_rows) * row_bytes", "(rows.first + row) * row_bytes"),
+    ("gemm.cu", "x_scales[x_row(token, x_rows)], w_scales[row]", "x_scales[token], w_scales[row]"),
     ("gptq.cu", "shares[lane + 32 * i]", "shares[lane + 16 * i]"),
     ("gptq.cu", "held[i], __fmul_rn(step, own[lane + 32 * i])", "held[i], __fmul_rn(step, own[lane + 16 * i])"),
     ("norm.cu", "return c + (c >> 5);", "return c + (c >> 4);"),

@@ -289,6 +289,8 @@ pub trait Backend: Send + Sync + 'static {
     type Tensor: Clone + Send + Sync;
     /// Weights of a linear, laid out for the device.
     type Linear: Send + Sync;
+    /// The experts of a mixture, to be computed at once.
+    type Experts: Send + Sync;
     /// An embedding table.
     type Embedding: Send + Sync;
     /// A row of float parameters on the device: a norm's weight.
@@ -408,6 +410,18 @@ pub trait Backend: Send + Sync + 'static {
         cache: Option<&mut Self::KvCache>,
     ) -> Result<Self::Tensor>;
 
+    /// What [`Backend::mixture`] needs of experts, their `[up, down]` each. `None`: they are computed one after another.
+    fn prepare_experts(&self, experts: &[[&Self::Linear; 2]]) -> Result<Option<Self::Experts>>;
+    /// What the experts that a router chooses make of x, `down(relu(up(x))²)`, each times its weight and added in ascending order
+    /// of the experts: `[tokens, features]`. `raw`, `correction` and `shape` as for [`Backend::route`].
+    fn mixture(
+        &self,
+        experts: &Self::Experts,
+        x: &Self::Activation,
+        raw: &Self::Tensor,
+        correction: &Self::Vector,
+        shape: &RouterShape,
+    ) -> Result<Self::Tensor>;
     /// The experts of every token, by expert, from the router's raw outputs `[tokens, experts]`; `correction` `[experts]`
     /// counts for choosing, not for weighting.
     fn route(&self, raw: &Self::Tensor, correction: &Self::Vector, shape: &RouterShape) -> Result<Vec<Assignment>>;

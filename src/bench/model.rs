@@ -146,7 +146,7 @@ fn decode<B: Backend>(model: &Hybrid<B>, shape: &Shape, batch: usize, state: Cac
         }
     }
     let median = median(&seconds);
-    let bytes = model.read_bytes() + batch as u64 * state_bytes(shape, state);
+    let bytes = model.read_bytes(batch) + batch as u64 * state_bytes(shape, state);
     let bound = bytes as f64 / bandwidth;
     Ok(Decode { batch, ms: 1e3 * median, tokens_per_s: batch as f64 / median, bytes, bound_ms: 1e3 * bound, of_bound: bound / median })
 }

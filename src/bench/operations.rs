@@ -8,7 +8,7 @@ use crate::backend::{AttentionShape, Backend, Emit, MambaParameters, Sequences, 
 use crate::checkpoint::LinearSpec;
 use crate::error::Result;
 use crate::format::{BlockKind, CacheFormat, CacheFormats, Format, LinearWeights, QuantizedMatrix, Scheme, WeightPart};
-use crate::model::mamba_shape;
+use crate::model::{mamba_shape, router_shape};
 use crate::monitor::Monitor;
 
 /// Copies of an operation's weights that take turns, so that none is still in a cache; together at least so many bytes.
@@ -48,11 +48,14 @@ pub fn measure<B: Backend>(backend: &B, shape: &Shape, tokens: &[usize], bandwid
     }
     linears.retain(|linear| !linear.name.starts_with("experts.") && !linear.name.starts_with("k_") && !linear.name.starts_with("v_"));
     linears.push(&layout.head);
-    monitor.stage("operations", tokens.len() * (3 * linears.len() + 5));
+    monitor.stage("operations", tokens.len() * (3 * linears.len() + 8));
     for linear in &linears {
         for format in [Format::W16A16, Format::W8A8, Format::W4A8] {
             bench.linear(linear, format, tokens)?;
         }
+    }
+    for format in [Format::W16A16, Format::W8A8, Format::W4A8] {
+        bench.experts(shape, format, tokens)?;
     }
     for count in tokens {
         bench.rows(shape, *count)?;
@@ -80,11 +83,9 @@ impl<B: Backend> Bench<'_, B> {
         self.backend.upload((0..rows * cols).map(|i| ((i * 2_654_435_761) as u32 >> 8) as f32 / (1 << 23) as f32 - 1.0).collect(), cols)
     }
 
-    fn linear(&mut self, linear: &LinearSpec, format: Format, tokens: &[usize]) -> Result<()> {
-        let (rows, cols) = (linear.rows, linear.cols);
+    /// Weights of no meaning.
+    fn weights(rows: usize, cols: usize, format: Format) -> LinearWeights {
         let scheme = Scheme::for_width(format, 2, cols);
-        let weight_bytes = scheme.stored_bytes(rows, cols, 2);
-        let copies = ROTATED_BYTES.div_ceil(weight_bytes).clamp(1, 16) as usize;
         let code = |i: usize, range: i32| (((i * 2_654_435_761) as u32 >> 16) as i32 % range - range / 2) as i8;
         let part = match scheme {
             Scheme::Float => WeightPart::Float((0..rows * cols).into_par_iter().map(|i| f32::from(code(i, 256)) / 256.0).collect()),
@@ -96,7 +97,14 @@ impl<B: Backend> Bench<'_, B> {
             }
         };
         let int8_activations = format.quantizes_activations();
-        let weights = LinearWeights { parts: vec![part], int8_activations, ..LinearWeights::float(Vec::new(), cols) };
+        LinearWeights { parts: vec![part], int8_activations, ..LinearWeights::float(Vec::new(), cols) }
+    }
+
+    fn linear(&mut self, linear: &LinearSpec, format: Format, tokens: &[usize]) -> Result<()> {
+        let (rows, cols) = (linear.rows, linear.cols);
+        let weight_bytes = Scheme::for_width(format, 2, cols).stored_bytes(rows, cols, 2);
+        let copies = ROTATED_BYTES.div_ceil(weight_bytes).clamp(1, 16) as usize;
+        let weights = Self::weights(rows, cols, format);
         let prepared = (0..copies).map(|_| self.backend.prepare(weights.clone())).collect::<Result<Vec<_>>>()?;
         drop(weights);
         for tokens in tokens.iter().copied() {
@@ -106,9 +114,52 @@ impl<B: Backend> Bench<'_, B> {
                 turn += 1;
                 self.backend.linear(&prepared[turn % copies], &x).map(drop)
             })?;
-            let activation = if int8_activations { 1 } else { 4 };
+            let activation = if format.quantizes_activations() { 1 } else { 4 };
             let bytes = weight_bytes + (tokens * (activation * cols + 4 * rows)) as u64;
             self.record(format!("{} {format} {rows}x{cols}", linear.name), tokens, seconds, bytes, 2 * (tokens * rows * cols) as u64)?;
+        }
+        Ok(())
+    }
+
+    /// All experts of a layer at once, where the device computes them so; the tokens choose others each time.
+    fn experts(&mut self, shape: &Shape, format: Format, tokens: &[usize]) -> Result<()> {
+        let Some(moe) = shape.layout.blocks.iter().find(|block| block.kind == BlockKind::Moe).map(|_| &shape.config.moe) else {
+            return Ok(());
+        };
+        let (width, inner) = (moe.latent.unwrap_or(shape.config.hidden_size), moe.intermediate);
+        let router = router_shape(moe);
+        let (up, down) = (Self::weights(inner, width, format), Self::weights(width, inner, format));
+        let prepare = |_| Ok([self.backend.prepare(up.clone())?, self.backend.prepare(down.clone())?]);
+        let linears = (0..moe.experts).map(prepare).collect::<Result<Vec<_>>>()?;
+        let Some(experts) = self.backend.prepare_experts(&linears.iter().map(|[up, down]| [up, down]).collect::<Vec<_>>())? else {
+            return Ok(());
+        };
+        let correction = self.backend.prepare_vector(vec![0.0; moe.experts])?;
+        let expert_bytes: u64 = [(inner, width), (width, inner)]
+            .map(|(rows, cols)| Scheme::for_width(format, 2, cols).stored_bytes(rows, cols, 2))
+            .iter()
+            .sum();
+        for tokens in tokens.iter().copied() {
+            let x = self.backend.emit(self.tensor(tokens, width)?, self.backend.reads(&linears[0][0]))?;
+            let random = |turn: usize| {
+                let value = |i: usize| (((i + turn * 7919) * 2_654_435_761) as u32 >> 8) as f32 / (1 << 23) as f32;
+                self.backend.upload((0..tokens * moe.experts).map(value).collect(), moe.experts)
+            };
+            let choices = (0..REPEATS).map(random).collect::<Result<Vec<_>>>()?;
+            let mut chosen = 0;
+            for raw in &choices {
+                chosen += self.backend.route(raw, &correction, &router)?.iter().filter(|expert| !expert.tokens.is_empty()).count() as u64;
+            }
+            let mut turn = 0;
+            let seconds = self.backend.time(REPEATS, &mut || {
+                turn += 1;
+                self.backend.mixture(&experts, &x, &choices[turn % REPEATS], &correction, &router).map(drop)
+            })?;
+            let pairs = (tokens * moe.experts_per_token) as u64;
+            let bytes = chosen * expert_bytes / REPEATS as u64 + 4 * pairs * (inner + width) as u64;
+            let operations = 4 * pairs * (inner * width) as u64;
+            let name = format!("{} of {} experts {format} {inner}x{width}", moe.experts_per_token, moe.experts);
+            self.record(name, tokens, seconds, bytes, operations)?;
         }
         Ok(())
     }

@@ -306,9 +306,20 @@ impl<B: Backend> Block<B> {
         }
     }
 
-    /// Whether a decoding step through it can be recorded: the experts of a mixture are launched as the router chose.
+    /// Whether a decoding step through it can be recorded, because its launches are the same for every token.
     pub fn is_recordable(&self) -> bool {
-        !matches!(self.mixer, Mixer::Moe(_))
+        match &self.mixer {
+            Mixer::Moe(moe) => moe.is_recordable(),
+            Mixer::Ssm(_) | Mixer::Mlp(_) | Mixer::Attention(_) => true,
+        }
+    }
+
+    /// Bytes of the block's linears that a step of so many tokens reads.
+    pub fn read_bytes(&self, backend: &B, tokens: usize) -> u64 {
+        match &self.mixer {
+            Mixer::Moe(moe) => moe.read_bytes(backend, tokens),
+            Mixer::Ssm(_) | Mixer::Mlp(_) | Mixer::Attention(_) => self.resident_bytes(backend),
+        }
     }
 
     /// Bytes that the block's linears take on the device.
@@ -326,6 +337,11 @@ impl<B: Backend> Block<B> {
 impl<B: Backend> Mlp<B> {
     pub(super) fn new(prefix: String, up: B::Linear, down: B::Linear) -> Self {
         Self { prefix, up, down }
+    }
+
+    /// Its linears, up and down.
+    pub(super) fn linears(&self) -> [&B::Linear; 2] {
+        [&self.up, &self.down]
     }
 
     /// The form in which the first linear reads its input.

@@ -199,9 +199,11 @@ impl<B: Backend> Hybrid<B> {
         self.ends.logits_at(&self.backend, h, tokens)
     }
 
-    /// Bytes of weights that a decoding step reads: blocks and head. (Of a mixture it reads the chosen experts only.)
-    pub fn read_bytes(&self) -> u64 {
-        self.resident_bytes() - self.backend.embedding_bytes(&self.ends.embedding)
+    /// Bytes of weights that a decoding step of so many sequences reads: blocks and head; of a mixture as many experts as the
+    /// tokens may choose.
+    pub fn read_bytes(&self, sequences: usize) -> u64 {
+        let blocks: u64 = self.blocks.iter().map(|block| block.read_bytes(&self.backend, sequences)).sum();
+        self.ends.resident_bytes(&self.backend) - self.backend.embedding_bytes(&self.ends.embedding) + blocks
     }
 
     /// Bytes of weights on the device.

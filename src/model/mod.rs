@@ -14,6 +14,7 @@ pub mod trace;
 pub use block::{Block, BlockCache, BlockSource, Tap, internals, mamba_shape};
 pub use boundary::{Boundary, WaitingRoom};
 pub use hybrid::{Cache, Ends, Hybrid};
+pub use moe::router_shape;
 pub use need::{HEAD_VALUES, MemoryNeed};
 pub use reader::{Batch, Outputs, Pass, Reader, Rounding};
 pub use stream::Stream;

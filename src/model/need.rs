@@ -4,6 +4,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::EXPANDED;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::format::BlockKind;
 
 /// Logits that are computed at a time, at most: 128 MiB.
 pub const HEAD_VALUES: usize = 1 << 25;
@@ -31,8 +32,15 @@ impl MemoryNeed {
         let hidden = checkpoint.config.hidden_size;
         let linears = || layout.blocks.iter().flat_map(|block| &block.linears);
         let widest = linears().map(|linear| linear.rows.max(linear.cols)).max();
+        // What each token's experts put out, behind either linear.
+        let moe = &checkpoint.config.moe;
+        let mixture = if layout.blocks.iter().any(|block| block.kind == BlockKind::Moe) {
+            moe.experts_per_token * (2 * moe.intermediate + moe.latent.unwrap_or(hidden))
+        } else {
+            0
+        };
         // A block holds its input, a norm of it, and about three tensors of its widest linear.
-        let activations = 4 * batch_tokens * (2 * hidden + 3 * widest.unwrap_or(hidden));
+        let activations = 4 * batch_tokens * (2 * hidden + 3 * widest.unwrap_or(hidden) + mixture);
         let logits = 4 * (batch_tokens * layout.head.rows).min(HEAD_VALUES);
         let largest = linears().chain([&layout.embedding, &layout.head]).map(|linear| linear.rows * linear.cols).max().unwrap_or(0);
         Ok(Self {

@@ -100,6 +100,7 @@ impl Cpu {
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Linear = CpuLinear;
+    type Experts = std::convert::Infallible;
     type Embedding = embedding::Embedding;
     type Vector = Vec<f32>;
     type Recording = std::convert::Infallible;
@@ -319,6 +320,21 @@ impl Backend for Cpu {
     ) -> Result<Tensor> {
         let out = with_values(q, |q| with_values(k, |k| with_values(v, |v| attention::attend(q, k, v, shape, sequences, cache))))???;
         tensor(out, shape.heads * shape.head_dim)
+    }
+
+    fn prepare_experts(&self, _experts: &[[&Self::Linear; 2]]) -> Result<Option<Self::Experts>> {
+        Ok(None)
+    }
+
+    fn mixture(
+        &self,
+        experts: &Self::Experts,
+        _x: &CpuActivation,
+        _raw: &Tensor,
+        _correction: &Vec<f32>,
+        _shape: &RouterShape,
+    ) -> Result<Tensor> {
+        match *experts {}
     }
 
     fn route(&self, raw: &Tensor, correction: &Vec<f32>, shape: &RouterShape) -> Result<Vec<Assignment>> {

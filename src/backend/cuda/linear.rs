@@ -4,6 +4,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::device::{Arguments, Buffer, Element, Gemm};
+use super::experts::Selection;
 use super::tensor::Codes;
 use super::wgmma::{self, Operands};
 use super::{Cuda, CudaActivation, CudaTensor, missing, padded};
@@ -20,6 +21,9 @@ const FEW_BF16: usize = 4;
 /// experts by small differences, and so little work gains nothing from a matrix product.
 const NARROW: usize = 512;
 
+/// Outputs and tokens that a block of the matrix-vector kernels computes.
+const FEW_OUTPUTS: usize = 16;
+const FEW_TILE: usize = 8;
 /// Tokens and outputs that a block of the matrix products computes.
 const GEMM_TILE: usize = 128;
 const GEMM_F32_TILE: usize = 64;
@@ -53,7 +57,52 @@ enum Weights {
     Int4 { codes: Buffer, scales: Buffer, group: usize },
 }
 
+/// Which kernels multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Product {
+    /// Matrix-vector kernels.
+    Few,
+    /// Matrix products in tiles of so many tokens and outputs.
+    Many(usize),
+}
+
+impl Product {
+    /// Tokens that a block computes.
+    pub(super) fn height(self) -> usize {
+        match self {
+            Self::Few => FEW_TILE,
+            Self::Many(tile) => tile,
+        }
+    }
+}
+
+impl Part {
+    fn product(&self, tokens: usize) -> Product {
+        let few = if matches!(self.weights, Weights::Bf16(_)) { FEW_BF16 } else { FEW };
+        match self.weights {
+            _ if tokens <= few || self.rows < NARROW => Product::Few,
+            Weights::F32(_) => Product::Many(GEMM_F32_TILE),
+            _ => Product::Many(GEMM_TILE),
+        }
+    }
+}
+
 impl Weights {
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Int4 { group, .. }, Self::Int4 { group: other, .. }) => group == other,
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
+
+    /// Addresses of the weights and of their scales, 0 where there are none.
+    fn addresses(&self) -> [u64; 2] {
+        match self {
+            Self::F32(values) | Self::Bf16(values) => [values.address(), 0],
+            Self::Int8 { codes, scales } | Self::Int4 { codes, scales, .. } => [codes.address(), scales.address()],
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::F32(values) | Self::Bf16(values) => values.bytes(),
@@ -70,6 +119,31 @@ impl CudaLinear {
     pub(super) fn bytes(&self) -> u64 {
         let weights: usize = self.parts.iter().map(|part| part.weights.bytes()).sum();
         (weights + self.bias.as_ref().map_or(0, Buffer::bytes)) as u64
+    }
+
+    pub(super) fn outputs(&self) -> usize {
+        self.rows
+    }
+
+    /// Whether both have the same shape and format, so that one launch can serve them.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let ([own], [others]) = (&*self.parts, &*other.parts) else { return false };
+        (self.rows, self.cols, self.bias.is_some()) == (other.rows, other.cols, other.bias.is_some())
+            && own.weights.is_like(&others.weights)
+            && self.int8_activations == other.int8_activations
+            && self.reads() == other.reads()
+    }
+
+    /// Addresses of weights, scales and bias, 0 where there are none; `None` for a linear of several parts.
+    pub(super) fn addresses(&self) -> Option<[u64; 3]> {
+        let [part] = &*self.parts else { return None };
+        let [weights, scales] = part.weights.addresses();
+        Some([weights, scales, self.bias.as_ref().map_or(0, Buffer::address)])
+    }
+
+    /// The kernels for experts like this one, to each of which `tokens` tokens fall on average.
+    pub(super) fn product_of_experts(&self, tokens: usize) -> Product {
+        self.parts[0].product(tokens)
     }
 
     pub(super) fn reads(&self) -> Emit {
@@ -198,28 +272,42 @@ impl Cuda {
             let arguments = Arguments::default().with(codes).with(scales).with(*group).with(*rows).with(other_codes).with(other_scales);
             let arguments = arguments.with(*others).with(&x.int8()?.codes).with(&x.int8()?.scales).with(x.tokens).with(linear.cols);
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset: 0 };
-            let blocks = [rows.div_ceil(16) + others.div_ceil(16), x.tokens.div_ceil(8), 1];
+            let blocks = [rows.div_ceil(FEW_OUTPUTS) + others.div_ceil(FEW_OUTPUTS), x.tokens.div_ceil(FEW_TILE), 1];
             self.launch("few_w4w8a8", blocks, 256, 0, place.tail(arguments))?;
             return Ok(out);
         }
         let mut offset = 0;
         for part in &linear.parts {
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
-            let few = if matches!(part.weights, Weights::Bf16(_)) { FEW_BF16 } else { FEW };
-            if x.tokens <= few || part.rows < NARROW {
-                self.few(part, linear, x, &place)?;
-            } else {
-                self.many(part, linear, x, &place)?;
+            match part.product(x.tokens) {
+                Product::Few => self.few(part, linear, x, &place, None)?,
+                Product::Many(_) => self.many(part, linear, x, &place)?,
             }
             offset += part.rows;
         }
         Ok(out)
     }
 
+    /// Linears like `linear`, of which `experts` says which rows of the output each computes.
+    pub(super) fn product_by_experts(
+        &self,
+        linear: &CudaLinear,
+        product: Product,
+        x: &CudaActivation,
+        out: &CudaTensor,
+        experts: &Selection<'_>,
+    ) -> Result<()> {
+        let [part] = &*linear.parts else { return Err(Error::run("the linears of experts are of one part")) };
+        let place = Place { out, residual: None, bias: None, offset: 0 };
+        match product {
+            Product::Few => self.few(part, linear, x, &place, Some(experts)),
+            Product::Many(_) => self.tiled(part, linear, x, &place, Some(experts)),
+        }
+    }
+
     /// A matrix-vector kernel, a few tokens at a time.
-    fn few(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<()> {
+    fn few(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>, experts: Option<&Selection<'_>>) -> Result<()> {
         let sizes = |arguments: Arguments| arguments.with(x.tokens).with(part.rows).with(linear.cols);
-        let experts = |arguments: Arguments| arguments.with(None::<&Buffer>).with(None::<&Buffer>);
         let float = |arguments: Arguments| Ok::<_, Error>(arguments.with(x.float()?.buffer()).with(linear.cols));
         let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
         let begin = Arguments::default();
@@ -233,8 +321,8 @@ impl Cuda {
             }
             Weights::Int4 { codes: w, scales, group } => ("few_w4a16", float(begin.with(w).with(scales).with(*group))?),
         };
-        let blocks = [part.rows.div_ceil(16), x.tokens.div_ceil(8), 1];
-        self.launch(kernel, blocks, 256, 0, place.tail(experts(sizes(arguments))))
+        let blocks = [part.rows.div_ceil(FEW_OUTPUTS), experts.map_or(x.tokens.div_ceil(FEW_TILE), Selection::tiles), 1];
+        self.launch(kernel, blocks, 256, 0, place.tail(Selection::arguments(experts, sizes(arguments))))
     }
 
     /// A matrix product by Hopper's own instructions, for int8 activations.
@@ -252,31 +340,41 @@ impl Cuda {
         self.launch(launch.kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)
     }
 
-    /// A matrix product: cuBLAS for float weights where it is there, otherwise a kernel.
+    /// A matrix product: on Hopper by its own instructions where they serve, for float weights by cuBLAS where it is there, otherwise
+    /// by a kernel that every GPU runs.
     fn many(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<()> {
         if self.device().arch() == wgmma::ARCH && linear.int8_activations && part.weights.is_quantized() {
             return self.many_on_hopper(part, linear, x, place);
         }
-        let begin = Arguments::default();
-        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
-        let (kernel, arguments) = match &part.weights {
+        let done = match &part.weights {
             Weights::F32(weights) => {
                 let float = x.float()?.buffer();
-                if self.halves_product(weights, float, part, linear, x, place)? {
-                    return Ok(());
-                }
-                if self.library_product(Element::F32, weights, linear.cols, float, linear.cols, part, linear, x, place)? {
-                    return Ok(());
-                }
-                ("gemm_f32", begin.with(weights).with(float).with(linear.cols))
+                self.halves_product(weights, float, part, linear, x, place)?
+                    || self.library_product(Element::F32, weights, linear.cols, float, linear.cols, part, linear, x, place)?
             }
             Weights::Bf16(weights) => {
                 let (bf16, width) = (self.bf16(x)?, padded(linear.cols));
-                if self.library_product(Element::Bf16, weights, width, &bf16, width, part, linear, x, place)? {
-                    return Ok(());
-                }
-                ("gemm_bf16", begin.with(weights).with(&*bf16))
+                self.library_product(Element::Bf16, weights, width, &bf16, width, part, linear, x, place)?
             }
+            Weights::Int8 { .. } | Weights::Int4 { .. } => false,
+        };
+        if done { Ok(()) } else { self.tiled(part, linear, x, place, None) }
+    }
+
+    /// A matrix product by a kernel that every GPU runs.
+    fn tiled(
+        &self,
+        part: &Part,
+        linear: &CudaLinear,
+        x: &CudaActivation,
+        place: &Place<'_>,
+        experts: Option<&Selection<'_>>,
+    ) -> Result<()> {
+        let begin = Arguments::default();
+        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
+        let (kernel, arguments) = match &part.weights {
+            Weights::F32(weights) => ("gemm_f32", begin.with(weights).with(x.float()?.buffer()).with(linear.cols)),
+            Weights::Bf16(weights) => ("gemm_bf16", begin.with(weights).with(&*self.bf16(x)?)),
             Weights::Int8 { codes: w, scales } if linear.int8_activations => ("gemm_w8a8", codes(begin.with(w).with(scales))?),
             Weights::Int8 { codes: w, scales } => ("gemm_w8a16", begin.with(w).with(scales).with(&*self.bf16(x)?)),
             Weights::Int4 { codes: w, scales, group } if linear.int8_activations => {
@@ -284,13 +382,14 @@ impl Cuda {
             }
             Weights::Int4 { codes: w, scales, group } => ("gemm_w4a16", begin.with(w).with(scales).with(*group).with(&*self.bf16(x)?)),
         };
-        let arguments = place.tail(arguments.with(x.tokens).with(part.rows).with(linear.cols));
+        let arguments = Selection::arguments(experts, arguments.with(x.tokens).with(part.rows).with(linear.cols));
         let (tile, shared) = match kernel {
             "gemm_f32" => (GEMM_F32_TILE, 0),
             "gemm_w4a8" => (GEMM_TILE, GEMM_W4A8_SHARED),
             _ => (GEMM_TILE, GEMM_SHARED),
         };
-        self.launch(kernel, [x.tokens.div_ceil(tile), part.rows.div_ceil(tile), 1], 256, shared, arguments)
+        let tiles = experts.map_or(x.tokens.div_ceil(tile), Selection::tiles);
+        self.launch(kernel, [tiles, part.rows.div_ceil(tile), 1], 256, shared, place.tail(arguments))
     }
 
     /// f32 by f32 through cuBLAS on the tensor cores: each is split into two bf16, high + low, and three products of halves are

@@ -10,6 +10,7 @@ mod calibration;
 pub mod device;
 pub mod driver;
 pub mod emulated;
+mod experts;
 pub mod libraries;
 mod linear;
 mod logits;
@@ -29,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use faer::{MatMut, MatRef};
 
 use self::device::{Arguments, Buffer, Device, Grid, Memory, Pinned, Plain};
+pub use self::experts::CudaExperts;
 pub use self::linear::{CudaEmbedding, CudaLinear};
 pub use self::recording::CudaRecording;
 pub use self::tensor::{CudaActivation, CudaTensor};
@@ -171,7 +173,8 @@ fn padded(cols: usize) -> usize {
 
 impl Backend for Cuda {
     type Tensor = CudaTensor;
-    type Linear = CudaLinear;
+    type Linear = Arc<CudaLinear>;
+    type Experts = CudaExperts;
     type Embedding = CudaEmbedding;
     type Vector = Buffer;
     type Recording = CudaRecording;
@@ -212,15 +215,15 @@ impl Backend for Cuda {
         self.upload_values(&values)
     }
 
-    fn prepare(&self, weights: LinearWeights) -> Result<CudaLinear> {
-        self.prepare_linear(weights)
+    fn prepare(&self, weights: LinearWeights) -> Result<Arc<CudaLinear>> {
+        self.prepare_linear(weights).map(Arc::new)
     }
 
-    fn resident_bytes(&self, linear: &CudaLinear) -> u64 {
+    fn resident_bytes(&self, linear: &Arc<CudaLinear>) -> u64 {
         linear.bytes()
     }
 
-    fn reads(&self, linear: &CudaLinear) -> Emit {
+    fn reads(&self, linear: &Arc<CudaLinear>) -> Emit {
         linear.reads()
     }
 
@@ -236,11 +239,11 @@ impl Backend for Cuda {
         self.look_up(table, ids)
     }
 
-    fn linear(&self, linear: &CudaLinear, x: &CudaActivation) -> Result<CudaTensor> {
+    fn linear(&self, linear: &Arc<CudaLinear>, x: &CudaActivation) -> Result<CudaTensor> {
         self.product(linear, x, None)
     }
 
-    fn linear_add(&self, into: CudaTensor, linear: &CudaLinear, x: &CudaActivation) -> Result<CudaTensor> {
+    fn linear_add(&self, into: CudaTensor, linear: &Arc<CudaLinear>, x: &CudaActivation) -> Result<CudaTensor> {
         self.product(linear, x, Some(&into))
     }
 
@@ -278,7 +281,7 @@ impl Backend for Cuda {
 
     fn project(
         &self,
-        in_proj: &CudaLinear,
+        in_proj: &Arc<CudaLinear>,
         x: &CudaActivation,
         parameters: &mamba::Parameters,
         shape: &MambaShape,
@@ -340,6 +343,21 @@ impl Backend for Cuda {
             Some(cache) => self.attend_cached([q, k, v], shape, sequences, cache),
             None => self.attend([q, k, v], shape, sequences),
         }
+    }
+
+    fn prepare_experts(&self, experts: &[[&Arc<CudaLinear>; 2]]) -> Result<Option<CudaExperts>> {
+        self.experts_at_once(experts)
+    }
+
+    fn mixture(
+        &self,
+        experts: &CudaExperts,
+        x: &CudaActivation,
+        raw: &CudaTensor,
+        correction: &Buffer,
+        shape: &RouterShape,
+    ) -> Result<CudaTensor> {
+        self.sum_of_experts(experts, x, raw, correction, shape)
     }
 
     fn route(&self, raw: &CudaTensor, correction: &Buffer, shape: &RouterShape) -> Result<Vec<Assignment>> {
@@ -429,7 +447,7 @@ impl Backend for Cuda {
 
     fn mixer_magnitudes(
         &self,
-        in_proj: &CudaLinear,
+        in_proj: &Arc<CudaLinear>,
         x: &CudaActivation,
         parameters: &mamba::Parameters,
         shape: &MambaShape,

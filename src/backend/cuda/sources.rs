@@ -13,7 +13,7 @@ macro_rules! source {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Source] = &[source!("device.cuh"), source!("halves.cuh")];
+pub const HEADERS: &[Source] = &[source!("device.cuh"), source!("experts.cuh"), source!("halves.cuh")];
 
 /// A translation unit each.
 pub const KERNELS: &[Source] = &[

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use super::device::{Arguments, Buffer};
 use super::{Cuda, lock, missing, padded};
-use crate::backend::{Assignment, Emit, RouterShape};
-use crate::error::{Error, Result};
+use crate::backend::Emit;
+use crate::error::Result;
 
 /// Threads of a kernel that goes row by row: with few rows each has a multiprocessor to itself, with many they share one.
 fn row_threads(tokens: usize, cols: usize) -> usize {
@@ -147,34 +147,5 @@ impl Cuda {
         let arguments = Arguments::default().with(out.buffer()).with(x.buffer()).with(&rows).with(&weights).with(tokens.len()).with(x.cols);
         self.launch("scatter_add", [x.cols.div_ceil(256), 1, 1], 256, 0, arguments)?;
         Ok(out)
-    }
-
-    /// Chooses on the device; the choice, a few numbers a token, comes to the host, which then launches expert by expert.
-    pub(super) fn assignments(&self, raw: &CudaTensor, correction: &Buffer, shape: &RouterShape) -> Result<Vec<Assignment>> {
-        let (tokens, chosen) = (raw.rows, shape.experts_per_token);
-        let (experts, weights) = (self.buffer::<i32>(tokens * chosen)?, self.buffer::<f32>(tokens * chosen)?);
-        let arguments = Arguments::default()
-            .with(raw.buffer())
-            .with(correction)
-            .with(tokens)
-            .with(shape.experts)
-            .with(chosen)
-            .with(shape.groups)
-            .with(shape.top_groups)
-            .with(shape.normalize)
-            .with(shape.scaling)
-            .with(&experts)
-            .with(&weights)
-            .with(None::<&Buffer>)
-            .with(None::<&Buffer>);
-        self.launch("route", [tokens, 1, 1], 32, 8 * shape.experts + 8 * shape.groups, arguments)?;
-        let (experts, weights) = (experts.download::<i32>(tokens * chosen)?, weights.download::<f32>(tokens * chosen)?);
-        let mut assigned = vec![Assignment::default(); shape.experts];
-        for (pair, (expert, weight)) in experts.into_iter().zip(weights).enumerate() {
-            let expert = assigned.get_mut(expert as usize).ok_or_else(|| Error::run("the router chose an expert that is not there"))?;
-            expert.tokens.push(pair / chosen);
-            expert.weights.push(weight);
-        }
-        Ok(assigned)
     }
 }

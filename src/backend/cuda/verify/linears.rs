@@ -14,6 +14,9 @@ use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
 const GEMM_SHARED: usize = 65536;
 const GEMM_W4A8_SHARED: usize = 73728;
 
+/// Tokens of a tile of the matrix-vector kernels.
+const FEW_TILE: usize = 8;
+
 /// A linear's weights and what it reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Weights {
@@ -59,6 +62,15 @@ fn gemm_kernel(suffix: &str) -> &'static str {
     }
 }
 
+/// What a matrix product may differ by.
+fn gemm_tolerance(weights: Weights, int8: bool) -> f64 {
+    match (weights, int8) {
+        (_, true) => EXACT,
+        (Weights::Int4(_), false) => BF16_WEIGHTS,
+        _ => FLOAT,
+    }
+}
+
 pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     let mut all = Vec::new();
     let formats = |cols: usize| {
@@ -91,19 +103,22 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     for (tokens, rows, cols) in many {
         for (weights, int8) in formats(cols) {
             let kernel = gemm_kernel(weights.suffix(int8));
-            let tolerance = match (weights, int8) {
-                (_, true) => EXACT,
-                (Weights::Int4(_), false) => BF16_WEIGHTS,
-                _ => FLOAT,
-            };
             let shape = format!("{tokens}x{rows}x{cols} {weights:?}");
-            all.push(Check::new(kernel, shape, tolerance, move |lab| linear(lab, kernel, weights, int8, tokens, rows, cols)));
+            all.push(Check::new(kernel, shape, gemm_tolerance(weights, int8), move |lab| {
+                linear(lab, kernel, weights, int8, tokens, rows, cols)
+            }));
         }
     }
-    for (weights, int8) in formats(128) {
-        let kernel = few_kernel(weights.suffix(int8));
-        let tolerance = if int8 { EXACT } else { FLOAT };
-        all.push(Check::new(kernel, format!("experts {weights:?}"), tolerance, move |lab| experts(lab, kernel, weights, int8, 35, 128)));
+    for (rows, cols) in [(35, 128), (130, 160), (17, 37)] {
+        for (weights, int8) in formats(cols) {
+            let suffix = weights.suffix(int8);
+            let few = (few_kernel(suffix), FEW_TILE, if int8 { EXACT } else { FLOAT });
+            let many = (gemm_kernel(suffix), if weights == Weights::F32 { 64 } else { 128 }, gemm_tolerance(weights, int8));
+            for (kernel, height, tolerance) in [few, many] {
+                let shape = format!("experts {rows}x{cols} {weights:?}");
+                all.push(Check::new(kernel, shape, tolerance, move |lab| experts(lab, kernel, height, weights, int8, rows, cols)));
+            }
+        }
     }
     for group in [128, 64, 32] {
         for (tokens, rows, others, cols) in [(1, 37, 5, 384), (3, 32, 20, 128), (8, 70, 16, 1152)] {
@@ -285,7 +300,7 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
     let (bias, residual) = (lab.normal(22, rows), lab.normal(23, tokens * stride));
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
     let arguments = x.arguments(weights.arguments()).with(tokens).with(rows).with(cols);
-    let arguments = if few { arguments.with(None::<&Buffer>).with(None::<&Buffer>) } else { arguments };
+    let arguments = arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(None::<&Buffer>);
     let place = out.address() + 4 * offset as u64;
     let arguments = arguments.with(&bias_buffer).with(place).with(place).with(stride);
     let (tile, shared) = match kernel {
@@ -347,26 +362,51 @@ fn two_parts(lab: &Lab, group: usize, tokens: usize, rows: usize, others: usize,
     Ok(mismatches(&out.download::<f32>(tokens * stride)?, &expected))
 }
 
-/// Pairs of tokens and experts in tiles: one of several pairs, one empty, single ones.
-fn experts(lab: &Lab, kernel: &str, weights: Weights, int8: bool, rows: usize, cols: usize) -> Result<f64> {
-    let (count, tokens) = (3, 5);
-    let all = Prepared::new(lab, weights, lab.normal(24, count * rows * cols), count * rows, cols)?;
+/// Pairs of tokens and experts in tiles: of an expert with a few pairs, of none, and of one with more than fill a tile; an empty
+/// one in front.
+fn experts(lab: &Lab, kernel: &str, height: usize, weights: Weights, int8: bool, rows: usize, cols: usize) -> Result<f64> {
+    let (tokens, counts) = (5, [5, 0, height + 3]);
+    let pairs = counts.iter().sum();
     let x = Input::new(lab, kernel, int8, lab.normal(25, tokens * cols), cols)?;
-    let tiles = [2, 0, 3, 0, 3, 0, 0, 3, 1, 1, 4, 2];
-    let x_rows = [4, 0, 2, 3, 1, 1];
-    let expert_of = [2, 2, 2, 0, 1, 1];
-    let (tiles, places, out) = (lab.put(&tiles)?, lab.put(&x_rows)?, lab.poisoned::<f32>(x_rows.len() * rows)?);
-    let arguments = x.arguments(all.arguments()).with(x_rows.len()).with(rows).with(cols).with(&tiles).with(&places);
+    let own = |expert: u64| Prepared::new(lab, weights, lab.normal(80 + expert, rows * cols), rows, cols);
+    let own = [own(0)?, own(1)?, own(2)?];
+    let biases = [lab.normal(90, rows), lab.normal(91, rows), lab.normal(92, rows)];
+    let bias_buffers = [lab.put(&biases[0])?, lab.put(&biases[1])?, lab.put(&biases[2])?];
+    let table: Vec<u64> = own
+        .iter()
+        .zip(&bias_buffers)
+        .flat_map(|(own, bias)| [own.buffers[0].address(), own.buffers.get(1).map_or(0, Buffer::address), bias.address()])
+        .collect();
+    let (mut tiles, mut expert_of) = (vec![1, 0, 0], Vec::new());
+    for (expert, count) in counts.into_iter().enumerate() {
+        for at in (0..count).step_by(height) {
+            tiles.extend([expert as i32, (expert_of.len() + at) as i32, height.min(count - at) as i32]);
+        }
+        expert_of.resize(expert_of.len() + count, expert);
+    }
+    let x_rows: Vec<i32> = (0..pairs).map(|pair: usize| (pair * 3 % tokens) as i32).collect();
+    let blocks = tiles.len() / 3;
+    let (table, tiles, places) = (lab.put(&table)?, lab.put(&tiles)?, lab.put(&x_rows)?);
+    let out = lab.poisoned::<f32>(pairs * rows)?;
+    let arguments = x.arguments(own[0].arguments()).with(tokens).with(rows).with(cols).with(&table).with(&tiles).with(&places);
     let arguments = arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(&out).with(rows);
-    lab.launch(kernel, [rows.div_ceil(16), 4, 1], 256, 0, arguments)?;
-    let found = out.download::<f32>(x_rows.len() * rows)?;
-    // Every token through every expert, of which the chosen are taken.
-    let pick = |pair: usize| {
-        let start = (x_rows[pair] as usize * count + expert_of[pair]) * rows;
-        start..start + rows
+    let (grid, shared) = match kernel {
+        few if few.starts_with("few") => ([rows.div_ceil(16), blocks, 1], 0),
+        "gemm_f32" => ([blocks, rows.div_ceil(64), 1], 0),
+        "gemm_w4a8" => ([blocks, rows.div_ceil(128), 1], GEMM_W4A8_SHARED),
+        _ => ([blocks, rows.div_ceil(128), 1], GEMM_SHARED),
     };
-    Ok(match product(&all, &x, tokens, count * rows, cols) {
-        Product::Exact(product) => mismatches(&found, &(0..x_rows.len()).flat_map(|pair| product[pick(pair)].to_vec()).collect::<Vec<_>>()),
-        Product::Float(product) => difference(&found, &(0..x_rows.len()).flat_map(|pair| product[pick(pair)].to_vec()).collect::<Vec<_>>()),
-    })
+    lab.launch(kernel, grid, 256, shared, arguments)?;
+    let found = out.download::<f32>(pairs * rows)?;
+    // Every token through every expert, of which the chosen are taken.
+    let products = own.iter().map(|own| product(own, &x, tokens, rows, cols)).collect::<Vec<_>>();
+    let (mut exact, mut float) = (Vec::new(), Vec::new());
+    for (expert, row) in expert_of.into_iter().zip(&x_rows) {
+        let row = *row as usize * rows..(*row as usize + 1) * rows;
+        match &products[expert] {
+            Product::Exact(product) => exact.extend(product[row].iter().zip(&biases[expert]).map(|(x, bias)| x + bias)),
+            Product::Float(product) => float.extend(product[row].iter().zip(&biases[expert]).map(|(x, bias)| x + f64::from(*bias))),
+        }
+    }
+    Ok(if float.is_empty() { mismatches(&found, &exact) } else { difference(&found, &float) })
 }
