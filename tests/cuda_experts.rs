@@ -61,7 +61,9 @@ const FORMATS: [Format; 9] = {
 fn linear(format: Format, rows: usize, cols: usize, seed: usize, more: impl FnOnce(&mut LinearWeights)) -> LinearWeights {
     let mut weights = values(rows * cols, seed);
     if format.bf16 {
-        weights.iter_mut().for_each(|value| *value = half::bf16::from_f32(*value).to_f32());
+        for value in &mut weights {
+            *value = half::bf16::from_f32(*value).to_f32();
+        }
     }
     let part = match format.scheme {
         Scheme::Float => WeightPart::Float(weights),
