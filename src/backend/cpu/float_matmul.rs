@@ -43,7 +43,7 @@ impl FloatMatrix {
     /// Keeps `values` `[rows, cols]` as bf16 when every one of them is a bf16, as in most checkpoints.
     pub fn new(values: Vec<f32>, cols: usize) -> Result<Self> {
         let rows = values.len() / cols;
-        let exact = values.par_chunks(RUN).all(|values| values.iter().all(|value| value.to_bits() & 0xffff == 0));
+        let exact = values.par_chunks(RUN).all(|values| values.iter().all(|value| value.to_bits().trailing_zeros() >= 16));
         let values =
             if exact { Values::Bf16(values.into_par_iter().map(bf16::from_f32).collect()) } else { Values::F32(tensor(values, cols)?) };
         Ok(Self { rows, cols, values })
