@@ -156,7 +156,7 @@ pub struct Match {
 }
 
 /// Letters from which on a word is also looked for in what commands say of themselves.
-const WORD: usize = 3;
+const WORD: usize = 4;
 
 /// Commands that match what was typed in the palette, best first: words in any order, the letters of each in theirs. Behind
 /// them those whose sentence has the words, for who does not know what a command is called.

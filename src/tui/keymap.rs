@@ -25,7 +25,7 @@ pub struct Keymap {
 
 /// One key or several.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "keys are a text or a list of texts")]
 enum Keys {
     One(String),
     Several(Vec<String>),
@@ -142,7 +142,7 @@ mod tests {
             ("undo = \"ctrl-\"", "`ctrl-` of undo is no key"),
             ("undo = \"hyper-u\"", "is no key"),
             ("undo = \"x\"\nredo = \"x\"", "`x` is given to redo and to undo"),
-            ("undo = 3", "keys.toml: "),
+            ("undo = 3", "keys.toml, line 1, column 8: keys are a text or a list of texts"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.message.contains(expected) && error.hint.is_some(), "{}", error.message);
