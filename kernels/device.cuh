@@ -104,13 +104,13 @@ DEVICE uint4 load_once(const void* from) {
 // Brings the 128 bytes around `at` to the second-level cache.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define HOPPER
-// A kernel's parameter: how the copy engine sees a matrix, rows of bytes taken in boxes of 64 rows, zeros outside.
-#define MAP const __grid_constant__ TensorMap
+// Barrier `id`, 1 to 15, of `threads` threads, whole warps: some arrive, the others wait until all have.
+DEVICE void group_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void group_wait(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-struct __align__(64) TensorMap { u64 words[16]; };
-
+#if __CUDA_ARCH__ >= 900
+#define BULK_COPIES
+// Barriers in shared memory, and the copy engine.
 DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
 
 DEVICE void barrier_start(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory"); }
@@ -121,13 +121,27 @@ DEVICE void barrier_wait(u64* barrier, int parity) {
 }
 // Arrives, and promises that many bytes of copies.
 DEVICE void barrier_expect(u64* barrier, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory"); }
+// Has the copy engine bring `bytes` bytes, a multiple of 16 from a multiple of 16 to one.
+DEVICE void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(barrier)) : "memory");
+}
+// Barriers that were started are seen by the copy engine.
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER
+// A kernel's parameter: how the copy engine sees a matrix, rows of bytes taken in boxes of 64 rows, zeros outside.
+#define MAP const __grid_constant__ TensorMap
+
+struct __align__(64) TensorMap { u64 words[16]; };
+
 // Has the copy engine bring the box at byte `at` of row `row`.
 DEVICE void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(address(to)), "l"(&map), "r"(at), "r"(row), "r"(address(barrier)) : "memory");
 }
-// Barriers that were started are seen by the copy engine.
-DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // What this thread wrote to shared memory is seen by products.
 DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

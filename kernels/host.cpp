@@ -82,7 +82,13 @@ struct Fiber {
 #endif
 };
 
+// A barrier of some of a block's threads.
+struct Group {
+    int arrived = 0, generation = 0;
+};
+
 struct Block {
+    Group groups[16];
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     unsigned char* stacks = nullptr;
@@ -161,6 +167,7 @@ bool run_block(Index index, Index grid, unsigned threads, std::vector<unsigned>&
     Block& b = *block;
     b.warps.assign((threads + 31) / 32, Warp());
     std::fill(b.shared.begin(), b.shared.end(), 0xffffffffu);  // NaN, so that reading what nobody wrote shows
+    std::fill(std::begin(b.groups), std::end(b.groups), Group());
     b.live = static_cast<int>(threads);
     b.waiting = 0;
     b.shared_used = b.dynamic_shared + GUARD;
@@ -228,6 +235,17 @@ void warp_barrier() {
     block->running->state = State::WarpWait;
     block->running->generation = warp->generation;
     leave();
+}
+
+void group_arrive(int id, int threads) {
+    Group& group = block->groups[id];
+    if (++group.arrived == threads) group.arrived = 0, ++group.generation;
+}
+
+void group_wait(int id, int threads) {
+    const int generation = block->groups[id].generation;
+    group_arrive(id, threads);
+    poll([=] { return block->groups[id].generation != generation; });
 }
 
 int new_site() {
@@ -347,6 +365,12 @@ void load_matrices(u32 (&words)[4], const void* row) {
     const Message* all = exchange(message);
     const int lane = threadIdx.x % 32;
     for (int m = 0; m < 4; ++m) std::memcpy(&words[m], static_cast<const u8*>(all[m * 8 + lane / 4].address) + lane % 4 * 4, 4);
+}
+
+void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
+    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from) | static_cast<unsigned>(bytes)) % 16 != 0) std::abort();
+    std::memcpy(to, from, bytes);
+    strata::barrier(barrier)->change(0, -bytes);
 }
 
 void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier) {

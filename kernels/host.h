@@ -87,6 +87,8 @@ extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 
 void block_barrier();
 void warp_barrier();
+void group_arrive(int id, int threads);
+void group_wait(int id, int threads);
 // Lets others run until `done()`.
 void poll_once();
 void polled();
@@ -160,6 +162,8 @@ inline void depend() {}
 
 inline void __syncthreads() { strata::block_barrier(); }
 inline void __syncwarp() { strata::warp_barrier(); }
+inline void group_arrive(int id, int threads) { strata::group_arrive(id, threads); }
+inline void group_wait(int id, int threads) { strata::group_wait(id, threads); }
 template <class T> T __ldg(const T* from) { return *from; }
 
 inline u32 float_bits(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
@@ -213,6 +217,7 @@ inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long x
 inline unsigned atomicAdd(unsigned* to, unsigned x) { unsigned old = *to; *to += x; return old; }
 
 // Hopper: barriers in shared memory, the copy engine (which is at once done), and products of a warpgroup.
+#define BULK_COPIES
 #define HOPPER
 #define MAP TensorMap
 
@@ -246,6 +251,7 @@ inline void barrier_start(u64* at, int count) { strata::barrier(at)->start(count
 inline void barrier_arrive(u64* at) { strata::barrier(at)->change(1, 0); }
 inline void barrier_wait(u64* at, int parity) { strata::poll([=] { return (strata::barrier(at)->phase_bytes & 1) != parity; }); }
 inline void barrier_expect(u64* at, int bytes) { strata::barrier(at)->change(1, bytes); }
+void copy_bulk(void* to, const void* from, int bytes, u64* barrier);
 void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier);
 inline void barriers_ready() {}
 inline void fence_products() {}

@@ -5,13 +5,9 @@
 //
 // Integer results are exactly those of the CPU backend: int8 y = acc·(s_x·s_w); int4 y = (Σ_g acc_g·s_w[g])·s_x with the
 // groups in ascending order, product and sum rounded apart.
-#include "experts.cuh"
+#include "few.cuh"
 
 namespace {
-
-constexpr int ROWS = 16;
-constexpr int TOKENS = 8;
-constexpr int WARPS = 8;
 
 // What a block computes: outputs from `row` on of `count` rows from `first`.
 struct Tile {
@@ -23,28 +19,6 @@ DEVICE Tile tile_of_block(int tokens, const Expert* experts, const int* tiles, c
     const Rows rows = rows_of_tile(blockIdx.y, TOKENS, tokens, experts, tiles, w, w_scales, bias);
     return {static_cast<int>(blockIdx.x) * ROWS, rows.first, rows.count};
 }
-
-// A result's place, and what is added to it: read before the products, which would keep the load waiting.
-struct Result {
-    i64 at;
-    float bias, residual;
-};
-
-DEVICE Result result(bool present, int token, int row, TAIL_PARAMETERS) {
-    const i64 at = static_cast<i64>(token) * out_stride + row;
-    return {at, bias && present ? bias[row] : 0.0f, residual && present ? residual[at] : 0.0f};
-}
-
-// product (+ bias) (+ residual).
-DEVICE void finish(float product, const Result& to, TAIL_PARAMETERS) {
-    if (bias) product = product + to.bias;
-    if (residual) product = to.residual + product;
-    out[to.at] = product;
-}
-
-DEVICE uint4 zero() { return make_uint4(0, 0, 0, 0); }
-
-DEVICE uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
 
 // int8 weights, of which the first are asked for before the launch in front is waited for. `partial` holds the warps' sums.
 DEVICE void few_int8(int* partial, const i8* w, const float* w_scales, const i8* x, const float* x_scales, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
@@ -85,11 +59,11 @@ DEVICE void few_int8(int* partial, const i8* w, const float* w_scales, const i8*
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) partial[warp * ROWS * TOKENS + (quad * 2 + i % 2) * ROWS + line + i / 2 * 8] = sum[i];
+    for (int i = 0; i < 4; ++i) partial[warp * OUTPUTS + (quad * 2 + i % 2) * ROWS + line + i / 2 * 8] = sum[i];
     __syncthreads();
     if (!stores) return;
     int total = 0;
-    for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
+    for (int i = 0; i < WARPS; ++i) total += partial[i * OUTPUTS + threadIdx.x];
     finish(__fmul_rn(static_cast<float>(total), scale), to, TAIL_ARGUMENTS);
 }
 
@@ -132,7 +106,7 @@ DEVICE void few_groups(float* products, const u8* w, const bf16* w_scales, const
     };
     fetch(0);
     for (int window = 0; window * WINDOW < groups; ++window) {
-        float* own = products + window % 2 * WINDOW * ROWS * TOKENS;
+        float* own = products + window % 2 * WINDOW * OUTPUTS;
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
             const u32 above[4] = {a[i].x, a[i].y, a[i].z, a[i].w}, below[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
@@ -147,7 +121,7 @@ DEVICE void few_groups(float* products, const u8* w, const bf16* w_scales, const
                     mma_s8(sum, above[k] << 4 & 0xf0f0f0f0u, below[k] << 4 & 0xf0f0f0f0u, above[k] & 0xf0f0f0f0u, below[k] & 0xf0f0f0f0u,
                            mine ? low[k] : 0, mine ? high[k] : 0);
                 const float above_scale = widen(above_scales[i * PARTS + part]), below_scale = widen(below_scales[i * PARTS + part]);
-                float* slot = own + ((i * WARPS + warp) * PARTS + part) * ROWS * TOKENS + quad * 2 * ROWS + line;
+                float* slot = own + ((i * WARPS + warp) * PARTS + part) * OUTPUTS + quad * 2 * ROWS + line;
                 slot[0] = __fmul_rn(static_cast<float>(sum[0] >> 4), above_scale);
                 slot[ROWS] = __fmul_rn(static_cast<float>(sum[1] >> 4), above_scale);
                 slot[8] = __fmul_rn(static_cast<float>(sum[2] >> 4), below_scale);
@@ -158,7 +132,7 @@ DEVICE void few_groups(float* products, const u8* w, const bf16* w_scales, const
         __syncthreads();
         if (token < tile.count) {
             const int count = minimum(WINDOW, groups - window * WINDOW);
-            for (int i = 0; i < count; ++i) total = __fadd_rn(total, own[i * ROWS * TOKENS + threadIdx.x]);
+            for (int i = 0; i < count; ++i) total = __fadd_rn(total, own[i * OUTPUTS + threadIdx.x]);
         }
     }
     if (stores) finish(__fmul_rn(total, x_scales[x_row(tile.first + token, x_rows)]), to, TAIL_ARGUMENTS);
@@ -170,14 +144,14 @@ DEVICE void few_int4(float* products, const u8* w, const bf16* w_scales, int gro
     if (group == 32) few_groups<4>(products, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
 
-constexpr int PRODUCTS = 2 * 32 * ROWS * TOKENS;
+constexpr int PRODUCTS = 2 * 32 * OUTPUTS;
 
 }  // namespace
 
 KERNEL(256, few_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     if (tiles) wait_previous();
-    SHARED(int, partial, WARPS * ROWS * TOKENS);
+    SHARED(int, partial, WARPS * OUTPUTS);
     const Tile tile = tile_of_block(tokens, experts, tiles, w, w_scales, bias);
     if (tile.count > 0) few_int8(partial, w, w_scales, x, x_scales, rows, cols, tile, x_rows, TAIL_ARGUMENTS);
 }
@@ -205,16 +179,6 @@ RESIDENT_KERNEL(256, 2, few_w4w8a8, (const u8* w, const bf16* w_scales, int grou
 
 namespace {
 
-// The column's share of two activations: x = high + middle + low exactly, each a bf16; column % 4 says which, the fourth is 0.
-DEVICE u32 split(float first, float second, int part) {
-    const u32 high = pack_bf16(first, second);
-    first -= bits_float(high << 16);
-    second -= bits_float(high & 0xffff0000u);
-    const u32 middle = pack_bf16(first, second);
-    const u32 low = pack_bf16(first - bits_float(middle << 16), second - bits_float(middle & 0xffff0000u));
-    return part == 0 ? high : part == 1 ? middle : part == 2 ? low : 0;
-}
-
 // Two int8 codes, biased by 128, of bytes `at` and `at + 1` of a word, as bf16.
 DEVICE u32 widen_codes(u32 biased, int at) {
     const float first = bits_float(0x4b000000u | (biased >> 8 * at & 0xff)) - 8388736.0f;
@@ -224,12 +188,11 @@ DEVICE u32 widen_codes(u32 biased, int at) {
 
 enum Weights { BF16, INT8, INT4 };
 
-// Float activations. A product has 8 columns: the three parts of 2 tokens; 4 products serve 8 tokens. KIND: how 16 bytes of
-// weights are read: as 8 bf16, 16 int8 or 32 int4.
+// Float activations. KIND: how 16 bytes of weights are read: as 8 bf16, 16 int8 or 32 int4.
 template <Weights KIND>
 DEVICE void few_float(const void* weights, const void* w_scales, int group, const float* x, int x_stride, int rows, int cols, const Tile& tile, const int* x_rows, TAIL_PARAMETERS) {
-    constexpr int INPUTS = KIND == BF16 ? 8 : KIND == INT8 ? 16 : 32, PAIRS = INPUTS / 2, SETS = TOKENS / 2;
-    SHARED(float, partial, WARPS * ROWS * TOKENS);
+    constexpr int INPUTS = KIND == BF16 ? 8 : KIND == INT8 ? 16 : 32, PAIRS = INPUTS / 2;
+    SHARED(float, partial, WARPS * OUTPUTS);
     const int width = ld(cols), bytes = width / INPUTS * 16, warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
     const u8* base = static_cast<const u8*>(weights);
     const int upper_row = minimum(tile.row + line, rows - 1), lower_row = minimum(tile.row + line + 8, rows - 1);
@@ -252,15 +215,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
     const int token = threadIdx.x / ROWS, row = tile.row + threadIdx.x % ROWS;
     const bool stores = token < tile.count && row < rows;
     const Result to = result(stores, tile.first + token, row, TAIL_ARGUMENTS);
-    const int part = line % 4;
-    const float* inputs[SETS];
-    bool present[SETS];
-#pragma unroll
-    for (int set = 0; set < SETS; ++set) {
-        present[set] = set * 2 + line / 4 < tile.count;
-        inputs[set] = x + static_cast<i64>(present[set] ? x_row(tile.first + set * 2 + line / 4, x_rows) : 0) * x_stride;
-    }
-    const bool wide = x_stride % 4 == 0 && cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
+    const Inputs inputs(x, x_stride, tile.first, tile.count, cols, x_rows);
     float sums[SETS][4] = {};
     for (int start = warp; start * 4 * INPUTS < width; start += WARPS * AHEAD) {
 #pragma unroll
@@ -305,16 +260,8 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
 #pragma unroll
                 for (int set = 0; set < SETS; ++set) {
                     if (set * 2 >= tile.count) continue;
-                    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                    const int first = at + offset;
-                    if (present[set] && wide && first < cols) {
-                        const float4 four = *reinterpret_cast<const float4*>(inputs[set] + first);
-                        values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-                    } else if (present[set]) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) if (first + i < cols) values[i] = inputs[set][first + i];
-                    }
-                    const u32 b0 = split(values[0], values[1], part), b1 = split(values[2], values[3], part);
+                    const float4 values = inputs.read(set, at + offset);
+                    const u32 b0 = split(values.x, values.y, inputs.part), b1 = split(values.z, values.w, inputs.part);
                     mma_bf16(sums[set], a[0], a[1], a[2], a[3], b0, b1);
                     if (KIND == INT4) mma_bf16(sums[set], scaled_low[0], scaled_low[1], scaled_low[2], scaled_low[3], b0, b1);
                 }
@@ -322,21 +269,11 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
         }
         fetch(start + WARPS * AHEAD);
     }
-    // Columns 4 t … 4 t + 2 of a set are the parts of its token t; quads 2 t and 2 t + 1 hold them.
-#pragma unroll
-    for (int set = 0; set < SETS; ++set) {
-        const float upper_half = sums[set][0] + sums[set][1], lower_half = sums[set][2] + sums[set][3];
-        const float upper_sum = upper_half + shuffle_xor(upper_half, 1), lower_sum = lower_half + shuffle_xor(lower_half, 1);
-        if (quad % 2 == 0) {
-            float* own = partial + warp * ROWS * TOKENS + (set * 2 + quad / 2) * ROWS + line;
-            own[0] = upper_sum;
-            own[8] = lower_sum;
-        }
-    }
+    leave_sums(partial + warp * OUTPUTS, sums);
     __syncthreads();
     if (!stores) return;
     float total = 0.0f;
-    for (int i = 0; i < WARPS; ++i) total += partial[i * ROWS * TOKENS + threadIdx.x];
+    for (int i = 0; i < WARPS; ++i) total += partial[i * OUTPUTS + threadIdx.x];
     if (KIND == INT8) total *= static_cast<const float*>(w_scales)[row];
     finish(total, to, TAIL_ARGUMENTS);
 }

@@ -200,6 +200,7 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
 }  // namespace
 
 KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, EMIT_PARAMETERS)) {
+    launch_next();
     const Weight own_weight(weight, cols);
     wait_previous();
     DYNAMIC_SHARED(float, row);
@@ -217,11 +218,11 @@ KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols
         row[place(c)] = result;
         largest = maximum(largest, magnitude(result));
     });
-    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
 
 KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_stride, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
+    launch_next();
     const Weight own_weight(weight, cols);
     wait_previous();
     DYNAMIC_SHARED(float, row);
@@ -257,12 +258,11 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
         row[place(c)] = result;
         largest = maximum(largest, magnitude(result));
     });
-    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
 
 KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
-    wait_previous();
+    depend();
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
@@ -270,18 +270,16 @@ KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
         row[place(c)] = positive * positive;
         largest = maximum(largest, magnitude(positive * positive));
     });
-    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
 
 KERNEL(1024, emit, (const float* x, int cols, EMIT_PARAMETERS)) {
-    wait_previous();
+    depend();
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
         row[place(c)] = value;
         largest = maximum(largest, magnitude(value));
     });
-    launch_next();
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }

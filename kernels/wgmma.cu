@@ -139,10 +139,9 @@ template <class S> DEVICE void unpack(const Ring& ring, const u8* w, int own, in
                 *reinterpret_cast<uint4*>(to + second) = make_uint4(q[j].x & 0xf0f0f0f0u, q[j].y & 0xf0f0f0f0u, q[j].z & 0xf0f0f0f0u, q[j].w & 0xf0f0f0f0u);
             }
         }
-        // Each lane's own stores, then all of them by one.
+        // Each lane for its own stores.
         fence_products();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(ring.full + slot);
+        barrier_arrive(ring.full + slot);
         ask();
     }
 }
@@ -299,7 +298,7 @@ template <class S> DEVICE void run(const TensorMap* w_map, const u8* w, const vo
     ring.empty = ring.full + S::STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; ++i) {
-            barrier_start(ring.full + i, S::PARTS > 0 ? 2 : 1);  // who asks for copies, and the warp that unpacks
+            barrier_start(ring.full + i, S::PARTS > 0 ? 33 : 1);  // who asks for copies, and the lanes of the warp that unpacks
             barrier_start(ring.empty + i, 4 * S::CONSUMERS);     // a lane of each consuming warp
         }
         barriers_ready();

@@ -7,7 +7,7 @@ use super::device::{Arguments, Buffer, Element, Gemm};
 use super::experts::Selection;
 use super::tensor::Codes;
 use super::wgmma::{self, Operands};
-use super::{Cuda, CudaActivation, CudaTensor, missing, padded};
+use super::{Cuda, CudaActivation, CudaTensor, missing, padded, stream};
 use crate::backend::Emit;
 use crate::error::{Error, Result};
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart};
@@ -272,14 +272,19 @@ impl Cuda {
             let arguments = Arguments::default().with(codes).with(scales).with(*group).with(*rows).with(other_codes).with(other_scales);
             let arguments = arguments.with(*others).with(&x.int8()?.codes).with(&x.int8()?.scales).with(x.tokens).with(linear.cols);
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset: 0 };
-            let blocks = [rows.div_ceil(FEW_OUTPUTS) + others.div_ceil(FEW_OUTPUTS), x.tokens.div_ceil(FEW_TILE), 1];
-            self.launch("few_w4w8a8", blocks, 256, 0, place.tail(arguments))?;
+            let tiles = rows.div_ceil(FEW_OUTPUTS) + others.div_ceil(FEW_OUTPUTS);
+            if stream::serves(self.device().arch()) {
+                self.stream("stream_w4a8", true, tiles, x.tokens, arguments, &place)?;
+            } else {
+                self.launch("few_w4w8a8", [tiles, x.tokens.div_ceil(FEW_TILE), 1], 256, 0, place.tail(arguments))?;
+            }
             return Ok(out);
         }
         let mut offset = 0;
         for part in &linear.parts {
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset };
             match part.product(x.tokens) {
+                Product::Few if self.streamed(part, linear, x, &place)? => {}
                 Product::Few => self.few(part, linear, x, &place, None)?,
                 Product::Many(_) => self.many(part, linear, x, &place)?,
             }
@@ -323,6 +328,40 @@ impl Cuda {
         };
         let blocks = [part.rows.div_ceil(FEW_OUTPUTS), experts.map_or(x.tokens.div_ceil(FEW_TILE), Selection::tiles), 1];
         self.launch(kernel, blocks, 256, 0, place.tail(Selection::arguments(experts, sizes(arguments))))
+    }
+
+    /// A matrix-vector kernel whose weights the copy engine brings; `false`, with nothing done, where there is none.
+    fn streamed(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<bool> {
+        if !stream::serves(self.device().arch()) {
+            return Ok(false);
+        }
+        let begin = Arguments::default();
+        let (kernel, arguments) = match &part.weights {
+            Weights::Bf16(weights) => {
+                ("stream_bf16", begin.with(weights).with(x.float()?.buffer()).with(linear.cols).with(x.tokens).with(part.rows))
+            }
+            Weights::Int8 { codes, scales } if linear.int8_activations => {
+                let Codes { codes: x_codes, scales: x_scales } = x.int8()?;
+                ("stream_w8a8", begin.with(codes).with(scales).with(x_codes).with(x_scales).with(x.tokens).with(part.rows))
+            }
+            Weights::Int4 { codes, scales, group } if linear.int8_activations => {
+                let Codes { codes: x_codes, scales: x_scales } = x.int8()?;
+                let none = None::<&Buffer>;
+                let arguments = begin.with(codes).with(scales).with(*group).with(part.rows).with(none).with(none).with(0_usize);
+                ("stream_w4a8", arguments.with(x_codes).with(x_scales).with(x.tokens))
+            }
+            Weights::F32(_) | Weights::Int8 { .. } | Weights::Int4 { .. } => return Ok(false),
+        };
+        let int4 = matches!(part.weights, Weights::Int4 { .. });
+        self.stream(kernel, int4, part.rows.div_ceil(FEW_OUTPUTS), x.tokens, arguments.with(linear.cols), place)?;
+        Ok(true)
+    }
+
+    fn stream(&self, kernel: &str, int4: bool, tiles: usize, tokens: usize, arguments: Arguments, place: &Place<'_>) -> Result<()> {
+        let device = self.device();
+        let launch = stream::Launch::of(int4, device.arch());
+        let blocks = stream::Launch::blocks(tiles, tokens, device.multiprocessors());
+        self.launch(kernel, blocks, stream::THREADS, launch.shared, place.tail(arguments.with(launch.stages)))
     }
 
     /// A matrix product by Hopper's own instructions, for int8 activations.

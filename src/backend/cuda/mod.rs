@@ -18,6 +18,7 @@ mod mamba;
 pub mod nvrtc;
 mod recording;
 pub mod sources;
+mod stream;
 mod tensor;
 mod turn;
 pub mod verify;
@@ -26,6 +27,7 @@ mod wgmma;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use faer::{MatMut, MatRef};
 
@@ -392,7 +394,15 @@ impl Backend for Cuda {
     fn copy_seconds(&self, bytes: usize) -> Result<f64> {
         let (from, to) = (self.buffer::<u8>(bytes)?, self.buffer::<u8>(bytes)?);
         from.zero()?;
-        self.time(5, &mut || to.copy_from(0, &from, 0, bytes))
+        // Launched one by one: as part of a recording a copy is half as fast (measured on an H200). The first rounds find the clocks at rest.
+        const ROUND: usize = 10;
+        let (begun, mut fastest) = (Instant::now(), f64::INFINITY);
+        while fastest.is_infinite() || begun.elapsed() < Duration::from_millis(200) {
+            self.device().mark()?;
+            (0..ROUND).try_for_each(|_| to.copy_from(0, &from, 0, bytes))?;
+            fastest = fastest.min(self.device().mark()? / 1e3 / ROUND as f64);
+        }
+        Ok(fastest)
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

@@ -13,7 +13,7 @@ macro_rules! source {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Source] = &[source!("device.cuh"), source!("experts.cuh"), source!("halves.cuh")];
+pub const HEADERS: &[Source] = &[source!("device.cuh"), source!("experts.cuh"), source!("few.cuh"), source!("halves.cuh")];
 
 /// A translation unit each.
 pub const KERNELS: &[Source] = &[
@@ -31,6 +31,7 @@ pub const KERNELS: &[Source] = &[
     source!("norm.cu"),
     source!("ssd.cu"),
     source!("ssm.cu"),
+    source!("stream.cu"),
     source!("tensor.cu"),
     source!("wgmma.cu"),
 ];

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::{BF16_WEIGHTS, Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad};
 use crate::backend::cpu::int_matmul::{self, PackedMatrix, QuantizedRows};
 use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::cuda::stream;
 use crate::backend::cuda::wgmma::{self, Operands};
 use crate::error::Result;
 use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
@@ -51,6 +52,16 @@ fn few_kernel(suffix: &str) -> &'static str {
     }
 }
 
+/// The kernel that the copy engine feeds, in place of one that it does not.
+fn stream_kernel(few: &str) -> Option<&'static str> {
+    match few {
+        "few_bf16" => Some("stream_bf16"),
+        "few_w8a8" => Some("stream_w8a8"),
+        "few_w4a8" => Some("stream_w4a8"),
+        _ => None,
+    }
+}
+
 fn gemm_kernel(suffix: &str) -> &'static str {
     match suffix {
         "f32" => "gemm_f32",
@@ -93,11 +104,15 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
         ]);
         many.extend([(1024, 4096, 4096), (300, 1856, 2688), (129, 4480, 15680)]);
     }
+    // Emulation has every architecture's kernels.
+    let streams = arch == 0 || stream::serves(arch);
     for (tokens, rows, cols) in few {
         for (weights, int8) in formats(cols) {
-            let (kernel, tolerance) = (few_kernel(weights.suffix(int8)), if int8 { EXACT } else { FLOAT });
-            let shape = format!("{tokens}x{rows}x{cols} {weights:?}");
-            all.push(Check::new(kernel, shape, tolerance, move |lab| linear(lab, kernel, weights, int8, tokens, rows, cols)));
+            let few = few_kernel(weights.suffix(int8));
+            for kernel in [Some(few), stream_kernel(few).filter(|_| streams)].into_iter().flatten() {
+                let (shape, tolerance) = (format!("{tokens}x{rows}x{cols} {weights:?}"), if int8 { EXACT } else { FLOAT });
+                all.push(Check::new(kernel, shape, tolerance, move |lab| linear(lab, kernel, weights, int8, tokens, rows, cols)));
+            }
         }
     }
     for (tokens, rows, cols) in many {
@@ -123,15 +138,17 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     for group in [128, 64, 32] {
         for (tokens, rows, others, cols) in [(1, 37, 5, 384), (3, 32, 20, 128), (8, 70, 16, 1152)] {
             let shape = format!("{tokens}x({rows}+{others})x{cols} group {group}");
-            all.push(Check::new("few_w4w8a8", shape, EXACT, move |lab| two_parts(lab, group, tokens, rows, others, cols)));
+            for kernel in [Some("few_w4w8a8"), Some("stream_w4a8").filter(|_| streams)].into_iter().flatten() {
+                all.push(Check::new(kernel, shape.clone(), EXACT, move |lab| two_parts(lab, kernel, group, tokens, rows, others, cols)));
+            }
         }
     }
-    // Emulation has these products too.
     if [0, wgmma::ARCH].contains(&arch) {
         hopper(extent, &mut all);
     }
     for (weights, int8) in [(Weights::Int8, true), (Weights::Int4(128), true)] {
-        for kernel in [few_kernel(weights.suffix(int8)), gemm_kernel(weights.suffix(int8))] {
+        let few = few_kernel(weights.suffix(int8));
+        for kernel in [Some(few), Some(gemm_kernel(weights.suffix(int8))), stream_kernel(few).filter(|_| streams)].into_iter().flatten() {
             all.push(Check::new(kernel, "extreme codes", EXACT, move |lab| extremes(lab, kernel, weights, 9)));
         }
     }
@@ -295,12 +312,19 @@ fn extremes(lab: &Lab, kernel: &str, weights: Weights, tokens: usize) -> Result<
 
 /// Runs the kernel into the middle of wider rows, with a bias, onto a residual that is the output itself.
 fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usize) -> Result<f64> {
-    let few = kernel.starts_with("few");
+    let (few, streams) = (kernel.starts_with("few"), kernel.starts_with("stream"));
     let (offset, stride) = (3, rows + 8);
     let (bias, residual) = (lab.normal(22, rows), lab.normal(23, tokens * stride));
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
-    let arguments = x.arguments(weights.arguments()).with(tokens).with(rows).with(cols);
-    let arguments = arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(None::<&Buffer>);
+    let none = None::<&Buffer>;
+    let arguments = if kernel == "stream_w4a8" {
+        x.arguments(weights.arguments().with(rows).with(none).with(none).with(0_usize)).with(tokens).with(cols)
+    } else {
+        x.arguments(weights.arguments()).with(tokens).with(rows).with(cols)
+    };
+    let device = &*lab.memory.device;
+    let launch = stream::Launch::of(weights.group.is_some(), device.arch());
+    let arguments = if streams { arguments.with(launch.stages) } else { arguments.with(none).with(none).with(none) };
     let place = out.address() + 4 * offset as u64;
     let arguments = arguments.with(&bias_buffer).with(place).with(place).with(stride);
     let (tile, shared) = match kernel {
@@ -312,10 +336,12 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
         let launch = wgmma::Launch::of(weights.group.is_some(), tokens);
         let ([own, scales], [codes, codes_scales]) = (&*weights.buffers, &*x.buffers) else { return Ok(f64::NAN) };
         let operands = Operands { weights: own, scales, group: weights.group, codes, codes_scales, tokens, rows, cols };
-        let device = &*lab.memory.device;
         let arguments = operands.arguments(device)?.with(&bias_buffer).with(place).with(place).with(stride);
         let blocks = launch.blocks(tokens, rows, device.multiprocessors());
         lab.launch(kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)?;
+    } else if streams {
+        let blocks = stream::Launch::blocks(rows.div_ceil(16), tokens, device.multiprocessors());
+        lab.launch(kernel, blocks, stream::THREADS, launch.shared, arguments)?;
     } else if few {
         lab.launch(kernel, [rows.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
     } else {
@@ -341,17 +367,26 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
 }
 
 /// A linear of an int4 and an int8 part, into the middle of wider rows, with a bias, onto the output itself.
-fn two_parts(lab: &Lab, group: usize, tokens: usize, rows: usize, others: usize, cols: usize) -> Result<f64> {
+fn two_parts(lab: &Lab, kernel: &str, group: usize, tokens: usize, rows: usize, others: usize, cols: usize) -> Result<f64> {
     let first = Prepared::new(lab, Weights::Int4(group), lab.normal(26, rows * cols), rows, cols)?;
     let second = Prepared::new(lab, Weights::Int8, lab.normal(27, others * cols), others, cols)?;
-    let x = Input::new(lab, "few_w4w8a8", true, lab.normal(28, tokens * cols), cols)?;
+    let x = Input::new(lab, kernel, true, lab.normal(28, tokens * cols), cols)?;
     let (offset, stride) = (3, rows + others + 8);
     let (bias, residual) = (lab.normal(22, rows + others), lab.normal(23, tokens * stride));
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
     let arguments = second.buffers.iter().fold(first.arguments().with(rows), Arguments::with).with(others);
     let place = out.address() + 4 * offset as u64;
-    let arguments = x.arguments(arguments).with(tokens).with(cols).with(&bias_buffer).with(place).with(place).with(stride);
-    lab.launch("few_w4w8a8", [rows.div_ceil(16) + others.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
+    let arguments = x.arguments(arguments).with(tokens).with(cols);
+    let tail = |arguments: Arguments| arguments.with(&bias_buffer).with(place).with(place).with(stride);
+    let tiles = rows.div_ceil(16) + others.div_ceil(16);
+    if kernel == "stream_w4a8" {
+        let device = &*lab.memory.device;
+        let launch = stream::Launch::of(true, device.arch());
+        let blocks = stream::Launch::blocks(tiles, tokens, device.multiprocessors());
+        lab.launch(kernel, blocks, stream::THREADS, launch.shared, tail(arguments.with(launch.stages)))?;
+    } else {
+        lab.launch(kernel, [tiles, tokens.div_ceil(FEW_TILE), 1], 256, 0, tail(arguments))?;
+    }
     let mut expected = residual;
     for (part, start, count) in [(&first, 0, rows), (&second, rows, others)] {
         let Product::Exact(product) = product(part, &x, tokens, count, cols) else { return Ok(f64::NAN) };

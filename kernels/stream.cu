@@ -1,0 +1,362 @@
+// Linears for few tokens where there is a copy engine (sm_90 and later), bound by reading the weights once. A block is persistent: it
+// takes tile after tile of 16 outputs. One warp, the producer, has the copy engine bring the tiles' rows, a piece of each at a time, into
+// a ring in shared memory. It does not wait for the launch in front, for weights are what no launch writes: while that launch still
+// works the rings of all multiprocessors fill, and the memory never rests. Eight warps multiply as in `linear_few.cu`; four add up what
+// they leave, in ascending order, and store it, while the next piece is multiplied. Results are those of `linear_few.cu`, integer ones
+// to the bit. This file is empty where there is no copy engine.
+#include "few.cuh"
+
+#ifdef BULK_COPIES
+
+namespace {
+
+constexpr int PIECE = 2048;        // bytes of a row in a stage
+constexpr int PITCH = PIECE + 64;  // from one row to the next: two rows that a quarter of a warp reads meet different banks
+constexpr int STAGE = ROWS * PITCH;
+constexpr int WINDOW = 32;  // groups of int4 weights that are handed over at once
+constexpr int ADDING = OUTPUTS / 32;
+constexpr int THREADS = 32 * (WARPS + ADDING + 1);
+
+// Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.
+struct Stages {
+    u64 *full, *empty;
+    int count, at, parity;
+
+    void wait_full() const { barrier_wait(full + at, parity); }
+    void wait_empty() const { barrier_wait(empty + at, parity ^ 1); }
+    void next() {
+        if (++at == count) at = 0, parity ^= 1;
+    }
+    // By each warp that has read one.
+    void release() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + at);
+        next();
+    }
+};
+
+// Two slots for what warps hand over to those that add up: one is filled while the other is read. `left` counts the hand-overs still to
+// come: the last two slots are not asked for again.
+struct Slots {
+    static constexpr int BOTH = 32 * (WARPS + ADDING), FULL = 1, EMPTY = 3;
+    int at, used, left;
+
+    void wait_empty() const {
+        if (used >= 2) group_wait(EMPTY + at, BOTH);
+    }
+    void fill() {
+        group_arrive(FULL + at, BOTH);
+        ++used, at ^= 1;
+    }
+    void wait_full() const { group_wait(FULL + at, BOTH); }
+    void release() {
+        if (--left >= 2) group_arrive(EMPTY + at, BOTH);
+        at ^= 1;
+    }
+};
+
+struct Rings {
+    u8* pieces;
+    float* products;  // of each output, `entries` in a slot
+    int entries;
+    Stages stages;
+    Slots slots;
+
+    Rings(int count, int entries, int hand_overs) : entries(entries), slots{0, 0, hand_overs} {
+        DYNAMIC_SHARED(u8, shared);
+        pieces = shared;
+        products = reinterpret_cast<float*>(shared + count * STAGE);
+        u64* barriers = reinterpret_cast<u64*>(products + 2 * entries * OUTPUTS);
+        stages = {barriers, barriers + count, count, 0, 0};
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < count; ++i) {
+                barrier_start(stages.full + i, 1);
+                barrier_start(stages.empty + i, WARPS);
+            }
+            barriers_ready();
+        }
+        __syncthreads();
+    }
+
+    u8* stage() const { return pieces + stages.at * STAGE; }
+    float* slot() const { return products + slots.at * entries * OUTPUTS; }
+};
+
+// What a block has of a matrix: tiles `at`, at + step and so on below `end`, the matrix's first being `first`.
+struct Tiles {
+    int at, end, step, first;
+
+    bool more() const { return at < end; }
+    int count() const { return more() ? divide_up(end - at, step) : 0; }
+    void next() { at += step; }
+    int row() const { return (at - first) * ROWS; }
+    int row_behind() const { return at + step < end ? row() + step * ROWS : row(); }
+};
+
+// Brings the rows of `tiles`, `piece` bytes of each at a time.
+DEVICE void bring(Rings& rings, Tiles tiles, const void* w, int rows, int row_bytes, int piece) {
+    const int lane = threadIdx.x % 32;
+    for (; tiles.more(); tiles.next()) {
+        const int count = minimum(ROWS, rows - tiles.row());
+        const u8* row = static_cast<const u8*>(w) + static_cast<i64>(tiles.row() + minimum(lane, count - 1)) * row_bytes;
+        for (int at = 0; at < row_bytes; at += piece, rings.stages.next()) {
+            const int bytes = minimum(piece, row_bytes - at);
+            u64* const full = rings.stages.full + rings.stages.at;
+            rings.stages.wait_empty();
+            if (lane == 0) barrier_expect(full, count * bytes);
+            __syncwarp();
+            if (lane < count) copy_bulk(rings.stage() + lane * PITCH, row + at, bytes, full);
+        }
+    }
+}
+
+// A lane's place in a warp's fragments.
+struct Lane {
+    int warp, line, quad;
+
+    Lane() : warp(threadIdx.x / 32), line(threadIdx.x % 32 / 4), quad(threadIdx.x % 4) {}
+};
+
+// The sums of two outputs of a lane's two tokens, at own[token][output].
+template <class T> DEVICE void leave(T* own, const Lane& lane, int count, T a, T b, T c, T d) {
+    if (lane.quad * 2 >= count) return;
+    own += lane.quad * 2 * ROWS + lane.line;
+    own[0] = a, own[ROWS] = b, own[8] = c, own[ROWS + 8] = d;
+}
+
+DEVICE void multiply_int8(Rings& rings, Tiles tiles, const i8* x, int count, int width) {
+    constexpr int STEPS = PIECE / 64 / WARPS;
+    const Lane lane;
+    const bool present = lane.line < count;
+    const i8* input = x + static_cast<i64>(present ? lane.line : 0) * width + lane.warp * 64 + lane.quad * 16;
+    uint4 held[STEPS];
+    const auto fetch = [&](int at) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const int offset = at + i * WARPS * 64;
+            held[i] = present && offset + lane.warp * 64 < width ? load(input + offset) : zero();
+        }
+    };
+    fetch(0);
+    for (; tiles.more(); tiles.next()) {
+        int sum[4] = {0, 0, 0, 0};
+        for (int at = 0; at < width; at += PIECE) {
+            rings.stages.wait_full();
+            const u8* upper = rings.stage() + lane.line * PITCH + lane.warp * 64 + lane.quad * 16;
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i) {
+                if (at + (i * WARPS + lane.warp) * 64 >= width) break;
+                const uint4 a = load(upper + i * WARPS * 64), b = load(upper + 8 * PITCH + i * WARPS * 64);
+                mma_s8(sum, a.x, b.x, a.y, b.y, held[i].x, held[i].y);
+                mma_s8(sum, a.z, b.z, a.w, b.w, held[i].z, held[i].w);
+            }
+            rings.stages.release();
+            fetch(at + PIECE < width ? at + PIECE : 0);
+        }
+        rings.slots.wait_empty();
+        leave(reinterpret_cast<int*>(rings.slot()) + lane.warp * OUTPUTS, lane, count, sum[0], sum[1], sum[2], sum[3]);
+        rings.slots.fill();
+    }
+}
+
+// PARTS groups in a segment of 128 inputs. A stage has a window of groups, each of which leaves acc_g·s_w[g].
+template <int PARTS> DEVICE void multiply_groups(Rings& rings, Tiles tiles, const bf16* w_scales, const i8* x, int count, int rows, int cols) {
+    constexpr int STEPS = WINDOW / PARTS / WARPS, STRIDE = WARPS * 128;  // inputs from a warp's segment to its next
+    const Lane lane;
+    const int width = ld(cols), groups = cols / (128 / PARTS);
+    const bool present = lane.line < count;
+    const i8* input = x + static_cast<i64>(present ? lane.line : 0) * width;
+    const int own = lane.warp * 128 + lane.quad * 32;  // a lane's first input in a stage
+    uint4 low_held[STEPS], high_held[STEPS];
+    bf16 upper_scales[STEPS * PARTS], lower_scales[STEPS * PARTS];
+    const auto fetch = [&](int at, int row) {
+        const bf16* upper = w_scales + static_cast<i64>(minimum(row + lane.line, rows - 1)) * groups;
+        const bf16* lower = w_scales + static_cast<i64>(minimum(row + lane.line + 8, rows - 1)) * groups;
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const int from = at + i * STRIDE + own;
+            const bool inside = present && from < width;
+            low_held[i] = inside ? load(input + from) : zero();
+            high_held[i] = inside ? load(input + from + 16) : zero();
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                const int group = ((at + i * STRIDE) / 128 + lane.warp) * PARTS + part;
+                upper_scales[i * PARTS + part] = group < groups ? upper[group] : bf16{0};
+                lower_scales[i * PARTS + part] = group < groups ? lower[group] : bf16{0};
+            }
+        }
+    };
+    fetch(0, tiles.row());
+    for (; tiles.more(); tiles.next()) {
+        for (int at = 0; at < width; at += STEPS * STRIDE) {
+            rings.stages.wait_full();
+            rings.slots.wait_empty();
+            const u8* upper = rings.stage() + lane.line * PITCH + own / 2;
+            float* sums = rings.slot() + lane.warp * PARTS * OUTPUTS;
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i) {
+                if (at + i * STRIDE + lane.warp * 128 >= width) break;
+                const bool inside = at + i * STRIDE + own < width;
+                const uint4 a = inside ? load(upper + i * STRIDE / 2) : zero(), b = inside ? load(upper + 8 * PITCH + i * STRIDE / 2) : zero();
+                const u32 above[4] = {a.x, a.y, a.z, a.w}, below[4] = {b.x, b.y, b.z, b.w};
+                const u32 low[4] = {low_held[i].x, low_held[i].y, low_held[i].z, low_held[i].w}, high[4] = {high_held[i].x, high_held[i].y, high_held[i].z, high_held[i].w};
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    const bool mine = lane.quad * PARTS / 4 == part;
+                    int sum[4] = {0, 0, 0, 0};
+                    // Codes in the high half of a byte are 16 times themselves, which is divided out below.
+#pragma unroll
+                    for (int k = 0; k < 4; ++k)
+                        mma_s8(sum, above[k] << 4 & 0xf0f0f0f0u, below[k] << 4 & 0xf0f0f0f0u, above[k] & 0xf0f0f0f0u, below[k] & 0xf0f0f0f0u,
+                               mine ? low[k] : 0, mine ? high[k] : 0);
+                    const float upper_scale = widen(upper_scales[i * PARTS + part]), lower_scale = widen(lower_scales[i * PARTS + part]);
+                    leave(sums + (i * WARPS * PARTS + part) * OUTPUTS, lane, count, __fmul_rn(static_cast<float>(sum[0] >> 4), upper_scale),
+                          __fmul_rn(static_cast<float>(sum[1] >> 4), upper_scale), __fmul_rn(static_cast<float>(sum[2] >> 4), lower_scale), __fmul_rn(static_cast<float>(sum[3] >> 4), lower_scale));
+                }
+            }
+            rings.stages.release();
+            rings.slots.fill();
+            const bool last = at + STEPS * STRIDE >= width;
+            fetch(last ? 0 : at + STEPS * STRIDE, last ? tiles.row_behind() : tiles.row());
+        }
+    }
+}
+
+DEVICE void multiply_bf16(Rings& rings, Tiles tiles, const float* x, int x_stride, int first, int count, int cols) {
+    constexpr int STEPS = PIECE / 64 / WARPS, STRIDE = WARPS * 32;  // inputs from a warp's step to its next
+    const Lane lane;
+    const int width = ld(cols), own = lane.warp * 32 + lane.quad * 8;
+    const Inputs inputs(x, x_stride, first, count, cols, nullptr);
+    // Those of the first two tokens, ahead of the weights.
+    float4 held[STEPS][2];
+    const auto fetch = [&](int at) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) held[i][half] = inputs.read(0, at + i * STRIDE + own + half * 4);
+    };
+    fetch(0);
+    for (; tiles.more(); tiles.next()) {
+        float sums[SETS][4] = {};
+        for (int at = 0; at < width; at += STEPS * STRIDE) {
+            rings.stages.wait_full();
+            const u8* upper = rings.stage() + lane.line * PITCH + own * 2;
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i) {
+                if (at + i * STRIDE + lane.warp * 32 >= width) break;
+                const uint4 a = load(upper + i * STRIDE * 2), b = load(upper + 8 * PITCH + i * STRIDE * 2);
+                const u32 above[4] = {a.x, a.y, a.z, a.w}, below[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int set = 0; set < SETS; ++set) {
+                        if (set * 2 >= count) continue;
+                        const float4 values = set == 0 ? held[i][half] : inputs.read(set, at + i * STRIDE + own + half * 4);
+                        const u32 b0 = split(values.x, values.y, inputs.part), b1 = split(values.z, values.w, inputs.part);
+                        mma_bf16(sums[set], above[2 * half], below[2 * half], above[2 * half + 1], below[2 * half + 1], b0, b1);
+                    }
+            }
+            rings.stages.release();
+            fetch(at + STEPS * STRIDE < width ? at + STEPS * STRIDE : 0);
+        }
+        rings.slots.wait_empty();
+        leave_sums(rings.slot() + lane.warp * OUTPUTS, sums);
+        rings.slots.fill();
+    }
+}
+
+// Adds up what the warps left, `counted` products of each output, in slot after slot of a tile, and stores the sum by the scales of token
+// and output. T: int or float.
+template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const float* w_scales, const float* x_scales, int first, int count, int rows, TAIL_PARAMETERS) {
+    const int index = threadIdx.x - 32 * WARPS, token = index / ROWS;
+    const float x_scale = x_scales && token < count ? x_scales[first + token] : 1.0f;
+    for (; tiles.more(); tiles.next()) {
+        const int row = tiles.row() + index % ROWS;
+        const bool stores = token < count && row < rows;
+        const float scale = w_scales && stores ? __fmul_rn(x_scale, w_scales[row]) : x_scale;
+        const Result to = result(stores, first + token, row, TAIL_ARGUMENTS);
+        T total = 0;
+        for (int left = counted; left > 0; left -= rings.entries) {
+            rings.slots.wait_full();
+            const T* own = reinterpret_cast<const T*>(rings.slot()) + index;
+            if (token < count)
+                for (int i = 0; i < minimum(left, rings.entries); ++i) total = total + own[i * OUTPUTS];
+            rings.slots.release();
+        }
+        if (stores) finish(__fmul_rn(static_cast<float>(total), scale), to, TAIL_ARGUMENTS);
+    }
+}
+
+DEVICE void int8_tiles(Rings& rings, const Tiles& tiles, const i8* w, const float* w_scales, const i8* x, const float* x_scales, int first, int count, int rows, int cols, TAIL_PARAMETERS) {
+    const int warp = threadIdx.x / 32, width = ld(cols);
+    if (warp >= WARPS + ADDING) {
+        bring(rings, tiles, w, rows, width, PIECE);
+    } else if (warp < WARPS) {
+        wait_previous();
+        multiply_int8(rings, tiles, x + static_cast<i64>(first) * width, count, width);
+    } else {
+        wait_previous();
+        add<int>(rings, tiles, WARPS, w_scales, x_scales, first, count, rows, TAIL_ARGUMENTS);
+    }
+}
+
+template <int PARTS>
+DEVICE void int4_tiles(Rings& rings, const Tiles& tiles, const u8* w, const bf16* w_scales, const i8* x, const float* x_scales, int first, int count, int rows, int cols, TAIL_PARAMETERS) {
+    const int warp = threadIdx.x / 32, width = ld(cols);
+    if (warp >= WARPS + ADDING) {
+        bring(rings, tiles, w, rows, width / 2, PIECE / PARTS);
+    } else if (warp < WARPS) {
+        wait_previous();
+        multiply_groups<PARTS>(rings, tiles, w_scales, x + static_cast<i64>(first) * width, count, rows, cols);
+    } else {
+        wait_previous();
+        add<float>(rings, tiles, cols / (128 / PARTS), nullptr, x_scales, first, count, rows, TAIL_ARGUMENTS);
+    }
+}
+
+// The tiles of this block among those from `first` on of a matrix of so many rows, in a launch whose blocks take turns.
+DEVICE Tiles tiles_of_block(int first, int rows) {
+    const int own = blockIdx.x, step = gridDim.x;
+    return {own + (first - own + step - 1) / step * step, first + divide_up(rows, ROWS), step, first};
+}
+
+}  // namespace
+
+RESIDENT_KERNEL(THREADS, 1, stream_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, int stages, TAIL_PARAMETERS)) {
+    launch_next();
+    const Tiles tiles = tiles_of_block(0, rows);
+    Rings rings(stages, WARPS, tiles.count());
+    const int first = blockIdx.y * TOKENS;
+    int8_tiles(rings, tiles, w, w_scales, x, x_scales, first, minimum(TOKENS, tokens - first), rows, cols, TAIL_ARGUMENTS);
+}
+
+// A linear of two parts, `rows` int4 rows in front of `other_rows` int8 rows, of which there may be none: int8 tiles are the first.
+RESIDENT_KERNEL(THREADS, 1, stream_w4a8, (const u8* w, const bf16* w_scales, int group, int rows, const i8* other_w, const float* other_scales, int other_rows, const i8* x, const float* x_scales, int tokens, int cols, int stages, TAIL_PARAMETERS)) {
+    launch_next();
+    const Tiles others = tiles_of_block(0, other_rows), tiles = tiles_of_block(divide_up(other_rows, ROWS), rows);
+    Rings rings(stages, WINDOW, others.count() + tiles.count() * divide_up(cols / group, WINDOW));
+    const int first = blockIdx.y * TOKENS, count = minimum(TOKENS, tokens - first);
+    if (other_rows > 0)
+        int8_tiles(rings, others, other_w, other_scales, x, x_scales, first, count, other_rows, cols, bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
+    if (group == 128) int4_tiles<1>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
+    if (group == 64) int4_tiles<2>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
+    if (group == 32) int4_tiles<4>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
+}
+
+RESIDENT_KERNEL(THREADS, 1, stream_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, int stages, TAIL_PARAMETERS)) {
+    launch_next();
+    const Tiles tiles = tiles_of_block(0, rows);
+    Rings rings(stages, WARPS, tiles.count());
+    const int warp = threadIdx.x / 32, first = blockIdx.y * TOKENS, count = minimum(TOKENS, tokens - first);
+    if (warp >= WARPS + ADDING) {
+        bring(rings, tiles, w, rows, 2 * ld(cols), PIECE);
+    } else if (warp < WARPS) {
+        wait_previous();
+        multiply_bf16(rings, tiles, x, x_stride, first, count, cols);
+    } else {
+        wait_previous();
+        add<float>(rings, tiles, WARPS, nullptr, nullptr, first, count, rows, TAIL_ARGUMENTS);
+    }
+}
+
+#endif
