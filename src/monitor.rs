@@ -3,12 +3,32 @@
 //! Jobs take a [`Monitor`] and never print. The engine turns reports into its channels; tests pass
 //! [`Monitor::silent`].
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::error::{Error, Result};
 use crate::format::Format;
+
+/// What a job was predicted to take of the memory of a device that has its own, and the most that it took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct DeviceMemory {
+    pub predicted_bytes: u64,
+    pub peak_bytes: u64,
+    /// Where the sample's residual streams waited: `device`, `host` or `scratch`.
+    pub streams: &'static str,
+}
+
+impl fmt::Display for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        let (found, predicted) = (mb(self.peak_bytes), mb(self.predicted_bytes));
+        write!(f, "the device held at most {found:.1} MB, {predicted:.1} MB were predicted; the sample's streams: {}", self.streams)
+    }
+}
 
 /// One report of a running job. Counters are absolute, so a lost report costs nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,6 +48,8 @@ pub enum Report {
     Measured { index: usize, unit: String, format: Format, kld: f64 },
     /// Mean divergence from the reference over the text windows so far, in nats a token.
     Divergence { windows: usize, mean: f64 },
+    /// The job is done with a device that has memory of its own.
+    DeviceMemory(DeviceMemory),
     /// The job stands still, or goes on again.
     Paused(bool),
     /// A line for the log.
@@ -147,6 +169,11 @@ impl<'a> Monitor<'a> {
     /// Reports a measured loss.
     pub fn measured(&self, index: usize, unit: &str, format: Format, kld: f64) {
         (self.sink)(Report::Measured { index, unit: unit.into(), format, kld });
+    }
+
+    /// Reports what the job took of a device's memory.
+    pub fn device_memory(&self, memory: DeviceMemory) {
+        (self.sink)(Report::DeviceMemory(memory));
     }
 
     /// Writes a log line.

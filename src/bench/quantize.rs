@@ -19,7 +19,7 @@ use crate::checkpoint::{Checkpoint, Config, Dtype, Layout, LinearSpec, StorageLa
 use crate::error::{Error, Result};
 use crate::format::{Format, WeightPart};
 use crate::model::BlockSource;
-use crate::monitor::{CancelToken, Monitor, Report};
+use crate::monitor::{CancelToken, DeviceMemory, Monitor, Report};
 use crate::quant::{QuantizeRequest, Recipe, Sample, SampleSpec, TensorOut, quantize, write_tensors};
 
 /// What to quantize.
@@ -50,7 +50,8 @@ pub struct QuantizeSpeed {
     /// Mean seconds that choosing the codes of a block took, by its kind, and how many such blocks the shape has.
     pub kinds: BTreeMap<String, (f64, usize)>,
     pub seconds: f64,
-    pub peak_bytes: Option<u64>,
+    /// Of a device that has its own.
+    pub device_memory: Option<DeviceMemory>,
 }
 
 /// Makes the checkpoint in a temporary folder and quantizes it.
@@ -75,7 +76,6 @@ pub fn measure<B: Backend>(backend: &B, request: &QuantizeSpeedRequest, monitor:
         host_memory: u64::MAX,
         donors: None,
     };
-    backend.reset_peak()?;
     let times = Mutex::new(Times::default());
     let follow = |report: Report| {
         times.lock().unwrap_or_else(PoisonError::into_inner).see(&report);
@@ -102,7 +102,7 @@ pub fn measure<B: Backend>(backend: &B, request: &QuantizeSpeedRequest, monitor:
         stages: times.stages,
         kinds,
         seconds,
-        peak_bytes: backend.peak_bytes(),
+        device_memory: times.device_memory,
     })
 }
 
@@ -113,6 +113,7 @@ struct Times {
     blocks: Vec<f64>,
     stage: Option<(String, Instant)>,
     block: Option<Instant>,
+    device_memory: Option<DeviceMemory>,
 }
 
 impl Times {
@@ -127,6 +128,7 @@ impl Times {
                 let seconds = self.block.replace(Instant::now()).map_or(0.0, |since| since.elapsed().as_secs_f64());
                 self.blocks.push(seconds);
             }
+            Report::DeviceMemory(memory) => self.device_memory = Some(*memory),
             _ => {}
         }
     }

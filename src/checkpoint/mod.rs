@@ -347,6 +347,14 @@ impl Checkpoint {
         self.shards.total_bytes()
     }
 
+    /// Whether the weights of every linear, embedding and head are in bf16.
+    pub fn is_bf16(&self) -> bool {
+        let layout = &self.layout;
+        let ends = std::iter::once(&layout.embedding).chain((!layout.tied).then_some(&layout.head));
+        let mut linears = layout.blocks.iter().flat_map(|block| &block.linears).chain(ends);
+        linears.all(|linear| self.find(&format!("{}.weight", linear.stem)).is_some_and(|tensor| tensor.dtype == Dtype::BF16))
+    }
+
     /// Bytes that `linears` take in memory once loaded: bf16 stays in 16 bits, f16 becomes f32.
     pub fn loaded_bytes<'s>(&self, linears: impl IntoIterator<Item = &'s LinearSpec>) -> Result<u64> {
         let mut total = 0;

@@ -274,7 +274,7 @@ impl Allocate {
             allocate: None,
             evaluation: EvaluationFiles::default(),
         };
-        let (path, _) = quantize::run_job(job, common)?;
+        let path = quantize::run_job(job, common)?.path;
         Ok(path)
     }
 

@@ -236,11 +236,13 @@ fn print_models(models: &[ModelSpeed]) -> Result<()> {
 }
 
 fn print_quantize(speed: &QuantizeSpeed, device: &str) -> Result<()> {
-    let peak = speed.peak_bytes.map_or_else(String::new, |bytes| format!(", peak {}", report::bytes(bytes)));
     output::line(&format!(
-        "{} {} on {device}: {} of {} blocks, {} x {} tokens, {:.1} s{peak}",
+        "{} {} on {device}: {} of {} blocks, {} x {} tokens, {:.1} s",
         speed.shape, speed.recipe, speed.blocks, speed.of_blocks, speed.sequences, speed.length, speed.seconds
     ))?;
+    if let Some(memory) = &speed.device_memory {
+        output::line(&format!("  {memory}"))?;
+    }
     for (stage, seconds) in &speed.stages {
         output::line(&format!("  {stage:<12} {seconds:>8.1} s"))?;
     }

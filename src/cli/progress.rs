@@ -70,6 +70,7 @@ impl Follow {
                 }
             }
             Report::Log(line) => self.say(line),
+            Report::DeviceMemory(memory) => self.say(&memory.to_string()),
             Report::Warning(line) => self.say(&format!("warning: {line}")),
             Report::Found { done } => {
                 if let Some(bar) = &self.bar {

@@ -8,6 +8,7 @@ use strata::checkpoint::{self, StorageLayout, VariantManifest};
 use strata::engine::{AllocateJob, Event, Job, QuantizeJob};
 use strata::error::{Error, Result};
 use strata::format::Plan;
+use strata::monitor::{DeviceMemory, Report};
 use strata::quant::overlap::EvaluationFiles;
 use strata::quant::{Override, Recipe, SampleSpec};
 use strata::session::replay::finish;
@@ -80,9 +81,9 @@ impl Quantize {
             host_memory: common.host_memory,
             donors: None,
         };
-        let (path, manifest) = run_job(job, common)?;
+        let made = run_job(job, common)?;
         let base = layout.linear_bytes(&Plan::unquantized(layout.blocks.len()));
-        print(&path, &manifest, base, common)
+        print(&made, base, common)
     }
 
     /// The variant asked for, and the sample and evaluation files that its session names.
@@ -109,19 +110,30 @@ impl Quantize {
     }
 }
 
-/// Makes the variant with progress on stderr; returns where it is.
-pub fn run_job(job: QuantizeJob, common: &Common) -> Result<(PathBuf, Box<VariantManifest>)> {
+/// A variant that was made.
+pub struct Made {
+    pub path: PathBuf,
+    pub manifest: Box<VariantManifest>,
+    /// Of a device that has its own.
+    pub device_memory: Option<DeviceMemory>,
+}
+
+/// Makes the variant with progress on stderr.
+pub fn run_job(job: QuantizeJob, common: &Common) -> Result<Made> {
     let (engine, mut events) = common.engine()?;
     engine.submit(Job::Quantize(Box::new(job)))?;
     let mut follow = Follow::new();
-    let mut done = None;
+    let (mut done, mut device_memory) = (None, None);
     finish(&mut events, &mut |event| {
         follow.event(event);
-        if let Event::Quantized { path, manifest, .. } = event {
-            done = Some((path.clone(), manifest.clone()));
+        match event {
+            Event::Report { report: Report::DeviceMemory(memory), .. } => device_memory = Some(*memory),
+            Event::Quantized { path, manifest, .. } => done = Some((path.clone(), manifest.clone())),
+            _ => {}
         }
     })?;
-    done.ok_or_else(|| Error::run("quantization ended without a variant"))
+    let made = done.map(|(path, manifest)| Made { path, manifest, device_memory });
+    made.ok_or_else(|| Error::run("quantization ended without a variant"))
 }
 
 /// `kind:ssm=w8a8` as an override.
@@ -133,7 +145,8 @@ pub fn parse_override(rule: &str) -> Result<Override> {
     Ok(Override { selector: selector.parse().map_err(wrong)?, format: format.parse().map_err(wrong)? })
 }
 
-fn print(path: &Path, manifest: &VariantManifest, base_bytes: u64, common: &Common) -> Result<()> {
+fn print(made: &Made, base_bytes: u64, common: &Common) -> Result<()> {
+    let Made { path, manifest, device_memory } = made;
     let bytes: u64 = manifest.blocks.iter().map(|block| block.bytes).sum();
     let ratio = bytes as f64 / base_bytes as f64;
     if common.json {
@@ -143,6 +156,7 @@ fn print(path: &Path, manifest: &VariantManifest, base_bytes: u64, common: &Comm
             "weight_bytes": bytes,
             "base_weight_bytes": base_bytes,
             "ratio": ratio,
+            "device_memory": device_memory,
             "manifest": manifest,
         }));
     }

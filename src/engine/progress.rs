@@ -133,7 +133,7 @@ impl Progress {
                 }
                 self.losses[*index] = self.losses[*index].max(*kld);
             }
-            Report::Log(_) | Report::Warning(_) => {}
+            Report::Log(_) | Report::Warning(_) | Report::DeviceMemory(_) => {}
         }
     }
 

@@ -3,7 +3,7 @@
 use crate::backend::{
     AttentionShape, Backend, Emit, MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation,
 };
-use crate::checkpoint::{BlockSpec, Checkpoint, Config, LinearSpec, MambaConfig};
+use crate::checkpoint::{AttentionConfig, BlockSpec, Checkpoint, Config, LinearSpec, MambaConfig};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, CacheFormats, Format, LinearWeights, SsmActivations, Transform};
 
@@ -11,7 +11,7 @@ use super::moe::Moe;
 
 /// Longest piece of a text that a block computes at a time: a multiple of the scan's chunk, so that the result is that of
 /// one call.
-const PIECE: usize = 32 * SSM_CHUNK;
+pub const PIECE: usize = 32 * SSM_CHUNK;
 
 /// Whether sequences that go on from no cache are computed in pieces.
 fn is_long(sequences: &Sequences, cached: bool) -> bool {
@@ -94,6 +94,11 @@ pub fn mamba_shape(mamba: &MambaConfig) -> MambaShape {
         dt_min: mamba.dt_min,
         dt_max: mamba.dt_max,
     }
+}
+
+/// The sizes of an attention mixer.
+pub fn attention_shape(attention: &AttentionConfig) -> AttentionShape {
+    AttentionShape { heads: attention.heads, kv_heads: attention.kv_heads, head_dim: attention.head_dim }
 }
 
 /// A mixer's last linear: its output, added to `into` where that is given.
@@ -186,16 +191,13 @@ impl<B: Backend> Block<B> {
                 }))
             }
             BlockKind::Mlp => Mixer::Mlp(Mlp::new(String::new(), linear("up_proj")?, linear("down_proj")?)),
-            BlockKind::Attention => {
-                let attention = &config.attention;
-                Mixer::Attention(Box::new(Attention {
-                    shape: AttentionShape { heads: attention.heads, kv_heads: attention.kv_heads, head_dim: attention.head_dim },
-                    q: linear("q_proj")?,
-                    k: linear("k_proj")?,
-                    v: linear("v_proj")?,
-                    o: linear("o_proj")?,
-                }))
-            }
+            BlockKind::Attention => Mixer::Attention(Box::new(Attention {
+                shape: attention_shape(&config.attention),
+                q: linear("q_proj")?,
+                k: linear("k_proj")?,
+                v: linear("v_proj")?,
+                o: linear("o_proj")?,
+            })),
             BlockKind::Moe => Mixer::Moe(Box::new(Moe::assemble(backend, &config.moe, &mixer_tensor, &linear, config.hidden_size)?)),
         };
         let norm = backend.prepare_vector(source.tensor(&format!("{}norm.weight", spec.prefix))?)?;

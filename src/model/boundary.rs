@@ -1,4 +1,5 @@
-//! Batches that wait between two blocks: in memory, or in a scratch file when they are too many.
+//! Batches that wait between two blocks: in memory, in the host's where a device has no room for them, or in a scratch file when
+//! they are too many for either.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -10,9 +11,11 @@ use crate::error::{Error, Result};
 /// Where batches may wait.
 #[derive(Debug, Clone, Copy)]
 pub struct WaitingRoom<'a> {
-    /// Bytes that one boundary may take in memory.
+    /// Bytes that one boundary may take in memory, that of the device where it has its own.
     pub held: u64,
-    /// Folder for the scratch file of a boundary that takes more.
+    /// Bytes that one which takes more may take in the host's memory, of a device that has its own.
+    pub on_host: u64,
+    /// Folder for the scratch file of one that takes still more.
     pub scratch: &'a Path,
 }
 
@@ -23,6 +26,8 @@ pub struct Boundary<B: Backend> {
 
 enum Batches<B: Backend> {
     Held(Vec<Option<B::Tensor>>),
+    /// Values of each, of so many features.
+    OnHost(Vec<Option<Vec<f32>>>, usize),
     Spilled(Scratch),
 }
 
@@ -49,6 +54,9 @@ impl<B: Backend> Boundary<B> {
         if bytes <= room.held {
             return Ok(Self::held(tokens.len()));
         }
+        if bytes <= room.on_host {
+            return Ok(Self { batches: Batches::OnHost(vec![None; tokens.len()], hidden) });
+        }
         let file = tempfile::tempfile_in(room.scratch).map_err(|error| Error::io("making a scratch file in", room.scratch, &error))?;
         Ok(Self::spilled(file, room.scratch, tokens, hidden))
     }
@@ -67,10 +75,20 @@ impl<B: Backend> Boundary<B> {
         matches!(self.batches, Batches::Spilled(_))
     }
 
+    /// Where the batches wait, in words.
+    pub fn place(&self) -> &'static str {
+        match self.batches {
+            Batches::Held(_) => "device",
+            Batches::OnHost(..) => "host",
+            Batches::Spilled(_) => "scratch",
+        }
+    }
+
     /// Number of batches.
     pub fn len(&self) -> usize {
         match &self.batches {
             Batches::Held(batches) => batches.len(),
+            Batches::OnHost(batches, _) => batches.len(),
             Batches::Spilled(scratch) => scratch.tokens.len(),
         }
     }
@@ -84,6 +102,7 @@ impl<B: Backend> Boundary<B> {
     pub fn put(&mut self, backend: &B, index: usize, h: B::Tensor) -> Result<()> {
         match &mut self.batches {
             Batches::Held(batches) => batches[index] = Some(h),
+            Batches::OnHost(batches, _) => batches[index] = Some(backend.download(&h)?),
             Batches::Spilled(scratch) => scratch.write(index, &backend.download(&h)?)?,
         }
         Ok(())
@@ -93,6 +112,7 @@ impl<B: Backend> Boundary<B> {
     pub fn get(&self, backend: &B, index: usize) -> Result<B::Tensor> {
         match &self.batches {
             Batches::Held(batches) => batches[index].clone().ok_or_else(|| gone(index)),
+            Batches::OnHost(batches, hidden) => backend.upload(batches[index].clone().ok_or_else(|| gone(index))?, *hidden),
             Batches::Spilled(scratch) => backend.upload(scratch.read(index)?, scratch.hidden),
         }
     }
@@ -101,6 +121,7 @@ impl<B: Backend> Boundary<B> {
     pub fn take(&mut self, backend: &B, index: usize) -> Result<B::Tensor> {
         match &mut self.batches {
             Batches::Held(batches) => batches[index].take().ok_or_else(|| gone(index)),
+            Batches::OnHost(batches, hidden) => backend.upload(batches[index].take().ok_or_else(|| gone(index))?, *hidden),
             Batches::Spilled(scratch) => backend.upload(scratch.read(index)?, scratch.hidden),
         }
     }
@@ -151,21 +172,23 @@ mod tests {
     use crate::backend::cpu::Cpu;
 
     #[test]
-    fn batches_come_back_from_the_file_as_they_were() {
+    fn batches_come_back_from_wherever_they_waited_as_they_were() {
         let folder = tempfile::tempdir().unwrap();
         let tokens = [2, 1, 3];
-        let room = |held| WaitingRoom { held, scratch: folder.path() };
-        assert!(!Boundary::<Cpu>::within(room(6 * 4 * 4), &tokens, 4).unwrap().is_spilled());
-        let mut boundary: Boundary<Cpu> = Boundary::within(room(6 * 4 * 4 - 1), &tokens, 4).unwrap();
-        assert!(boundary.is_spilled());
-        let batch = |index: usize| (0..tokens[index] * 4).map(|i| (100 * index + i) as f32).collect::<Vec<_>>();
-        for index in [2, 0, 1] {
-            boundary.put(&Cpu, index, Cpu.upload(batch(index), 4).unwrap()).unwrap();
+        let enough = 6 * 4 * 4;
+        for (held, on_host, place) in [(enough, 0, "device"), (enough - 1, enough, "host"), (enough - 1, enough - 1, "scratch")] {
+            let room = WaitingRoom { held, on_host, scratch: folder.path() };
+            let mut boundary: Boundary<Cpu> = Boundary::within(room, &tokens, 4).unwrap();
+            assert_eq!((boundary.place(), boundary.is_spilled()), (place, place == "scratch"));
+            let batch = |index: usize| (0..tokens[index] * 4).map(|i| (100 * index + i) as f32).collect::<Vec<_>>();
+            for index in [2, 0, 1] {
+                boundary.put(&Cpu, index, Cpu.upload(batch(index), 4).unwrap()).unwrap();
+            }
+            for (index, h) in boundary.iter(&Cpu).enumerate() {
+                assert_eq!(Cpu.download(&h.unwrap()).unwrap(), batch(index));
+            }
+            assert_eq!(Cpu.download(&boundary.take(&Cpu, 1).unwrap()).unwrap(), batch(1));
         }
-        for (index, h) in boundary.iter(&Cpu).enumerate() {
-            assert_eq!(Cpu.download(&h.unwrap()).unwrap(), batch(index));
-        }
-        assert_eq!(Cpu.download(&boundary.take(&Cpu, 1).unwrap()).unwrap(), batch(1));
     }
 
     #[test]
@@ -178,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_cannot_be_written_and_a_full_disk_are_said() {
-        let nowhere = WaitingRoom { held: 0, scratch: Path::new("/no/such/folder") };
+        let nowhere = WaitingRoom { held: 0, on_host: 0, scratch: Path::new("/no/such/folder") };
         let Err(error) = Boundary::<Cpu>::within(nowhere, &[1], 4) else { panic!("a file was made in no folder") };
         assert!(error.message.contains("scratch file in /no/such/folder"), "{error}");
         assert!(error.hint.is_some());

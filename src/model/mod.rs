@@ -11,7 +11,7 @@ mod reader;
 mod stream;
 pub mod trace;
 
-pub use block::{Block, BlockCache, BlockSource, Tap, internals, mamba_shape};
+pub use block::{Block, BlockCache, BlockSource, PIECE, Tap, attention_shape, internals, mamba_shape};
 pub use boundary::{Boundary, WaitingRoom};
 pub use hybrid::{Cache, Ends, Hybrid};
 pub use moe::router_shape;

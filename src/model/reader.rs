@@ -75,7 +75,8 @@ impl<'a, B: Backend> Reader<'a, B> {
         monitor: &Monitor,
     ) -> Result<Self> {
         let need = MemoryNeed::of(checkpoint, batch_tokens)?;
-        let host_memory = backend.free_bytes()?.map_or(host_memory, |free| free.min(host_memory));
+        let (host, free) = (host_memory, backend.free_bytes()?);
+        let host_memory = free.map_or(host, |free| free.min(host));
         monitor.log(format!("{}: {}", checkpoint.name, need.statement(host_memory)));
         if need.resident() <= host_memory {
             let model = Hybrid::load(backend, checkpoint)?.stopped_by(monitor.cancel_token());
@@ -94,7 +95,10 @@ impl<'a, B: Backend> Reader<'a, B> {
                 .hint("raise --host-memory where it is the limit, or read fewer tokens at a time")
         })?;
         let ends = Ends::load(&backend, checkpoint)?;
-        Ok(Self { weights: Weights::Streamed(Streamed { backend, checkpoint, ends, room: WaitingRoom { held, scratch } }) })
+        // Beside what is read of a block on its way to the device.
+        let on_host = free.map_or(0, |_| host.saturating_sub(need.streamed()));
+        let room = WaitingRoom { held, on_host, scratch };
+        Ok(Self { weights: Weights::Streamed(Streamed { backend, checkpoint, ends, room }) })
     }
 
     /// What computes.

@@ -5,6 +5,7 @@ mod asymmetric;
 mod boundary;
 mod calibrate;
 mod cluster;
+mod device_need;
 pub mod donors;
 pub mod gptq;
 pub mod hadamard;
@@ -21,6 +22,7 @@ mod smooth;
 mod transform;
 mod weights;
 
+pub use device_need::{DeviceNeed, Shapes};
 pub use donors::Donors;
 pub use gptq::round_clipped;
 pub use observe::Observers;

@@ -43,7 +43,7 @@ impl MemoryNeed {
                 mb(self.statistics),
                 mb(limit)
             ))
-            .hint("raise --host-memory where it is the limit, take --device cpu where the device's memory is, or a recipe without GPTQ")
+            .hint("raise --host-memory, or take a recipe without GPTQ")
         })
     }
 

@@ -17,21 +17,22 @@ use serde_json::json;
 
 use super::boundary::{self, FloatHash};
 use super::calibrate;
+use super::device_need::{DeviceNeed, Shapes};
 use super::donors::Donors;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
 use super::publish;
-use super::recipe::Steps;
+use super::recipe::{Method, Steps};
 use super::sample::Sample;
 use super::transform::Transforms;
 use crate::backend::{Backend, Divergence, Sequences};
-use crate::checkpoint::{BlockRecord, BlockSpec, Checkpoint, SampleRecord, StorageLayout, TOOL, VariantManifest, sha256_hex};
+use crate::checkpoint::{BlockRecord, BlockSpec, Checkpoint, Layout, SampleRecord, StorageLayout, TOOL, VariantManifest, sha256_hex};
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
 use crate::format::{Format, Plan, Scheme, Transform};
 use crate::model::{Boundary, Stream, WaitingRoom};
-use crate::monitor::Monitor;
+use crate::monitor::{DeviceMemory, Monitor};
 
 /// What to quantize, how, and to where.
 pub struct QuantizeRequest<'a> {
@@ -124,6 +125,8 @@ struct Pipeline<'a, B: Backend> {
     state: State,
     transforms: Transforms,
     room: WaitingRoom<'a>,
+    /// Bytes of the memory of a device that has its own, as predicted.
+    predicted: Option<u64>,
     /// When the streams were kept last.
     kept: Option<Kept>,
 }
@@ -161,11 +164,12 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
         };
         fs::create_dir_all(&files).map_err(|error| Error::io("creating", &files, &error))?;
-        let room = waiting_room(backend, request, work, monitor)?;
         let mut layout = request.checkpoint.layout.clone();
         if request.storage == StorageLayout::Portable {
             layout.merge_slices();
         }
+        backend.reset_peak()?;
+        let (room, predicted) = waiting_room(backend, request, &layout, work, monitor)?;
         let transforms = match request.donors {
             Some(donors) => donors.transforms().clone(),
             None => {
@@ -177,7 +181,8 @@ impl<'a, B: Backend> Pipeline<'a, B> {
                 Transforms::new(backend, &request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
             }
         };
-        Ok(Self { backend, request, blocks: layout.blocks, monitor, files, work, source, state, transforms, room, kept: None })
+        let blocks = layout.blocks;
+        Ok(Self { backend, request, blocks, monitor, files, work, source, state, transforms, room, predicted, kept: None })
     }
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
@@ -196,6 +201,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     fn run(mut self) -> Result<VariantManifest> {
         let streams = self.quantize_blocks()?;
         let sample = self.sample_record(self.write_ends(&streams)?);
+        let place = streams.quantized.place();
         drop(streams);
         let manifest = self.write_manifest(sample)?;
         if let Err(error) = self.validate(&manifest) {
@@ -209,6 +215,9 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             publish::remove(self.work)?;
             return Err(Error::run(format!("the variant failed its validation and was put aside in {}: {error}", aside.display()))
                 .hint("FAILED.txt there holds the reason; quantizing again starts afresh"));
+        }
+        if let (Some(predicted_bytes), Some(peak_bytes)) = (self.predicted, self.backend.peak_bytes()) {
+            self.monitor.device_memory(DeviceMemory { predicted_bytes, peak_bytes, streams: place });
         }
         self.monitor.stage("save", 1);
         publish::publish(&self.files, &self.request.output, self.request.force)?;
@@ -315,14 +324,35 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 }
 
-/// Where the sample's streams wait: in memory as far as what may be taken allows, otherwise in the `work` folder, which is
-/// where the variant's bytes go, too. Says what the job needs.
-fn waiting_room<'a, B: Backend>(backend: &B, request: &QuantizeRequest<'_>, work: &'a Path, monitor: &Monitor) -> Result<WaitingRoom<'a>> {
-    let (layout, hidden) = (&request.checkpoint.layout, request.checkpoint.config.hidden_size);
-    let need = MemoryNeed::of(layout, hidden, request.sample.tokens(), request.steps.method.uses_hessians());
+/// Where the sample's streams wait: on a device with memory of its own as far as that holds them, in the host's as far as what may be
+/// taken allows, otherwise in the `work` folder, which is where the variant's bytes go, too. Says what the job needs, and gives what
+/// it is predicted to take of the device's memory.
+fn waiting_room<'a, B: Backend>(
+    backend: &B,
+    request: &QuantizeRequest<'_>,
+    layout: &Layout,
+    work: &'a Path,
+    monitor: &Monitor,
+) -> Result<(WaitingRoom<'a>, Option<u64>)> {
+    let (config, method) = (&request.checkpoint.config, request.steps.method);
+    let free = backend.free_bytes()?;
+    let hessians = method.uses_hessians() && request.donors.is_none();
+    // A device keeps its sums; the asymmetric correction's are the host's.
+    let on_host = hessians && (free.is_none() || method == Method::Gptaq);
+    let need = MemoryNeed::of(layout, config.hidden_size, request.sample.tokens(), on_host);
     monitor.log(need.statement());
-    let limit = backend.free_bytes()?.map_or(request.host_memory, |free| free.min(request.host_memory));
-    Ok(WaitingRoom { held: need.held(limit)?, scratch: work })
+    let host = need.held(request.host_memory)?;
+    let Some(free) = free else { return Ok((WaitingRoom { held: host, on_host: 0, scratch: work }, None)) };
+    let lengths: Vec<usize> = request.sample.sequences.iter().map(Vec::len).collect();
+    let (bf16, steps, plan) = (request.checkpoint.is_bf16(), &request.steps, &request.plan);
+    let device = DeviceNeed::of(&Shapes { layout, config, bf16, steps, plan, hessians, lengths: &lengths });
+    monitor.log(device.statement());
+    let there = device.holds_streams(free, &backend.name())?;
+    if !there {
+        monitor.log("the sample's streams wait beside the device, which has no room for them");
+    }
+    let (held, predicted) = if there { (u64::MAX, device.with_streams()) } else { (0, device.without_streams()) };
+    Ok((WaitingRoom { held, on_host: host, scratch: work }, Some(predicted)))
 }
 
 /// The second moment of the stream in front of the blocks: measured once, and kept in the work folder for a run that

@@ -432,6 +432,7 @@ impl Queue {
             Event::Started { title, .. } => self.line(clock, Level::Info, format!("{title}: started")),
             Event::Report { report, .. } => match report {
                 Report::Log(line) => self.line(clock, Level::Info, line),
+                Report::DeviceMemory(memory) => self.line(clock, Level::Info, memory.to_string()),
                 Report::Warning(line) => self.line(clock, Level::Warning, line),
                 Report::Paused(paused) => self.line(clock, Level::Info, if paused { "paused" } else { "going on" }.into()),
                 _ => {}

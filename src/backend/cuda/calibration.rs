@@ -9,12 +9,12 @@ use crate::error::{Error, Result};
 use crate::format::Scheme;
 
 /// Columns that GPTQ takes at a time.
-const BLOCK: usize = 128;
+pub(super) const BLOCK: usize = 128;
 /// Side of a block of the factorization.
-const SIDE: usize = 64;
+pub(super) const SIDE: usize = 64;
 /// Features and tokens from which sums of outer products go through matrix products of halves.
-const WIDE: usize = 256;
-const MANY: usize = 64;
+pub(super) const WIDE: usize = 256;
+pub(super) const MANY: usize = 64;
 
 /// `Σ x xᵀ` `[features, features]` in f64.
 pub struct Gram {

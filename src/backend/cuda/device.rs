@@ -119,7 +119,7 @@ pub trait Pinned: Send + Sync {
 const LARGE: usize = 1 << 21;
 const SMALL: usize = 512;
 
-fn rounded(bytes: usize) -> usize {
+pub(super) fn rounded(bytes: usize) -> usize {
     let bytes = bytes.max(1);
     if bytes >= LARGE { bytes.next_multiple_of(LARGE) } else { bytes.next_multiple_of(SMALL) }
 }

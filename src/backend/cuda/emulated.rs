@@ -5,6 +5,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -37,6 +38,9 @@ pub struct Emulated {
     matrices: Mutex<Vec<Box<[u64; 3]>>>,
     /// What was recorded so far, while recording.
     recording: Mutex<Option<Vec<Operation>>>,
+    /// Bytes that may be allocated, and that are.
+    total: u64,
+    allocated: AtomicU64,
 }
 
 /// Something a recording does.
@@ -94,6 +98,12 @@ impl Emulated {
         unsafe { (self.order)(order) };
     }
 
+    /// The same with only so many bytes of memory.
+    #[must_use]
+    pub fn with_memory(self, total: u64) -> Self {
+        Self { total, ..self }
+    }
+
     /// Builds the kernels, or takes those that an earlier call built from the same sources with the same compiler.
     pub fn new() -> Result<Self> {
         Self::with_kernels(sources::KERNELS)
@@ -115,6 +125,8 @@ impl Emulated {
                 last_mark: Mutex::new(Instant::now()),
                 matrices: Mutex::default(),
                 recording: Mutex::default(),
+                total: 1 << 40,
+                allocated: AtomicU64::new(0),
             })
         }
     }
@@ -213,14 +225,18 @@ impl Device for Emulated {
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        Ok((1 << 40, 1 << 40))
+        Ok((self.total - self.allocated.load(Ordering::Relaxed), self.total))
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
+        let refused = || Error::run(format!("{bytes} bytes cannot be allocated"));
+        let within = |allocated: u64| allocated.checked_add(bytes as u64).filter(|allocated| *allocated <= self.total);
+        self.allocated.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).map_err(|_| refused())?;
         // SAFETY: the size is not zero.
         let address = unsafe { alloc(layout(bytes)?) };
         if address.is_null() {
-            return Err(Error::run(format!("{bytes} bytes cannot be allocated")));
+            self.allocated.fetch_sub(bytes as u64, Ordering::Relaxed);
+            return Err(refused());
         }
         // SAFETY: just allocated.
         unsafe { address.write_bytes(POISON, bytes) };
@@ -231,6 +247,7 @@ impl Device for Emulated {
         if let Ok(layout) = layout(bytes) {
             // SAFETY: the caller's promise.
             unsafe { dealloc(address as *mut u8, layout) };
+            self.allocated.fetch_sub(bytes as u64, Ordering::Relaxed);
         }
     }
 

@@ -13,13 +13,13 @@ use crate::error::{Error, Result};
 use crate::format::{LinearWeights, QuantizedMatrix, Scheme, WeightPart};
 
 /// Tokens that matrix-vector kernels take; more go through matrix products.
-const FEW: usize = 16;
+pub(super) const FEW: usize = 16;
 /// The same for bf16 weights: their matrix-vector kernel multiplies f32 activations, at three times the arithmetic.
 const FEW_BF16: usize = 4;
 
 /// Linears of fewer outputs always take the matrix-vector kernels, which read f32 activations exactly: routers choose
 /// experts by small differences, and so little work gains nothing from a matrix product.
-const NARROW: usize = 512;
+pub(super) const NARROW: usize = 512;
 
 /// Outputs and tokens that a block of the matrix-vector kernels computes.
 const FEW_OUTPUTS: usize = 16;

@@ -11,6 +11,7 @@ pub mod device;
 pub mod driver;
 pub mod emulated;
 mod experts;
+pub mod footprint;
 pub mod libraries;
 mod linear;
 mod logits;

@@ -8,7 +8,7 @@ use crate::backend::{Side, cpu};
 use crate::error::Result;
 
 /// Outputs of weights whose inputs are turned at once: a table of a vocabulary does not fit beside what else is there.
-const OUTPUTS: usize = 1 << 15;
+pub(super) const OUTPUTS: usize = 1 << 15;
 
 impl Cuda {
     /// See [`crate::backend::Backend::turn`].

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::format::{Format, LinearWeights, ScaleKind, Transform};
 use crate::quant::asymmetric::{self, Shift};
 use crate::quant::boundary::FloatHash;
+use crate::quant::device_need::logit_rows;
 use crate::quant::hessian::{Hessian, Summed};
 use crate::quant::method::quantize_linear;
 use crate::quant::observe;
@@ -147,8 +148,8 @@ impl<B: Backend> Pipeline<'_, B> {
     }
 }
 
-/// Tokens of a sequence in pieces whose logits, of `vocabulary` entries each, take at most 32 MiB.
+/// Tokens of a sequence in pieces of [`logit_rows`].
 pub(super) fn logit_pieces(tokens: usize, vocabulary: usize) -> impl Iterator<Item = Vec<usize>> {
-    let piece = ((1 << 23) / vocabulary).max(1);
+    let piece = logit_rows(vocabulary);
     (0..tokens).step_by(piece).map(move |start| (start..tokens.min(start + piece)).collect())
 }

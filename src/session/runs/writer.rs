@@ -193,6 +193,7 @@ impl Worker {
                 match &report {
                     Report::Stage { name, total } => self.line("info", &format!("{}: {name}, {total} steps", self.progress.title)),
                     Report::Log(line) => self.line("info", line),
+                    Report::DeviceMemory(memory) => self.line("info", &memory.to_string()),
                     Report::Warning(line) => self.line("warning", line),
                     Report::Paused(paused) => self.line("info", if *paused { "paused" } else { "going on" }),
                     Report::Block { index, error, .. } => self.line("info", &format!("block {index}: error {error:.2e}")),
