@@ -280,7 +280,7 @@ DEVICE void few_float(const void* weights, const void* w_scales, int group, cons
 
 }  // namespace
 
-KERNEL(256, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
+RESIDENT_KERNEL(256, 3, few_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, EXPERTS_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     if (tiles) wait_previous();
     const float* none = nullptr;

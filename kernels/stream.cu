@@ -12,8 +12,9 @@ namespace {
 
 constexpr int PIECE = 2048;        // bytes of a row in a stage
 constexpr int PITCH = PIECE + 64;  // from one row to the next: two rows that a quarter of a warp reads meet different banks
-constexpr int STAGE = ROWS * PITCH;
-constexpr int WINDOW = 32;  // groups of int4 weights that are handed over at once
+constexpr int WINDOW = 32;         // groups of int4 weights in a stage, which are handed over at once
+constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
+constexpr int STAGE = ROWS * (PITCH + SCALES);
 constexpr int ADDING = OUTPUTS / 32;
 constexpr int THREADS = 32 * (WARPS + ADDING + 1);
 
@@ -45,11 +46,13 @@ struct Slots {
         if (used >= 2) group_wait(EMPTY + at, BOTH);
     }
     void fill() {
+        __syncwarp();
         group_arrive(FULL + at, BOTH);
         ++used, at ^= 1;
     }
     void wait_full() const { group_wait(FULL + at, BOTH); }
     void release() {
+        __syncwarp();
         if (--left >= 2) group_arrive(EMPTY + at, BOTH);
         at ^= 1;
     }
@@ -70,7 +73,7 @@ struct Rings {
         stages = {barriers, barriers + count, count, 0, 0};
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; ++i) {
-                barrier_start(stages.full + i, 1);
+                barrier_start(stages.full + i, 32);
                 barrier_start(stages.empty + i, WARPS);
             }
             barriers_ready();
@@ -90,22 +93,29 @@ struct Tiles {
     int count() const { return more() ? divide_up(end - at, step) : 0; }
     void next() { at += step; }
     int row() const { return (at - first) * ROWS; }
-    int row_behind() const { return at + step < end ? row() + step * ROWS : row(); }
 };
 
-// Brings the rows of `tiles`, `piece` bytes of each at a time.
-DEVICE void bring(Rings& rings, Tiles tiles, const void* w, int rows, int row_bytes, int piece) {
-    const int lane = threadIdx.x % 32;
+// Where a row's scales lie in a stage. They came from the 16 bytes in which the first of them is.
+DEVICE const bf16* scales_of(const u8* stage, int row, i64 first) { return reinterpret_cast<const bf16*>(stage + ROWS * PITCH + row * SCALES) + first % 8; }
+
+// Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row.
+DEVICE void bring(Rings& rings, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
+    const int lane = threadIdx.x % 32, line = lane % ROWS;
     for (; tiles.more(); tiles.next()) {
-        const int count = minimum(ROWS, rows - tiles.row());
-        const u8* row = static_cast<const u8*>(w) + static_cast<i64>(tiles.row() + minimum(lane, count - 1)) * row_bytes;
-        for (int at = 0; at < row_bytes; at += piece, rings.stages.next()) {
-            const int bytes = minimum(piece, row_bytes - at);
+        const int count = minimum(ROWS, rows - tiles.row()), row = tiles.row() + minimum(line, count - 1);
+        const u8* weights = static_cast<const u8*>(w) + static_cast<i64>(row) * row_bytes;
+        i64 group = static_cast<i64>(row) * groups;
+        const i64 end = group + groups;
+        for (int at = 0; at < row_bytes; at += piece, group += WINDOW, rings.stages.next()) {
             u64* const full = rings.stages.full + rings.stages.at;
+            const i64 first = group / 8 * 8, behind = (minimum(WINDOW, static_cast<int>(end - group)) + group + 7) / 8 * 8;
+            const int own = lane < ROWS ? minimum(piece, row_bytes - at) : groups > 0 ? static_cast<int>(behind - first) * 2 : 0;
+            const int bytes = line < count ? own : 0;
             rings.stages.wait_empty();
-            if (lane == 0) barrier_expect(full, count * bytes);
-            __syncwarp();
-            if (lane < count) copy_bulk(rings.stage() + lane * PITCH, row + at, bytes, full);
+            barrier_expect(full, bytes);
+            if (bytes == 0) continue;
+            if (lane < ROWS) copy_bulk(rings.stage() + line * PITCH, weights + at, bytes, full);
+            else copy_bulk(rings.stage() + ROWS * PITCH + line * SCALES, w_scales + first, bytes, full);
         }
     }
 }
@@ -160,7 +170,7 @@ DEVICE void multiply_int8(Rings& rings, Tiles tiles, const i8* x, int count, int
 }
 
 // PARTS groups in a segment of 128 inputs. A stage has a window of groups, each of which leaves acc_g·s_w[g].
-template <int PARTS> DEVICE void multiply_groups(Rings& rings, Tiles tiles, const bf16* w_scales, const i8* x, int count, int rows, int cols) {
+template <int PARTS> DEVICE void multiply_groups(Rings& rings, Tiles tiles, const i8* x, int count, int rows, int cols) {
     constexpr int STEPS = WINDOW / PARTS / WARPS, STRIDE = WARPS * 128;  // inputs from a warp's segment to its next
     const Lane lane;
     const int width = ld(cols), groups = cols / (128 / PARTS);
@@ -168,56 +178,66 @@ template <int PARTS> DEVICE void multiply_groups(Rings& rings, Tiles tiles, cons
     const i8* input = x + static_cast<i64>(present ? lane.line : 0) * width;
     const int own = lane.warp * 128 + lane.quad * 32;  // a lane's first input in a stage
     uint4 low_held[STEPS], high_held[STEPS];
-    bf16 upper_scales[STEPS * PARTS], lower_scales[STEPS * PARTS];
-    const auto fetch = [&](int at, int row) {
-        const bf16* upper = w_scales + static_cast<i64>(minimum(row + lane.line, rows - 1)) * groups;
-        const bf16* lower = w_scales + static_cast<i64>(minimum(row + lane.line + 8, rows - 1)) * groups;
+    const auto fetch = [&](int at) {
 #pragma unroll
         for (int i = 0; i < STEPS; ++i) {
             const int from = at + i * STRIDE + own;
             const bool inside = present && from < width;
             low_held[i] = inside ? load(input + from) : zero();
             high_held[i] = inside ? load(input + from + 16) : zero();
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int group = ((at + i * STRIDE) / 128 + lane.warp) * PARTS + part;
-                upper_scales[i * PARTS + part] = group < groups ? upper[group] : bf16{0};
-                lower_scales[i * PARTS + part] = group < groups ? lower[group] : bf16{0};
-            }
         }
     };
-    fetch(0, tiles.row());
+    fetch(0);
     for (; tiles.more(); tiles.next()) {
-        for (int at = 0; at < width; at += STEPS * STRIDE) {
+        i64 upper_group = static_cast<i64>(minimum(tiles.row() + lane.line, rows - 1)) * groups, lower_group = static_cast<i64>(minimum(tiles.row() + lane.line + 8, rows - 1)) * groups;
+        for (int at = 0; at < width; at += STEPS * STRIDE, upper_group += WINDOW, lower_group += WINDOW) {
             rings.stages.wait_full();
-            rings.slots.wait_empty();
             const u8* upper = rings.stage() + lane.line * PITCH + own / 2;
-            float* sums = rings.slot() + lane.warp * PARTS * OUTPUTS;
+            const bf16* upper_scales = scales_of(rings.stage(), lane.line, upper_group) + lane.warp * PARTS;
+            const bf16* lower_scales = scales_of(rings.stage(), lane.line + 8, lower_group) + lane.warp * PARTS;
+            uint4 a[STEPS], b[STEPS];
+            int sums[STEPS][PARTS][4] = {};
 #pragma unroll
             for (int i = 0; i < STEPS; ++i) {
-                if (at + i * STRIDE + lane.warp * 128 >= width) break;
                 const bool inside = at + i * STRIDE + own < width;
-                const uint4 a = inside ? load(upper + i * STRIDE / 2) : zero(), b = inside ? load(upper + 8 * PITCH + i * STRIDE / 2) : zero();
-                const u32 above[4] = {a.x, a.y, a.z, a.w}, below[4] = {b.x, b.y, b.z, b.w};
-                const u32 low[4] = {low_held[i].x, low_held[i].y, low_held[i].z, low_held[i].w}, high[4] = {high_held[i].x, high_held[i].y, high_held[i].z, high_held[i].w};
+                a[i] = inside ? load(upper + i * STRIDE / 2) : zero();
+                b[i] = inside ? load(upper + 8 * PITCH + i * STRIDE / 2) : zero();
+            }
+            // Codes in the high half of a byte are 16 times themselves, which is divided out below. Products that follow each other belong to
+            // different sums, so that none waits for the one before.
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+                    for (int i = 0; i < STEPS; ++i) {
+                        const bool mine = lane.quad * PARTS / 4 == part;
+                        const u32 above = k == 0 ? a[i].x : k == 1 ? a[i].y : k == 2 ? a[i].z : a[i].w, below = k == 0 ? b[i].x : k == 1 ? b[i].y : k == 2 ? b[i].z : b[i].w;
+                        const u32 low = k == 0 ? low_held[i].x : k == 1 ? low_held[i].y : k == 2 ? low_held[i].z : low_held[i].w;
+                        const u32 high = k == 0 ? high_held[i].x : k == 1 ? high_held[i].y : k == 2 ? high_held[i].z : high_held[i].w;
+                        mma_s8(sums[i][part], above << 4 & 0xf0f0f0f0u, below << 4 & 0xf0f0f0f0u, above & 0xf0f0f0f0u, below & 0xf0f0f0f0u, mine ? low : 0, mine ? high : 0);
+                    }
+            float upper_factors[STEPS][PARTS], lower_factors[STEPS][PARTS];
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i)
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const bool mine = lane.quad * PARTS / 4 == part;
-                    int sum[4] = {0, 0, 0, 0};
-                    // Codes in the high half of a byte are 16 times themselves, which is divided out below.
-#pragma unroll
-                    for (int k = 0; k < 4; ++k)
-                        mma_s8(sum, above[k] << 4 & 0xf0f0f0f0u, below[k] << 4 & 0xf0f0f0f0u, above[k] & 0xf0f0f0f0u, below[k] & 0xf0f0f0f0u,
-                               mine ? low[k] : 0, mine ? high[k] : 0);
-                    const float upper_scale = widen(upper_scales[i * PARTS + part]), lower_scale = widen(lower_scales[i * PARTS + part]);
-                    leave(sums + (i * WARPS * PARTS + part) * OUTPUTS, lane, count, __fmul_rn(static_cast<float>(sum[0] >> 4), upper_scale),
-                          __fmul_rn(static_cast<float>(sum[1] >> 4), upper_scale), __fmul_rn(static_cast<float>(sum[2] >> 4), lower_scale), __fmul_rn(static_cast<float>(sum[3] >> 4), lower_scale));
+                    // Nobody adds up what lies behind the last group.
+                    upper_factors[i][part] = widen(upper_scales[i * WARPS * PARTS + part]);
+                    lower_factors[i][part] = widen(lower_scales[i * WARPS * PARTS + part]);
                 }
-            }
             rings.stages.release();
+            fetch(at + STEPS * STRIDE < width ? at + STEPS * STRIDE : 0);
+            rings.slots.wait_empty();
+            float* products = rings.slot() + lane.warp * PARTS * OUTPUTS;
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    const auto scaled = [&](int j) { return __fmul_rn(static_cast<float>(sums[i][part][j] >> 4), j < 2 ? upper_factors[i][part] : lower_factors[i][part]); };
+                    leave(products + (i * WARPS * PARTS + part) * OUTPUTS, lane, count, scaled(0), scaled(1), scaled(2), scaled(3));
+                }
             rings.slots.fill();
-            const bool last = at + STEPS * STRIDE >= width;
-            fetch(last ? 0 : at + STEPS * STRIDE, last ? tiles.row_behind() : tiles.row());
         }
     }
 }
@@ -279,8 +299,18 @@ template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const
         for (int left = counted; left > 0; left -= rings.entries) {
             rings.slots.wait_full();
             const T* own = reinterpret_cast<const T*>(rings.slot()) + index;
-            if (token < count)
-                for (int i = 0; i < minimum(left, rings.entries); ++i) total = total + own[i * OUTPUTS];
+            // Several are read before the first is added.
+            constexpr int AHEAD = 8;
+            const int entries = token < count ? minimum(left, rings.entries) : 0;
+            int i = 0;
+            for (; i + AHEAD <= entries; i += AHEAD) {
+                T held[AHEAD];
+#pragma unroll
+                for (int j = 0; j < AHEAD; ++j) held[j] = own[(i + j) * OUTPUTS];
+#pragma unroll
+                for (int j = 0; j < AHEAD; ++j) total = total + held[j];
+            }
+            for (; i < entries; ++i) total = total + own[i * OUTPUTS];
             rings.slots.release();
         }
         if (stores) finish(__fmul_rn(static_cast<float>(total), scale), to, TAIL_ARGUMENTS);
@@ -290,7 +320,7 @@ template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const
 DEVICE void int8_tiles(Rings& rings, const Tiles& tiles, const i8* w, const float* w_scales, const i8* x, const float* x_scales, int first, int count, int rows, int cols, TAIL_PARAMETERS) {
     const int warp = threadIdx.x / 32, width = ld(cols);
     if (warp >= WARPS + ADDING) {
-        bring(rings, tiles, w, rows, width, PIECE);
+        bring(rings, tiles, w, nullptr, 0, rows, width, PIECE);
     } else if (warp < WARPS) {
         wait_previous();
         multiply_int8(rings, tiles, x + static_cast<i64>(first) * width, count, width);
@@ -304,10 +334,10 @@ template <int PARTS>
 DEVICE void int4_tiles(Rings& rings, const Tiles& tiles, const u8* w, const bf16* w_scales, const i8* x, const float* x_scales, int first, int count, int rows, int cols, TAIL_PARAMETERS) {
     const int warp = threadIdx.x / 32, width = ld(cols);
     if (warp >= WARPS + ADDING) {
-        bring(rings, tiles, w, rows, width / 2, PIECE / PARTS);
+        bring(rings, tiles, w, w_scales, cols / (128 / PARTS), rows, width / 2, PIECE / PARTS);
     } else if (warp < WARPS) {
         wait_previous();
-        multiply_groups<PARTS>(rings, tiles, w_scales, x + static_cast<i64>(first) * width, count, rows, cols);
+        multiply_groups<PARTS>(rings, tiles, x + static_cast<i64>(first) * width, count, rows, cols);
     } else {
         wait_previous();
         add<float>(rings, tiles, cols / (128 / PARTS), nullptr, x_scales, first, count, rows, TAIL_ARGUMENTS);
@@ -349,7 +379,7 @@ RESIDENT_KERNEL(THREADS, 1, stream_bf16, (const bf16* w, const float* x, int x_s
     Rings rings(stages, WARPS, tiles.count());
     const int warp = threadIdx.x / 32, first = blockIdx.y * TOKENS, count = minimum(TOKENS, tokens - first);
     if (warp >= WARPS + ADDING) {
-        bring(rings, tiles, w, rows, 2 * ld(cols), PIECE);
+        bring(rings, tiles, w, nullptr, 0, rows, 2 * ld(cols), PIECE);
     } else if (warp < WARPS) {
         wait_previous();
         multiply_bf16(rings, tiles, x, x_stride, first, count, cols);

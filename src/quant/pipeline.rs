@@ -6,6 +6,7 @@
 
 mod block;
 mod ends;
+mod laps;
 mod variant;
 
 use std::fs;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use self::laps::Laps;
 use super::boundary::{self, FloatHash};
 use super::calibrate;
 use super::device_need::{DeviceNeed, Shapes};
@@ -173,12 +175,18 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let transforms = match request.donors {
             Some(donors) => donors.transforms().clone(),
             None => {
+                let mut laps = Laps::start();
                 let second_moment = if request.steps.transforms.contains(&Transform::RotateResidual) {
                     Some(kept_second_moment(backend, request, room, &state.key, monitor)?)
                 } else {
                     None
                 };
-                Transforms::new(backend, &request.steps.transforms, second_moment.as_deref(), request.checkpoint.config.hidden_size)?
+                laps.end("second moment");
+                let hidden = request.checkpoint.config.hidden_size;
+                let transforms = Transforms::new(backend, &request.steps.transforms, second_moment.as_deref(), hidden)?;
+                laps.end("rotation");
+                monitor.log(laps.line("residual stream"));
+                transforms
             }
         };
         let blocks = layout.blocks;
@@ -238,14 +246,20 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             self.monitor.log(format!("the sample's streams wait in scratch files in {}", self.work.display()));
         }
         if self.state.boundaries.is_empty() {
+            let mut laps = Laps::start();
             streams.reference = Stream::within(self.backend, self.request.checkpoint, &batches, self.room)?.into_boundary();
+            laps.end("float rows");
             let mut table = self.embedding()?.weights(hidden);
+            laps.end("rounding");
             table.int8_activations = false;
             let table = self.backend.prepare_embedding(table)?;
             for (index, (ids, _)) in batches.iter().enumerate() {
                 streams.quantized.put(self.backend, index, self.backend.embed(&table, ids)?)?;
             }
+            laps.end("quantized rows");
             self.state.boundaries.push(self.boundary_hash(&streams.quantized, "the embedding")?);
+            laps.end("hash");
+            self.monitor.log(laps.line("embedding"));
         } else {
             self.load_streams(&mut streams, &tokens)?;
         }
@@ -261,8 +275,12 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
             let note = format!("block {index} {} {} error {:.2e}", record.kind, record.format, record.error);
             self.state.records.push(record);
+            let mut laps = Laps::start();
             self.state.boundaries.push(self.boundary_hash(&streams.quantized, &format!("block {index}"))?);
+            laps.end("hash");
             self.save_progress(&streams)?;
+            laps.end("kept");
+            self.monitor.log(laps.line(&format!("behind block {index}")));
             self.monitor.step(index + 1, note)?;
         }
         Ok(streams)

@@ -111,7 +111,8 @@ impl FloatLinear {
             (|i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }, (block as f64).sqrt().recip());
         let matrix = Mat::from_fn(block, block, |i, j| scale * sign(i, j));
         self.changed = true;
-        divide_columns(self.weights.as_mut(), block).into_par_iter().try_for_each(|part| backend.turn(part, matrix.as_ref(), Side::Inputs))
+        // One after another: a product is computed on all threads, or on the device.
+        divide_columns(self.weights.as_mut(), block).into_iter().try_for_each(|part| backend.turn(part, matrix.as_ref(), Side::Inputs))
     }
 }
 

@@ -3,10 +3,8 @@
 /// Threads of a block: eight warps that multiply, four that add up, one that asks for copies.
 pub const THREADS: usize = 416;
 
-/// Bytes of a stage: 16 rows of 2048 bytes, 64 apart.
-const STAGE: usize = 16 * (2048 + 64);
-/// More bring nothing: with five, what is on its way is ten times what the memory delivers within its latency.
-const STAGES: usize = 5;
+/// Bytes of a stage: 16 rows of 2048 bytes, 64 apart, and of their scales.
+const STAGE: usize = 16 * (2048 + 64 + 80);
 /// Tokens and outputs of a tile.
 const TOKENS: usize = 8;
 const OUTPUTS: usize = 16;
@@ -33,7 +31,7 @@ impl Launch {
         // Two slots of products of each output: of 32 groups, or of 8 warps.
         let products = 2 * (if int4 { 32 } else { 8 }) * TOKENS * OUTPUTS * 4;
         // Two barriers for each stage.
-        let stages = ((limit - products) / (STAGE + 16)).min(STAGES);
+        let stages = (limit - products) / (STAGE + 16);
         Self { stages, shared: stages * (STAGE + 16) + products }
     }
 

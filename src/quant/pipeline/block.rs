@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::time::Instant;
 
+use super::laps::Laps;
 use super::{Pipeline, Streams};
 use crate::backend::{Backend, SsmInternals, SsmScales};
 use crate::checkpoint::{BlockRecord, BlockSpec, Dtype, LinearSpec};
@@ -85,7 +85,7 @@ impl<B: Backend> Pipeline<'_, B> {
         }
         std::mem::swap(&mut streams.reference, &mut streams.behind);
         laps.end("quantized pass");
-        self.monitor.log(format!("block {index}: {}", laps.text()));
+        self.monitor.log(laps.line(&format!("block {index}")));
         Ok(BlockRecord {
             index,
             kind: spec.kind,
@@ -160,27 +160,6 @@ impl<B: Backend> Pipeline<'_, B> {
         }
         laps.end("rounding");
         Ok(linears)
-    }
-}
-
-/// Seconds that the steps of a block take.
-struct Laps {
-    since: Instant,
-    ended: Vec<(&'static str, f64)>,
-}
-
-impl Laps {
-    fn start() -> Self {
-        Self { since: Instant::now(), ended: Vec::new() }
-    }
-
-    fn end(&mut self, name: &'static str) {
-        self.ended.push((name, self.since.elapsed().as_secs_f64()));
-        self.since = Instant::now();
-    }
-
-    fn text(&self) -> String {
-        self.ended.iter().map(|(name, seconds)| format!("{name} {seconds:.2} s")).collect::<Vec<_>>().join(", ")
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::laps::Laps;
 use super::{Judgement, Pipeline, Streams};
 use crate::backend::{Backend, Emit};
 use crate::checkpoint::Dtype;
@@ -22,6 +23,7 @@ impl<B: Backend> Pipeline<'_, B> {
     /// compares the sample's float and quantized logits.
     pub(super) fn write_ends(&self, streams: &Streams<B>) -> Result<Judgement> {
         let (checkpoint, plan, layout) = (self.request.checkpoint, &self.request.plan, &self.request.checkpoint.layout);
+        let mut laps = Laps::start();
         let norm = self.transforms.final_norm(checkpoint)?;
         let mut tensors: Vec<TensorOut> = Vec::new();
         if self.request.steps.transforms.contains(&Transform::FoldNorms) {
@@ -31,7 +33,9 @@ impl<B: Backend> Pipeline<'_, B> {
             tensors.push(self.copy(&layout.final_norm.name)?);
         }
         self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
+        laps.end("embedding");
         let float_head = self.transforms.head(self.backend, checkpoint)?;
+        laps.end("transforms");
         let mut head = match self.request.donors {
             Some(donors) => donors.head_linear(&float_head, &layout.head, plan.head)?,
             None => {
@@ -43,6 +47,7 @@ impl<B: Backend> Pipeline<'_, B> {
                 quantize_linear(corrected.as_ref().unwrap_or(&float_head), &layout.head, &rounding, hessian)?
             }
         };
+        laps.end("rounding");
         head.input_scale = self.head_scale(&norm, streams)?;
         // A tied head is stored apart as soon as it or the embedding is changed.
         if !layout.tied {
@@ -69,6 +74,7 @@ impl<B: Backend> Pipeline<'_, B> {
             }
         }
         publish::write_tensors(&self.files.join(self.shard_name(self.blocks.len())), &tensors)?;
+        laps.end("shard");
 
         let original_norm = checkpoint.read(&layout.final_norm.name)?;
         let (reference, quantized) = (self.backend.prepare(checkpoint.head()?)?, self.backend.prepare(head.weights(layout.head.cols))?);
@@ -89,6 +95,8 @@ impl<B: Backend> Pipeline<'_, B> {
                 rows.extend(self.backend.divergence(&exact, &rounded)?);
             }
         }
+        laps.end("logits");
+        self.monitor.log(laps.line("embedding and head"));
         Ok(Judgement { rows, hash: hash.finish() })
     }
 
