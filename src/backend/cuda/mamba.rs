@@ -13,7 +13,7 @@ pub use tables::Tables;
 use self::cache::{Slots, Windows};
 use self::spans::{SPANS, Spans};
 use super::device::{Arguments, Buffer};
-use super::{Cuda, CudaTensor};
+use super::{Cuda, CudaTensor, scan};
 use crate::backend::{MambaParameters, MambaShape, Sequences, SsmInternals, StateRotation};
 use crate::error::{Error, Result};
 use crate::format::{CacheFormat, CacheFormats};
@@ -326,7 +326,7 @@ impl Cuda {
                 let xbc = self.convolve(projected, parameters, shape, tables, windows)?;
                 let raw = Arguments::default().with(projected.buffer()).with(projected.cols).with(shape.projected() - shape.heads);
                 let inputs = || Arguments::default().with(xbc.buffer());
-                self.scan_chunks(["ssd_decay", "ssd_state", "ssd_output"], &raw, &inputs, projected.rows, parameters, shape, tables, states)
+                self.scan_chunks("", &raw, &inputs, projected.rows, parameters, shape, tables, states)
             }
             Projection::Int8(slices) => {
                 let windows = slots.map(|(windows, _, _)| windows);
@@ -335,17 +335,17 @@ impl Cuda {
                 let raw = Arguments::default().with(&slices.codes).with(shape.projected()).with(shape.projected() - shape.heads);
                 let raw = raw.with(scales).with(stride).with(fixed);
                 let inputs = || convolved.arguments(parameters);
-                let kernels = ["ssd_decay_i8", "ssd_state_i8", "ssd_output_i8"];
-                self.scan_chunks(kernels, &raw, &inputs, slices.tokens, parameters, shape, tables, states)
+                self.scan_chunks("_i8", &raw, &inputs, slices.tokens, parameters, shape, tables, states)
             }
         }
     }
 
-    /// The scan itself, level after level: `raw` is where dt comes from, `inputs` where x | B | C do.
+    /// The scan itself, level after level: `raw` is where dt comes from, `inputs` where x | B | C do, `suffix` that of the kernels
+    /// which read those.
     #[allow(clippy::too_many_arguments, reason = "what the kernels of a scan read and write")]
     fn scan_chunks(
         &self,
-        [decay_kernel, state_kernel, output_kernel]: [&str; 3],
+        suffix: &str,
         raw: &Arguments,
         inputs: &dyn Fn() -> Arguments,
         tokens: usize,
@@ -360,15 +360,27 @@ impl Cuda {
         for level in &tables.levels {
             let arguments = raw.clone().with(&parameters.a).with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max);
             let arguments = arguments.with(shape.heads).with(&level.chunks).with(dt.buffer()).with(decay.buffer());
-            self.launch(decay_kernel, [shape.heads.div_ceil(32), level.chunk_count, 1], 32, 0, arguments)?;
+            let kernel = |name: &str| format!("{name}{suffix}");
+            self.launch(&kernel("ssd_decay"), [shape.heads.div_ceil(32), level.chunk_count, 1], 128, 0, arguments)?;
+            if scan::serves(self.device().arch(), shape.state) {
+                let shared = self.buffer::<u8>(level.chunk_count * shape.groups * scan::SHARED_CHUNK)?;
+                let blocks = [shape.groups, level.chunk_count, 1];
+                let arguments = sizes(inputs().with(&level.chunks)).with(&shared);
+                self.launch(&kernel("ssd_share"), blocks, scan::THREADS, scan::SHARE_MEMORY, arguments)?;
+                let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&shared).with(&parameters.d);
+                let arguments = sizes(arguments.with(&level.chunks).with(&level.sequence_chunks)).with(cache).with(y.buffer());
+                let blocks = [shape.heads * shape.head_dim.div_ceil(scan::CHANNELS), level.count, 1];
+                self.launch(&kernel("ssd_scan"), blocks, scan::THREADS, scan::SCAN_MEMORY, arguments)?;
+                continue;
+            }
             let states = self.buffer::<f32>(level.chunk_count * shape.heads * states_size)?;
             let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&level.chunks);
-            self.launch(state_kernel, [shape.heads, level.chunk_count, 1], 128, 49408, sizes(arguments).with(&states))?;
+            self.launch(&kernel("ssd_state"), [shape.heads, level.chunk_count, 1], 128, 49408, sizes(arguments).with(&states))?;
             let arguments = Arguments::default().with(&states).with(decay.buffer()).with(&level.chunks).with(&level.sequence_chunks);
             let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.state).with(cache);
             self.launch("ssd_pass", [states_size.div_ceil(256), shape.heads, level.count], 256, 0, arguments)?;
             let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&states).with(&parameters.d).with(&level.chunks);
-            self.launch(output_kernel, [shape.heads, level.chunk_count, 1], 256, 81920, sizes(arguments).with(y.buffer()))?;
+            self.launch(&kernel("ssd_output"), [shape.heads, level.chunk_count, 1], 256, 81920, sizes(arguments).with(y.buffer()))?;
         }
         Ok(y)
     }

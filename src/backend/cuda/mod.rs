@@ -18,6 +18,7 @@ mod logits;
 mod mamba;
 pub mod nvrtc;
 mod recording;
+mod scan;
 pub mod sources;
 mod stream;
 mod tensor;
@@ -167,6 +168,11 @@ impl Cuda {
         // lists whose next user is queued behind it.
         unsafe { arguments.launch(self.device(), kernel, grid) }
     }
+}
+
+/// Bytes of shared memory that a block may have on a GPU of this architecture, sm_90 or later: data-centre GPUs have more than others.
+fn shared_limit(arch: u32) -> usize {
+    if arch < 120 { 227 << 10 } else { 99 << 10 }
 }
 
 /// Columns of codes and bf16 rows in memory: kernels read whole lines.

@@ -13,7 +13,8 @@ macro_rules! source {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Source] = &[source!("device.cuh"), source!("experts.cuh"), source!("few.cuh"), source!("halves.cuh")];
+pub const HEADERS: &[Source] =
+    &[source!("device.cuh"), source!("experts.cuh"), source!("few.cuh"), source!("halves.cuh"), source!("ssd.cuh")];
 
 /// A translation unit each.
 pub const KERNELS: &[Source] = &[
@@ -29,6 +30,7 @@ pub const KERNELS: &[Source] = &[
     source!("logits.cu"),
     source!("moe.cu"),
     source!("norm.cu"),
+    source!("scan.cu"),
     source!("ssd.cu"),
     source!("ssm.cu"),
     source!("stream.cu"),

@@ -26,12 +26,10 @@ pub struct Launch {
 impl Launch {
     /// For int4 weights, or for others, on a GPU of this architecture.
     pub fn of(int4: bool, arch: u32) -> Self {
-        // What a block may have of shared memory: 227 KiB on data-centre GPUs, 99 KiB on others.
-        let limit = if arch < 120 { 227 << 10 } else { 99 << 10 };
         // Two slots of products of each output: of 32 groups, or of 8 warps.
         let products = 2 * (if int4 { 32 } else { 8 }) * TOKENS * OUTPUTS * 4;
         // Two barriers for each stage.
-        let stages = (limit - products) / (STAGE + 16);
+        let stages = (super::shared_limit(arch) - products) / (STAGE + 16);
         Self { stages, shared: stages * (STAGE + 16) + products }
     }
 

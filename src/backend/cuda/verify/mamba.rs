@@ -6,6 +6,7 @@ use super::{Check, Extent, FLOAT, HALVES, Lab, STORED, difference, mismatches, w
 use crate::backend::MambaShape;
 use crate::backend::cpu::stored::{round_each, round_span};
 use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::cuda::scan;
 use crate::error::Result;
 
 /// Tokens of a chunk at most.
@@ -25,7 +26,7 @@ pub(super) fn shapes(extent: Extent) -> Vec<MambaShape> {
     shapes
 }
 
-pub fn checks(extent: Extent) -> Vec<Check> {
+pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     let mut sequences = vec![vec![1], vec![5, 2], vec![64], vec![130, 1, 65]];
     if extent == Extent::Published {
         sequences.push(vec![2048, 777]);
@@ -44,8 +45,13 @@ pub fn checks(extent: Extent) -> Vec<Check> {
             let copy = lengths.clone();
             all.push(Check::new("conv", name.clone(), FLOAT, move |lab| conv(lab, &shape, &copy)));
             for form in [Form::Float, Form::PerToken, Form::Static] {
-                let (kernel, lengths) = (if form == Form::Float { "ssd_output" } else { "ssd_output_i8" }, lengths.clone());
-                all.push(Check::new(kernel, format!("{name}, {form:?}"), HALVES, move |lab| scan(lab, &shape, &lengths, form)));
+                let kernels = if form == Form::Float { ["ssd_output", "ssd_scan"] } else { ["ssd_output_i8", "ssd_scan_i8"] };
+                // Emulation has every architecture's kernels.
+                let whole = arch == 0 || scan::serves(arch, shape.state);
+                for (kernel, whole) in kernels.into_iter().zip([false, true]).take(1 + usize::from(whole)) {
+                    let lengths = lengths.clone();
+                    all.push(Check::new(kernel, format!("{name}, {form:?}"), HALVES, move |lab| scan(lab, &shape, &lengths, form, whole)));
+                }
             }
         }
         all.push(Check::new("conv_step", text.clone(), FLOAT, move |lab| conv_step(lab, &shape)));
@@ -381,8 +387,8 @@ fn step_i8(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
     Ok(worse(difference(&y, &expected_y), wrong as f64))
 }
 
-/// The chunked scan of some sequences, from and to states.
-fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form) -> Result<f64> {
+/// The chunked scan of some sequences, from and to states; `whole`: with the state in registers.
+fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form, whole: bool) -> Result<f64> {
     let (tokens, size) = (lengths.iter().sum::<usize>(), shape.inner() * shape.state);
     let (mut mixer, table) = (Mixer::new(lab, shape, tokens), table(lengths));
     let inputs = Inputs::new(lab, shape, &mut mixer, 55, form)?;
@@ -402,15 +408,25 @@ fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form) -> Result<
     let offset = shape.projected() - shape.heads;
     let arguments = inputs.projected.clone().with(offset).then(&inputs.dt_scales).with(&inputs.a);
     let arguments = arguments.with(&inputs.dt_bias).with(shape.dt_min).with(shape.dt_max).with(shape.heads).with(&places);
-    lab.launch(&kernel("ssd_decay"), [shape.heads.div_ceil(32), chunks.len(), 1], 32, 0, arguments.with(&dt).with(&decay))?;
+    lab.launch(&kernel("ssd_decay"), [shape.heads.div_ceil(32), chunks.len(), 1], 128, 0, arguments.with(&dt).with(&decay))?;
     let sizes = |arguments: Arguments| arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
-    let arguments = sizes(inputs.convolved.clone().with(&dt).with(&decay).with(&places));
-    lab.launch(&kernel("ssd_state"), [shape.heads, chunks.len(), 1], 128, 49408, arguments.with(&states))?;
-    let arguments = Arguments::default().with(&states).with(&decay).with(&places).with(&own).with(shape.heads).with(shape.head_dim);
-    let blocks = [(shape.head_dim * shape.state).div_ceil(256), shape.heads, lengths.len()];
-    lab.launch("ssd_pass", blocks, 256, 0, arguments.with(shape.state).with(&held))?;
-    let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&states).with(&inputs.d).with(&places);
-    lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 256, 81920, sizes(arguments).with(&y))?;
+    if whole {
+        let shared = lab.poisoned::<u8>(chunks.len() * shape.groups * scan::SHARED_CHUNK)?;
+        let arguments = sizes(inputs.convolved.clone().with(&places)).with(&shared);
+        let blocks = [shape.groups, chunks.len(), 1];
+        lab.launch(&kernel("ssd_share"), blocks, scan::THREADS, scan::SHARE_MEMORY, arguments)?;
+        let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&shared).with(&inputs.d).with(&places).with(&own);
+        let blocks = [shape.heads * shape.head_dim.div_ceil(scan::CHANNELS), lengths.len(), 1];
+        lab.launch(&kernel("ssd_scan"), blocks, scan::THREADS, scan::SCAN_MEMORY, sizes(arguments).with(&held).with(&y))?;
+    } else {
+        let arguments = sizes(inputs.convolved.clone().with(&dt).with(&decay).with(&places));
+        lab.launch(&kernel("ssd_state"), [shape.heads, chunks.len(), 1], 128, 49408, arguments.with(&states))?;
+        let arguments = Arguments::default().with(&states).with(&decay).with(&places).with(&own).with(shape.heads).with(shape.head_dim);
+        let blocks = [(shape.head_dim * shape.state).div_ceil(256), shape.heads, lengths.len()];
+        lab.launch("ssd_pass", blocks, 256, 0, arguments.with(shape.state).with(&held))?;
+        let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&states).with(&inputs.d).with(&places);
+        lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 256, 81920, sizes(arguments).with(&y))?;
+    }
 
     let (mut expected_y, mut expected_states) = (Vec::new(), Vec::new());
     for row in &table {

@@ -71,10 +71,9 @@ pub enum Extent {
 
 /// Every check of a device of this architecture (90 for sm_90; 0: emulated).
 pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
-    let kernels: [fn(Extent) -> Vec<Check>; 6] =
-        [rows::checks, mamba::checks, internals::checks, attention::checks, moe::checks, calibration::checks];
+    let kernels: [fn(Extent) -> Vec<Check>; 5] = [rows::checks, internals::checks, attention::checks, moe::checks, calibration::checks];
     let others = kernels.into_iter().flat_map(|checks| checks(extent));
-    linears::checks(extent, arch).into_iter().chain(others).collect()
+    linears::checks(extent, arch).into_iter().chain(mamba::checks(extent, arch)).chain(others).collect()
 }
 
 /// Where a check runs.
