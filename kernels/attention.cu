@@ -106,8 +106,7 @@ template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const
                 u32 high[4], low[4];
                 load_left<MAX_DIM>(high, query.high, warp * 16, c);
                 load_left<MAX_DIM>(low, query.low, warp * 16, c);
-#pragma unroll
-                for (int n = 0; n < KEYS / 16; ++n) accumulate(scores + 2 * n, high, low, key, n * 16, c);
+                accumulate<KEYS / 16>(scores, high, low, key, 0, c);
             }
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
@@ -142,7 +141,7 @@ template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const
             }
 #pragma unroll
             for (int k = 0; k < KEYS / 16; ++k) {
-                // Results of a product are the left side of the next as they lie.
+                // Results of a product are the left side of the next as they lie. Columns behind the last are zeros.
                 u32 high[4], low[4];
 #pragma unroll
                 for (int word = 0; word < 4; ++word) {
@@ -150,8 +149,8 @@ template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const
                     halve(from[0], from[1], high[word], low[word]);
                 }
 #pragma unroll
-                for (int n = 0; n < MAX_DIM / 16; ++n)
-                    if (n * 16 < d) accumulate(result + 2 * n, high, low, value, n * 16, k * 16);
+                for (int n = 0; n < MAX_DIM / 16; n += 2)
+                    if (n * 16 < d) accumulate<2>(result + 2 * n, high, low, value, n * 16, k * 16);
             }
         }
         before += length;
@@ -290,7 +289,7 @@ DEVICE void attend_step_any(const float* q, const Rows<C>& keys, const Rows<C>& 
     KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int kv_heads, int head_dim, const int* sequences, const int* lengths, int capacity, C* keys, C* values, float* key_scales, float* value_scales)) { depend(); \
         append<C>(k, v, sequences, lengths, capacity, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}); \
     }                                                                                                                                           \
-    KERNEL(128, attention_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
+    RESIDENT_KERNEL(128, 3, attention_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
         attend<C>(q, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}, queries, segments, heads, kv_heads, head_dim, out); \
     }                                                                                                                                           \
     KERNEL(128, attention_decode_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { depend(); \

@@ -57,19 +57,20 @@ struct Inputs {
         for (int set = 0; set < SETS; ++set) rows[set] = set * 2 + line / 4 < count ? x_row(first + set * 2 + line / 4, x_rows) * x_stride : -1;
     }
 
+    // The same where rows are `wide`, and other activations in place of zeros: weights behind the last input are zeros, and the sums of
+    // tokens that are none are nobody's. Without a condition no load waits for the one before.
+    float4 read_wide(int set, int at) const { return *reinterpret_cast<const float4*>(x + (rows[set] >= 0 && at < cols ? rows[set] + at : 0)); }
+
     // The activations of inputs at to at + 3; zeros outside.
     float4 read(int set, int at) const {
-        const bool present = rows[set] >= 0;
-        if (wide) {
-            // Read in any case, so that no load waits for the one before to be decided.
-            const bool inside = present && at < cols;
-            const float4 four = *reinterpret_cast<const float4*>(x + (inside ? rows[set] + at : 0));
-            return inside ? four : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        }
         float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (present)
+        if (rows[set] >= 0 && wide && at < cols) {
+            const float4 four = *reinterpret_cast<const float4*>(x + rows[set] + at);
+            values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+        } else if (rows[set] >= 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) if (at + i < cols) values[i] = x[rows[set] + at + i];
+        }
         return make_float4(values[0], values[1], values[2], values[3]);
     }
 };

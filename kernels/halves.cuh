@@ -59,17 +59,21 @@ template <int COLS> DEVICE void load_right(u32 (&words)[4], const unsigned short
 
 DEVICE void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(sum, a[0], a[1], a[2], a[3], b0, b1); }
 
-// sums[n] += left · right for 16 rows and 16 columns (n = 0, 1), one step of 16 inner indices; smallest terms first.
-template <int ROWS, int COLS> DEVICE void accumulate(float (*sums)[4], const u32 (&high)[4], const u32 (&low)[4], const Halves<ROWS, COLS>& right, int row, int col) {
-    u32 right_high[4], right_low[4];
-    load_right<COLS>(right_high, right.high, row, col);
-    load_right<COLS>(right_low, right.low, row, col);
+// sums[n] += left · right for 16 rows and 16 PAIRS columns, one step of 16 inner indices; smallest terms first. Products that follow each
+// other belong to different sums, so that none waits for the one before.
+template <int PAIRS, int ROWS, int COLS> DEVICE void accumulate(float (*sums)[4], const u32 (&high)[4], const u32 (&low)[4], const Halves<ROWS, COLS>& right, int row, int col) {
+    u32 right_high[PAIRS][4], right_low[PAIRS][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        multiply(sums[n], low, right_high[2 * n], right_high[2 * n + 1]);
-        multiply(sums[n], high, right_low[2 * n], right_low[2 * n + 1]);
-        multiply(sums[n], high, right_high[2 * n], right_high[2 * n + 1]);
+    for (int i = 0; i < PAIRS; ++i) {
+        load_right<COLS>(right_high[i], right.high, row + 16 * i, col);
+        load_right<COLS>(right_low[i], right.low, row + 16 * i, col);
     }
+#pragma unroll
+    for (int n = 0; n < 2 * PAIRS; ++n) multiply(sums[n], low, right_high[n / 2][n % 2 * 2], right_high[n / 2][n % 2 * 2 + 1]);
+#pragma unroll
+    for (int n = 0; n < 2 * PAIRS; ++n) multiply(sums[n], high, right_low[n / 2][n % 2 * 2], right_low[n / 2][n % 2 * 2 + 1]);
+#pragma unroll
+    for (int n = 0; n < 2 * PAIRS; ++n) multiply(sums[n], high, right_high[n / 2][n % 2 * 2], right_high[n / 2][n % 2 * 2 + 1]);
 }
 
 }  // namespace

@@ -143,8 +143,7 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             u32 high[4], low[4];
             load_left<SLAB>(high, own.c.high, warp * 16, k);
             load_left<SLAB>(low, own.c.low, warp * 16, k);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) accumulate(results + 2 * m, high, low, state, column + m * 16, k);
+            accumulate<2>(results, high, low, state, column, k);
         }
         const float upper = expf(sum_decay[first]), lower = expf(sum_decay[first + 8]);
 #pragma unroll
@@ -163,8 +162,7 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
                 halve(products.x * factor(first, s, early, early_step), products.y * factor(first, s + 1, late, late_step), high[word], low[word]);
                 halve(products.z * factor(first + 8, s, early, early_step), products.w * factor(first + 8, s + 1, late, late_step), high[word + 1], low[word + 1]);
             }
-#pragma unroll
-            for (int m = 0; m < 2; ++m) accumulate(results + 2 * m, high, low, inputs, column + m * 16, k * 16);
+            accumulate<2>(results, high, low, inputs, column, k * 16);
         }
         // All loads ahead of the stores: the compiler does not know that they lie elsewhere.
         const Source rows = xbc.from(begin);
@@ -188,8 +186,7 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             u32 high[4], low[4];
             load_left<CHUNK>(high, weighted.high, warp * 16, k);
             load_left<CHUNK>(low, weighted.low, warp * 16, k);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) accumulate(sums + 2 * j, high, low, own.b, half * 64 + j * 16, k);
+            accumulate<4>(sums, high, low, own.b, half * 64, k);
         }
         __syncthreads();
     }

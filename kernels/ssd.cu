@@ -118,7 +118,7 @@ template <class Source> DEVICE void chunk_states(const Source& xbc, const float*
                 for (int n = 0; n < slab; n += 16) {
                     float sums[2][4] = {};
 #pragma unroll
-                    for (int k = 0; k < CHUNK / 16; ++k) accumulate(sums, high[k], low[k], b, n, k * 16);
+                    for (int k = 0; k < CHUNK / 16; ++k) accumulate<1>(sums, high[k], low[k], b, n, k * 16);
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -224,7 +224,7 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
                     load_left<SLAB>(low, c.low, warp * 16, k);
 #pragma unroll
                     for (int n = 0; n < 2; ++n)
-                        if (p0 + column + n * 16 < head_dim) accumulate(sums + 2 * n, high, low, right, column + n * 16, k);
+                        if (p0 + column + n * 16 < head_dim) accumulate<1>(sums + 2 * n, high, low, right, column + n * 16, k);
                 }
             }
             const float upper = expf(sum_decay[first]), lower = expf(sum_decay[first + 8]);
@@ -245,7 +245,7 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
                 }
 #pragma unroll
                 for (int n = 0; n < 2; ++n)
-                    if (p0 + column + n * 16 < head_dim) accumulate(sums + 2 * n, high, low, inputs, column + n * 16, k * 16);
+                    if (p0 + column + n * 16 < head_dim) accumulate<1>(sums + 2 * n, high, low, inputs, column + n * 16, k * 16);
             }
             // All loads ahead of the stores: the compiler does not know that they lie elsewhere.
             const float skip = d[head];

@@ -75,7 +75,7 @@ DEVICE void multiply_tokens(float (&products)[CHUNK / 8][4], const Floats& rows,
             load_left<SLAB>(low, c.low, warp * 16, k);
 #pragma unroll
             for (int n = 0; n < CHUNK / 16; ++n)
-                if (n <= warp) accumulate(products + 2 * n, high, low, right, n * 16, k);
+                if (n <= warp) accumulate<1>(products + 2 * n, high, low, right, n * 16, k);
         }
     }
 }

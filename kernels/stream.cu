@@ -1,6 +1,6 @@
 // Linears for few tokens where there is a copy engine (sm_90 and later), bound by reading the weights once. A block is persistent: it
-// takes tile after tile of 16 outputs. One warp, the producer, has the copy engine bring the tiles' rows, a piece of each at a time, into
-// a ring in shared memory. It does not wait for the launch in front, for weights are what no launch writes: while that launch still
+// takes tile after tile of 16 outputs. Four warps, the producers, have the copy engine bring the tiles' rows, a piece of each at a time, into
+// a ring in shared memory. They do not wait for the launch in front, for weights are what no launch writes: while that launch still
 // works the rings of all multiprocessors fill, and the memory never rests. Eight warps multiply as in `linear_few.cu`; four add up what
 // they leave, in ascending order, and store it, while the next piece is multiplied. Results are those of `linear_few.cu`, integer ones
 // to the bit. This file is empty where there is no copy engine.
@@ -16,7 +16,8 @@ constexpr int WINDOW = 32;         // groups of int4 weights in a stage, which a
 constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
 constexpr int STAGE = ROWS * (PITCH + SCALES);
 constexpr int ADDING = OUTPUTS / 32;
-constexpr int THREADS = 32 * (WARPS + ADDING + 1);
+constexpr int BRINGING = 4;  // a warp asks for copies one by one, some hundred cycles each
+constexpr int THREADS = 32 * (WARPS + ADDING + BRINGING);
 
 // Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.
 struct Stages {
@@ -73,7 +74,7 @@ struct Rings {
         stages = {barriers, barriers + count, count, 0, 0};
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; ++i) {
-                barrier_start(stages.full + i, 32);
+                barrier_start(stages.full + i, 2 * ROWS);  // for a row's weights and for its scales
                 barrier_start(stages.empty + i, WARPS);
             }
             barriers_ready();
@@ -100,7 +101,8 @@ DEVICE const bf16* scales_of(const u8* stage, int row, i64 first) { return reint
 
 // Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row.
 DEVICE void bring(Rings& rings, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
-    const int lane = threadIdx.x % 32, line = lane % ROWS;
+    // A warp has four rows, a lane one's weights or scales.
+    const int lane = threadIdx.x % 32, line = (threadIdx.x / 32 - WARPS - ADDING) * (ROWS / BRINGING) + lane % (ROWS / BRINGING), part = lane / (ROWS / BRINGING);
     for (; tiles.more(); tiles.next()) {
         const int count = minimum(ROWS, rows - tiles.row()), row = tiles.row() + minimum(line, count - 1);
         const u8* weights = static_cast<const u8*>(w) + static_cast<i64>(row) * row_bytes;
@@ -109,12 +111,12 @@ DEVICE void bring(Rings& rings, Tiles tiles, const void* w, const bf16* w_scales
         for (int at = 0; at < row_bytes; at += piece, group += WINDOW, rings.stages.next()) {
             u64* const full = rings.stages.full + rings.stages.at;
             const i64 first = group / 8 * 8, behind = (minimum(WINDOW, static_cast<int>(end - group)) + group + 7) / 8 * 8;
-            const int own = lane < ROWS ? minimum(piece, row_bytes - at) : groups > 0 ? static_cast<int>(behind - first) * 2 : 0;
+            const int own = part == 0 ? minimum(piece, row_bytes - at) : part == 1 && groups > 0 ? static_cast<int>(behind - first) * 2 : 0;
             const int bytes = line < count ? own : 0;
             rings.stages.wait_empty();
-            barrier_expect(full, bytes);
+            if (part < 2) barrier_expect(full, bytes);
             if (bytes == 0) continue;
-            if (lane < ROWS) copy_bulk(rings.stage() + line * PITCH, weights + at, bytes, full);
+            if (part == 0) copy_bulk(rings.stage() + line * PITCH, weights + at, bytes, full);
             else copy_bulk(rings.stage() + ROWS * PITCH + line * SCALES, w_scales + first, bytes, full);
         }
     }
@@ -249,11 +251,15 @@ DEVICE void multiply_bf16(Rings& rings, Tiles tiles, const float* x, int x_strid
     const Inputs inputs(x, x_stride, first, count, cols, nullptr);
     // Those of the first two tokens, ahead of the weights.
     float4 held[STEPS][2];
-    const auto fetch = [&](int at) {
+    const auto fetch_by = [&](int at, auto read) {
 #pragma unroll
         for (int i = 0; i < STEPS; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) held[i][half] = inputs.read(0, at + i * STRIDE + own + half * 4);
+            for (int half = 0; half < 2; ++half) held[i][half] = read(at + i * STRIDE + own + half * 4);
+    };
+    const auto fetch = [&](int at) {
+        if (inputs.wide) fetch_by(at, [&](int from) { return inputs.read_wide(0, from); });
+        else fetch_by(at, [&](int from) { return inputs.read(0, from); });
     };
     fetch(0);
     for (; tiles.more(); tiles.next()) {

@@ -1,7 +1,7 @@
 //! What a run keeps of the sample between blocks: a hash to compare, and the streams in a file to resume from.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{Read, Write};
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -37,9 +37,7 @@ impl FloatHash {
         if values.iter().any(|value| !value.is_finite()) {
             return Err(Error::run(format!("the residual stream behind {after} is not finite")).hint("give this block a wider format"));
         }
-        for values in values.chunks(1 << 12) {
-            self.sha.update(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
-        }
+        self.sha.update(bytemuck::cast_slice::<f32, u8>(values));
         Ok(())
     }
 
@@ -53,13 +51,10 @@ impl FloatHash {
 pub fn write<B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item = Result<B::Tensor>>) -> Result<()> {
     let temporary = path.with_extension("tmp");
     let failed = |error: std::io::Error| Error::io("writing", path, &error);
-    let mut file = BufWriter::new(File::create(&temporary).map_err(failed)?);
+    let mut file = File::create(&temporary).map_err(failed)?;
     for tensor in tensors {
-        for values in backend.download(&tensor?)?.chunks(1 << 12) {
-            file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()).map_err(failed)?;
-        }
+        file.write_all(bytemuck::cast_slice(&backend.download(&tensor?)?)).map_err(failed)?;
     }
-    let file = file.into_inner().map_err(|error| failed(error.into_error()))?;
     file.sync_all().and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
 }
 
@@ -67,12 +62,11 @@ pub fn write<B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item =
 pub fn read<B: Backend>(backend: &B, path: &Path, tokens: &[usize], cols: usize, into: [&mut Boundary<B>; 2]) -> Result<()> {
     let failed =
         |error: std::io::Error| Error::run(format!("{} is damaged: {error}", path.display())).hint("remove the work folder and run again");
-    let mut file = BufReader::new(File::open(path).map_err(|error| Error::io("reading", path, &error))?);
+    let mut file = File::open(path).map_err(|error| Error::io("reading", path, &error))?;
     for boundary in into {
         for (index, tokens) in tokens.iter().enumerate() {
-            let mut bytes = vec![0; 4 * tokens * cols];
-            file.read_exact(&mut bytes).map_err(failed)?;
-            let values = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            let mut values = vec![0.0_f32; tokens * cols];
+            file.read_exact(bytemuck::cast_slice_mut(&mut values)).map_err(failed)?;
             boundary.put(backend, index, backend.upload(values, cols)?)?;
         }
     }

@@ -9,6 +9,7 @@ mod ends;
 mod laps;
 mod variant;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -131,6 +132,8 @@ struct Pipeline<'a, B: Backend> {
     predicted: Option<u64>,
     /// When the streams were kept last.
     kept: Option<Kept>,
+    /// The embedding as it will be stored, where that is in codes: it is needed at the beginning and at the end.
+    rounded_embedding: OnceCell<QuantizedLinear>,
 }
 
 /// The streams behind `blocks` blocks are in the work folder.
@@ -190,7 +193,21 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             }
         };
         let blocks = layout.blocks;
-        Ok(Self { backend, request, blocks, monitor, files, work, source, state, transforms, room, predicted, kept: None })
+        Ok(Self {
+            backend,
+            request,
+            blocks,
+            monitor,
+            files,
+            work,
+            source,
+            state,
+            transforms,
+            room,
+            predicted,
+            kept: None,
+            rounded_embedding: OnceCell::new(),
+        })
     }
 
     fn rounding(&self, format: Format, schemes: Vec<Scheme>) -> Rounding<'_> {
@@ -199,11 +216,17 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         Rounding { method, format, schemes, transforms, float_bytes }
     }
 
-    /// The embedding as it will be stored: rounded without a Hessian, for its inputs are token ids.
-    fn embedding(&self) -> Result<QuantizedLinear> {
+    /// Hands the embedding as it will be stored to `use_it`: rounded without a Hessian, for its inputs are token ids.
+    fn with_embedding<R>(&self, use_it: impl FnOnce(&QuantizedLinear) -> Result<R>) -> Result<R> {
+        if let Some(rounded) = self.rounded_embedding.get() {
+            return use_it(rounded);
+        }
         let table = self.transforms.embedding(self.backend, self.request.checkpoint)?;
         let (linear, format) = (&self.request.checkpoint.layout.embedding, self.request.plan.embedding);
-        quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None)
+        let rounded = quantize_linear(&table, linear, &self.rounding(format, linear.schemes(format)), None)?;
+        drop(table);
+        // In float it would take as much memory as a block.
+        if rounded.float().is_some() { use_it(&rounded) } else { use_it(self.rounded_embedding.get_or_init(|| rounded)) }
     }
 
     fn run(mut self) -> Result<VariantManifest> {
@@ -249,7 +272,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
             let mut laps = Laps::start();
             streams.reference = Stream::within(self.backend, self.request.checkpoint, &batches, self.room)?.into_boundary();
             laps.end("float rows");
-            let mut table = self.embedding()?.weights(hidden);
+            let mut table = self.with_embedding(|rounded| Ok(rounded.weights(hidden)))?;
             laps.end("rounding");
             table.int8_activations = false;
             let table = self.backend.prepare_embedding(table)?;

@@ -7,7 +7,7 @@ use crate::backend::Side;
 
 /// Rows of a product that one task takes, and multiplications from which a product is divided at all.
 const ROWS: usize = 256;
-const DIVIDED: usize = 1 << 33;
+const DIVIDED: usize = 1 << 28;
 
 /// `W ← W Q` or `W ← Qᵀ W`; large ones row block by row block on all threads.
 pub fn turn(mut weights: MatMut<'_, f64>, rotation: MatRef<'_, f64>, side: Side) {

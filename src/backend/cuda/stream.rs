@@ -1,7 +1,7 @@
 //! Launches of `kernels/stream.cu`: linears for few tokens whose weights the copy engine brings.
 
-/// Threads of a block: eight warps that multiply, four that add up, one that asks for copies.
-pub const THREADS: usize = 416;
+/// Threads of a block: eight warps that multiply, four that add up, four that ask for copies.
+pub const THREADS: usize = 512;
 
 /// Bytes of a stage: 16 rows of 2048 bytes, 64 apart, and of their scales.
 const STAGE: usize = 16 * (2048 + 64 + 80);

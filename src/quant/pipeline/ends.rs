@@ -32,7 +32,7 @@ impl<B: Backend> Pipeline<'_, B> {
         } else {
             tensors.push(self.copy(&layout.final_norm.name)?);
         }
-        self.push_linear(&layout.embedding, &self.embedding()?, &mut tensors)?;
+        self.with_embedding(|rounded| self.push_linear(&layout.embedding, rounded, &mut tensors))?;
         laps.end("embedding");
         let float_head = self.transforms.head(self.backend, checkpoint)?;
         laps.end("transforms");
