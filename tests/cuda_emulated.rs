@@ -6,6 +6,7 @@ mod common;
 
 use std::path::Path;
 
+use common::largest_difference;
 use faer::{Mat, MatMut};
 use half::bf16;
 use rayon::prelude::*;
@@ -40,12 +41,6 @@ fn emulated() -> Option<Cuda> {
         return None;
     }
     Some(Cuda::emulated().unwrap())
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    assert!(a.iter().chain(b).all(|value| value.is_finite()));
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 /// Logits of `sequences` on both backends.
@@ -119,23 +114,7 @@ fn shipped_phases_and_rounded_caches_give_the_cpus_logits() {
     ];
     for (index, recipe) in recipes.iter().enumerate() {
         let variant = variant(&demo, recipe, &folder.path().join(format!("variant-{index}")));
-        let (on_cpu, on_cuda) = (Hybrid::load(Cpu, &variant).unwrap(), Hybrid::load(cuda.clone(), &variant).unwrap());
-        let (mut cpu_cache, mut cuda_cache) = (on_cpu.cache(2), on_cuda.cache(2));
-        let compare = |expected: &_, found: &_, what: &str| {
-            let difference = largest_difference(&Cpu.download(expected).unwrap(), &cuda.download(found).unwrap());
-            assert!(difference < CACHED_TOLERANCE, "{recipe}, {what}: logits differ by {difference}");
-        };
-        for (prompt, lengths) in [(70, vec![67, 3]), (6, vec![1, 5])] {
-            let ids: Vec<u32> = (0..prompt).map(|i| (11 * i + 3) % demo.config.vocab_size as u32).collect();
-            let sequences = Sequences::new(lengths);
-            let expected = on_cpu.last_logits(&ids, &sequences, Some(&mut cpu_cache)).unwrap();
-            compare(&expected, &on_cuda.last_logits(&ids, &sequences, Some(&mut cuda_cache)).unwrap(), "prompt");
-        }
-        for step in 0..4 {
-            let ids = [3 + step, 40 - 2 * step];
-            let expected = on_cpu.step(&ids, &mut cpu_cache).unwrap();
-            compare(&expected, &on_cuda.step(&ids, &mut cuda_cache).unwrap(), "step");
-        }
+        common::compare_from_caches(&cuda, &variant, &[vec![67, 3], vec![1, 5]], CACHED_TOLERANCE, recipe);
     }
 }
 
