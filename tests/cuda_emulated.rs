@@ -18,7 +18,7 @@ use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, Sid
 use strata::checkpoint::{self, Checkpoint};
 use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate};
 use strata::format::{CacheFormat, CacheFormats, LinearWeights};
-use strata::model::Hybrid;
+use strata::model::{Block, Hybrid};
 use strata::monitor::Monitor;
 
 /// Largest difference of a logit where both backends multiply floats in f32: sums are taken in other orders.
@@ -329,4 +329,65 @@ fn kernels_compile_for_every_architecture() {
             assert!(cubin.starts_with(b"\x7fELF"), "{} for sm_{arch} is no cubin", source.name);
         });
     }
+}
+
+/// Buffers of the device by what was written into them before and is to be seen when copies ahead end.
+#[test]
+fn copies_ahead_write_what_was_free_before_and_are_seen_when_they_end() {
+    let Some(cuda) = emulated() else { return };
+    let memory = cuda.memory();
+    let buffer = |value: u8| {
+        let buffer = memory.allocate(1000).unwrap();
+        buffer.upload(&[value; 1000]).unwrap();
+        buffer
+    };
+    let (before, during) = (buffer(1), buffer(2));
+    let (free, late) = (before.address(), during.address());
+    drop(before);
+    assert!(memory.begin_ahead().unwrap());
+    assert!(!memory.begin_ahead().unwrap(), "they are under way");
+    drop(during);
+    let ahead = [memory.allocate_ahead(1000).unwrap(), memory.allocate_ahead(1000).unwrap()];
+    assert_eq!(ahead[0].address(), free);
+    assert_ne!(ahead[1].address(), late, "launches may still use it");
+    for buffer in &ahead {
+        buffer.upload_ahead(&[3_u8; 1000]).unwrap();
+    }
+    assert_eq!(ahead[0].download::<u8>(1).unwrap(), [1], "not yet");
+    let [ahead, dropped] = ahead;
+    let written = dropped.address();
+    drop(dropped);
+    assert_eq!(memory.allocate(1000).unwrap().address(), late, "what is being written serves nobody");
+    let _taken = memory.allocate(1000).unwrap();
+    memory.end_ahead().unwrap();
+    assert_eq!(ahead.download::<u8>(1000).unwrap(), [3; 1000]);
+    assert_eq!(memory.allocate(1000).unwrap().address(), written);
+}
+
+/// What is made beside something else is ready behind it, and the error of either is told.
+#[test]
+fn what_is_loaded_beside_a_pass_is_what_is_loaded_alone() {
+    let Some(cuda) = emulated() else { return };
+    let dense = Checkpoint::open(Path::new("tests/golden/dense")).unwrap();
+    let h =
+        cuda.upload((0..5 * dense.config.hidden_size).map(|i| (i % 13) as f32 / 6.0 - 1.0).collect(), dense.config.hidden_size).unwrap();
+    let sequences = Sequences::new(vec![5]);
+    let run = |block: &Block<Cuda>| cuda.download(&block.forward(&cuda, h.clone(), &sequences, None).unwrap()).unwrap();
+    for index in 1..dense.layout.blocks.len() {
+        let first = Block::load(&cuda, &dense, index - 1).unwrap();
+        let mut meanwhile = Vec::new();
+        let beside = cuda.beside(
+            |cuda| Block::load(cuda, &dense, index),
+            || {
+                meanwhile = run(&first);
+                Ok(())
+            },
+        );
+        let alone = Block::load(&cuda, &dense, index).unwrap();
+        assert_eq!(run(&beside.unwrap()), run(&alone), "block {index}");
+        assert_eq!(meanwhile, run(&first), "block {}", index - 1);
+    }
+    let failed = || strata::error::Error::run("no");
+    assert_eq!(cuda.beside(|_| Err::<(), _>(failed()), || Ok(())).unwrap_err().message, "no");
+    assert_eq!(cuda.beside(|_| Ok(()), || Err(failed())).unwrap_err().message, "no");
 }

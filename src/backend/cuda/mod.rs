@@ -54,6 +54,8 @@ pub struct Cuda {
     recording: Arc<Mutex<Option<recording::Notes>>>,
     /// Static scales on the device, by their bits.
     scales: Arc<Mutex<HashMap<u32, Arc<Buffer>>>>,
+    /// Whether what is uploaded is uploaded ahead.
+    ahead: bool,
     /// An `int` that kernels set where codes hide a value that is not finite.
     fault: Arc<Mutex<Option<Arc<Buffer>>>>,
 }
@@ -79,6 +81,7 @@ impl Cuda {
             tables: Arc::default(),
             recording: Arc::default(),
             scales: Arc::default(),
+            ahead: false,
             fault: Arc::default(),
         }
     }
@@ -108,6 +111,11 @@ impl Cuda {
 
     /// `values` on the device. While recording they are kept, and copied each time the recording is launched.
     fn upload_values<T: Plain>(&self, values: &[T]) -> Result<Buffer> {
+        if self.ahead {
+            let buffer = self.memory.allocate_ahead(size_of_val(values))?;
+            buffer.upload_ahead(values)?;
+            return Ok(buffer);
+        }
         let buffer = self.buffer::<T>(values.len())?;
         if let Some(notes) = &mut *lock(&self.recording) {
             notes.pins.push(self.copy_pinned(&buffer, values)?);
@@ -383,6 +391,22 @@ impl Backend for Cuda {
 
     fn scatter_add(&self, into: CudaTensor, x: &CudaTensor, tokens: &[usize], weights: &[f32]) -> Result<CudaTensor> {
         self.scatter(&into, x, tokens, weights)
+    }
+
+    fn beside<T: Send>(&self, ahead: impl FnOnce(&Self) -> Result<T> + Send, now: impl FnOnce() -> Result<()>) -> Result<T> {
+        if !self.memory.begin_ahead()? {
+            now()?;
+            return ahead(self);
+        }
+        let uploading = Self { ahead: true, ..self.clone() };
+        let (mut made, mut done) = (None, Ok(()));
+        rayon::in_place_scope(|scope| {
+            scope.spawn(|_| made = Some(ahead(&uploading)));
+            done = now();
+        });
+        self.memory.end_ahead()?;
+        done?;
+        made.unwrap_or_else(|| Err(Error::run("what was to be made ahead was not")))
     }
 
     fn record(&self, step: &mut dyn FnMut() -> Result<CudaTensor>) -> Result<Option<(CudaRecording, CudaTensor)>> {
