@@ -423,10 +423,10 @@ impl Backend for Cuda {
     }
 
     fn copy_seconds(&self, bytes: usize) -> Result<f64> {
+        const ROUND: usize = 10;
         let (from, to) = (self.buffer::<u8>(bytes)?, self.buffer::<u8>(bytes)?);
         from.zero()?;
         // Launched one by one: as part of a recording a copy is half as fast (measured on an H200). The first rounds find the clocks at rest.
-        const ROUND: usize = 10;
         let (begun, mut fastest) = (Instant::now(), f64::INFINITY);
         while fastest.is_infinite() || begun.elapsed() < Duration::from_millis(200) {
             self.device().mark()?;
