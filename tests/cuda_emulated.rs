@@ -18,7 +18,7 @@ use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, Sid
 use strata::checkpoint::{self, Checkpoint};
 use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate};
 use strata::format::{CacheFormat, CacheFormats, LinearWeights};
-use strata::model::{Block, Hybrid};
+use strata::model::{Batch, Block, Hybrid, MemoryNeed, Reader, Rounding};
 use strata::monitor::Monitor;
 
 /// Largest difference of a logit where both backends multiply floats in f32: sums are taken in other orders.
@@ -390,4 +390,27 @@ fn what_is_loaded_beside_a_pass_is_what_is_loaded_alone() {
     let failed = || strata::error::Error::run("no");
     assert_eq!(cuda.beside(|_| Err::<(), _>(failed()), || Ok(())).unwrap_err().message, "no");
     assert_eq!(cuda.beside(|_| Ok(()), || Err(failed())).unwrap_err().message, "no");
+}
+
+/// A model that is read block by block, with the next block read ahead and without, says what a resident one does.
+#[test]
+fn a_streamed_model_reads_as_a_resident_one() {
+    let Some(cuda) = emulated() else { return };
+    let dense = Checkpoint::open(Path::new("tests/golden/dense")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let ids: Vec<u32> = (0..12).map(|i| (7 * i + 3) % dense.config.vocab_size as u32).collect();
+    let sequences = Sequences::new(vec![5, 7]);
+    let need = MemoryNeed::of(&dense, ids.len()).unwrap();
+    let read = |memory: u64| {
+        let reader = Reader::load(cuda.clone(), &dense, memory, folder.path(), ids.len(), &Monitor::silent()).unwrap();
+        let batches = [Batch { ids: &ids, sequences: &sequences }; 2];
+        let mut pass = reader.pass(&batches, Rounding::None, "read", &Monitor::silent()).unwrap();
+        let logits = [0, 1].map(|batch| cuda.download(&pass.outputs(batch).unwrap().logits().unwrap()).unwrap());
+        (reader.resident().is_some(), logits)
+    };
+    let (resident, expected) = read(u64::MAX);
+    assert!(resident && need.resident() - 1 - need.streamed() >= need.largest_block, "the next block is not read ahead");
+    for memory in [need.streamed(), need.resident() - 1] {
+        assert_eq!(read(memory), (false, expected.clone()), "{memory}");
+    }
 }

@@ -347,7 +347,7 @@ impl Step<'_> {
             let heads = shapes.has(Transform::RotateVo) && name == "v_proj"
                 || shapes.has(Transform::RotateQk) && matches!(name, "q_proj" | "k_proj");
             let inputs = shapes.turns_residual() && readers.contains(&name) || shapes.has(Transform::RotateVo) && name == "o_proj";
-            let online = linear.hadamard(&shapes.steps.transforms).map_or(0, |block| on::turn_blocks(linear.rows, linear.cols, block));
+            let online = linear.hadamard(&shapes.steps.transforms).map_or(0, |block| on::turn(linear.rows, block, Side::Inputs));
             let outputs = shapes.turns_residual() && writers.contains(&name) || heads;
             online.max(turn(inputs, Side::Inputs)).max(turn(outputs, Side::Outputs))
         };

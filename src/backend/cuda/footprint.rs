@@ -83,11 +83,6 @@ pub fn turn(rows: usize, cols: usize, side: Side) -> u64 {
     buffer(8 * width * width) + 2 * buffer(8 * tile * cols)
 }
 
-/// Turning the inputs of weights `[rows, cols]` block by block, all blocks at once.
-pub fn turn_blocks(rows: usize, cols: usize, block: usize) -> u64 {
-    (cols / block) as u64 * turn(rows, block, Side::Inputs)
-}
-
 /// The scan of a mixer, `in_proj`'s output and what gates the scan's not counted: x | B | C, dt, states at the beginning of each chunk and
 /// of a cache, y, the gate of int8 internals.
 pub fn scan(shape: &MambaShape, tokens: usize) -> u64 {
