@@ -5,6 +5,7 @@ use super::calibration::{BLOCK, MANY, SIDE, WIDE};
 use super::device::rounded;
 use super::linear::{FEW, NARROW};
 use super::padded;
+use super::scan;
 use super::turn::OUTPUTS;
 use crate::backend::{AttentionShape, MambaShape, RouterShape, SSM_CHUNK, Side};
 use crate::format::Scheme;
@@ -90,7 +91,10 @@ pub fn scan(shape: &MambaShape, tokens: usize) -> u64 {
     let cache = tensor(shape.kernel, shape.conv_channels()) + tensor(1, state);
     let codes = buffer(tokens * shape.projected()) + tensor(tokens, shape.projected().div_ceil(shape.head_dim.min(shape.state)));
     let rows = tensor(tokens, shape.conv_channels()) + 2 * tensor(tokens, shape.heads) + 2 * tensor(tokens, shape.inner());
-    cache + codes + rows + tensor(tokens.div_ceil(SSM_CHUNK), state)
+    let chunks = tokens.div_ceil(SSM_CHUNK);
+    // Hopper's scan keeps states in registers, and instead what the heads of a group share.
+    let shared = if scan::serves(90, shape.state) { buffer(chunks * shape.groups * scan::SHARED_CHUNK) } else { 0 };
+    cache + codes + rows + tensor(chunks, state).max(shared)
 }
 
 /// Attention of `tokens` tokens; a cache of a text of `longest` tokens, which doubles when it is full, where that is more.
