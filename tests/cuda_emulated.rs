@@ -6,6 +6,7 @@ mod common;
 
 use std::path::Path;
 
+use common::largest_difference;
 use faer::{Mat, MatMut};
 use half::bf16;
 use rayon::prelude::*;
@@ -17,7 +18,7 @@ use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, Sid
 use strata::checkpoint::{self, Checkpoint};
 use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate};
 use strata::format::{CacheFormat, CacheFormats, LinearWeights};
-use strata::model::Hybrid;
+use strata::model::{Batch, Block, Hybrid, MemoryNeed, Reader, Rounding};
 use strata::monitor::Monitor;
 
 /// Largest difference of a logit where both backends multiply floats in f32: sums are taken in other orders.
@@ -40,12 +41,6 @@ fn emulated() -> Option<Cuda> {
         return None;
     }
     Some(Cuda::emulated().unwrap())
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    assert!(a.iter().chain(b).all(|value| value.is_finite()));
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 /// Logits of `sequences` on both backends.
@@ -119,23 +114,7 @@ fn shipped_phases_and_rounded_caches_give_the_cpus_logits() {
     ];
     for (index, recipe) in recipes.iter().enumerate() {
         let variant = variant(&demo, recipe, &folder.path().join(format!("variant-{index}")));
-        let (on_cpu, on_cuda) = (Hybrid::load(Cpu, &variant).unwrap(), Hybrid::load(cuda.clone(), &variant).unwrap());
-        let (mut cpu_cache, mut cuda_cache) = (on_cpu.cache(2), on_cuda.cache(2));
-        let compare = |expected: &_, found: &_, what: &str| {
-            let difference = largest_difference(&Cpu.download(expected).unwrap(), &cuda.download(found).unwrap());
-            assert!(difference < CACHED_TOLERANCE, "{recipe}, {what}: logits differ by {difference}");
-        };
-        for (prompt, lengths) in [(70, vec![67, 3]), (6, vec![1, 5])] {
-            let ids: Vec<u32> = (0..prompt).map(|i| (11 * i + 3) % demo.config.vocab_size as u32).collect();
-            let sequences = Sequences::new(lengths);
-            let expected = on_cpu.last_logits(&ids, &sequences, Some(&mut cpu_cache)).unwrap();
-            compare(&expected, &on_cuda.last_logits(&ids, &sequences, Some(&mut cuda_cache)).unwrap(), "prompt");
-        }
-        for step in 0..4 {
-            let ids = [3 + step, 40 - 2 * step];
-            let expected = on_cpu.step(&ids, &mut cpu_cache).unwrap();
-            compare(&expected, &on_cuda.step(&ids, &mut cuda_cache).unwrap(), "step");
-        }
+        common::compare_from_caches(&cuda, &variant, &[vec![67, 3], vec![1, 5]], CACHED_TOLERANCE, recipe);
     }
 }
 
@@ -349,5 +328,89 @@ fn kernels_compile_for_every_architecture() {
             let cubin = nvrtc.compile_cached(source, arch, &cache).unwrap();
             assert!(cubin.starts_with(b"\x7fELF"), "{} for sm_{arch} is no cubin", source.name);
         });
+    }
+}
+
+/// Buffers of the device by what was written into them before and is to be seen when copies ahead end.
+#[test]
+fn copies_ahead_write_what_was_free_before_and_are_seen_when_they_end() {
+    let Some(cuda) = emulated() else { return };
+    let memory = cuda.memory();
+    let buffer = |value: u8| {
+        let buffer = memory.allocate(1000).unwrap();
+        buffer.upload(&[value; 1000]).unwrap();
+        buffer
+    };
+    let (before, during) = (buffer(1), buffer(2));
+    let (free, late) = (before.address(), during.address());
+    drop(before);
+    assert!(memory.begin_ahead().unwrap());
+    assert!(!memory.begin_ahead().unwrap(), "they are under way");
+    drop(during);
+    let ahead = [memory.allocate_ahead(1000).unwrap(), memory.allocate_ahead(1000).unwrap()];
+    assert_eq!(ahead[0].address(), free);
+    assert_ne!(ahead[1].address(), late, "launches may still use it");
+    for buffer in &ahead {
+        buffer.upload_ahead(&[3_u8; 1000]).unwrap();
+    }
+    assert_eq!(ahead[0].download::<u8>(1).unwrap(), [1], "not yet");
+    let [ahead, dropped] = ahead;
+    let written = dropped.address();
+    drop(dropped);
+    assert_eq!(memory.allocate(1000).unwrap().address(), late, "what is being written serves nobody");
+    let _taken = memory.allocate(1000).unwrap();
+    memory.end_ahead().unwrap();
+    assert_eq!(ahead.download::<u8>(1000).unwrap(), [3; 1000]);
+    assert_eq!(memory.allocate(1000).unwrap().address(), written);
+}
+
+/// What is made beside something else is ready behind it, and the error of either is told.
+#[test]
+fn what_is_loaded_beside_a_pass_is_what_is_loaded_alone() {
+    let Some(cuda) = emulated() else { return };
+    let dense = Checkpoint::open(Path::new("tests/golden/dense")).unwrap();
+    let h =
+        cuda.upload((0..5 * dense.config.hidden_size).map(|i| (i % 13) as f32 / 6.0 - 1.0).collect(), dense.config.hidden_size).unwrap();
+    let sequences = Sequences::new(vec![5]);
+    let run = |block: &Block<Cuda>| cuda.download(&block.forward(&cuda, h.clone(), &sequences, None).unwrap()).unwrap();
+    for index in 1..dense.layout.blocks.len() {
+        let first = Block::load(&cuda, &dense, index - 1).unwrap();
+        let mut meanwhile = Vec::new();
+        let beside = cuda.beside(
+            |cuda| Block::load(cuda, &dense, index),
+            || {
+                meanwhile = run(&first);
+                Ok(())
+            },
+        );
+        let alone = Block::load(&cuda, &dense, index).unwrap();
+        assert_eq!(run(&beside.unwrap()), run(&alone), "block {index}");
+        assert_eq!(meanwhile, run(&first), "block {}", index - 1);
+    }
+    let failed = || strata::error::Error::run("no");
+    assert_eq!(cuda.beside(|_| Err::<(), _>(failed()), || Ok(())).unwrap_err().message, "no");
+    assert_eq!(cuda.beside(|_| Ok(()), || Err(failed())).unwrap_err().message, "no");
+}
+
+/// A model that is read block by block, with the next block read ahead and without, says what a resident one does.
+#[test]
+fn a_streamed_model_reads_as_a_resident_one() {
+    let Some(cuda) = emulated() else { return };
+    let dense = Checkpoint::open(Path::new("tests/golden/dense")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let ids: Vec<u32> = (0..12).map(|i| (7 * i + 3) % dense.config.vocab_size as u32).collect();
+    let sequences = Sequences::new(vec![5, 7]);
+    let need = MemoryNeed::of(&dense, ids.len()).unwrap();
+    let read = |memory: u64| {
+        let reader = Reader::load(cuda.clone(), &dense, memory, folder.path(), ids.len(), &Monitor::silent()).unwrap();
+        let batches = [Batch { ids: &ids, sequences: &sequences }; 2];
+        let mut pass = reader.pass(&batches, Rounding::None, "read", &Monitor::silent()).unwrap();
+        let logits = [0, 1].map(|batch| cuda.download(&pass.outputs(batch).unwrap().logits().unwrap()).unwrap());
+        (reader.resident().is_some(), logits)
+    };
+    let (resident, expected) = read(u64::MAX);
+    assert!(resident && need.resident() - 1 - need.streamed() >= need.largest_block, "the next block is not read ahead");
+    for memory in [need.streamed(), need.resident() - 1] {
+        assert_eq!(read(memory), (false, expected.clone()), "{memory}");
     }
 }

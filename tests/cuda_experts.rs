@@ -266,22 +266,7 @@ fn quantized_models_with_experts_give_the_cpus_logits() {
     for (recipe, overrides) in cases {
         let variant = quantized(folder.path(), recipe, overrides);
         assert_eq!(recordable(&cuda, &variant), [true, overrides.is_empty(), true, overrides.is_empty()], "{recipe} {overrides:?}");
-        let (on_cpu, on_cuda) = (Hybrid::load(Cpu, &variant).unwrap(), Hybrid::load(cuda.clone(), &variant).unwrap());
-        let (mut cpu_cache, mut cuda_cache) = (on_cpu.cache(2), on_cuda.cache(2));
-        let ids: Vec<u32> = (0..20).map(|i| (5 * i + 2) % variant.config.vocab_size as u32).collect();
-        let sequences = Sequences::new(vec![9, 11]);
-        let compare = |expected: &_, found: &_, what: &str| {
-            let (expected, found) = (Cpu.download(expected).unwrap(), cuda.download(found).unwrap());
-            let difference = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0_f32, f32::max);
-            assert!(difference < INT8_TOLERANCE, "{recipe} {overrides:?}, {what}: logits differ by {difference}");
-        };
-        let expected = on_cpu.last_logits(&ids, &sequences, Some(&mut cpu_cache)).unwrap();
-        compare(&expected, &on_cuda.last_logits(&ids, &sequences, Some(&mut cuda_cache)).unwrap(), "prompt");
-        for step in 0..4 {
-            let ids = [3 + step, 40 - 2 * step];
-            let expected = on_cpu.step(&ids, &mut cpu_cache).unwrap();
-            compare(&expected, &on_cuda.step(&ids, &mut cuda_cache).unwrap(), "step");
-        }
+        common::compare_from_caches(&cuda, &variant, &[vec![9, 11]], INT8_TOLERANCE, &format!("{recipe} {overrides:?}"));
     }
 }
 

@@ -90,12 +90,13 @@ fn check(checkpoint: &Checkpoint, recipe: &str, sample: (usize, usize)) {
     let there = request(checkpoint, recipe, sample, &folder.path().join("device"));
     let need = need(&there);
     let found = quantized(&there, 1 << 40);
-    assert_eq!((found.predicted_bytes, found.streams), (need.with_streams(), "device"));
+    assert_eq!((found.predicted_bytes, found.streams), (need.bytes(true, true), "device"));
 
-    // A device that cannot hold the streams: they wait with the host, and nothing else changes.
+    // A device with room for nothing else than a block: the streams wait with the host, the next block is not read ahead, and
+    // nothing else changes.
     let apart = request(checkpoint, recipe, sample, &folder.path().join("host"));
-    let beside = quantized(&apart, need.with_streams() - 1);
-    assert_eq!((beside.predicted_bytes, beside.streams), (need.without_streams(), "host"));
+    let beside = quantized(&apart, need.bytes(false, false));
+    assert_eq!((beside.predicted_bytes, beside.streams), (need.bytes(false, false), "host"));
     assert!(common::files(&there.output) == common::files(&apart.output), "other bytes");
     for memory in [found, beside] {
         let ratio = memory.predicted_bytes as f64 / memory.peak_bytes as f64;
@@ -105,7 +106,7 @@ fn check(checkpoint: &Checkpoint, recipe: &str, sample: (usize, usize)) {
 
     // One that cannot hold a block is refused before anything is done.
     let refused = request(checkpoint, recipe, sample, &folder.path().join("refused"));
-    let error = quantize(&device(need.without_streams() - 1), &refused, &Monitor::silent()).unwrap_err();
+    let error = quantize(&device(need.bytes(false, false) - 1), &refused, &Monitor::silent()).unwrap_err();
     assert!(error.message.contains("are free") && error.hint.unwrap().contains("would do"), "{}", error.message);
     assert!(!refused.output.exists());
 }
@@ -144,9 +145,15 @@ fn published_models_calibrate_on_a_card_of_24_gib() {
                 lengths: &[2048; 128],
             });
             let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-            let (there, apart) = (gib(need.with_streams()), gib(need.without_streams()));
-            eprintln!("{name} {}: {there:.1} GiB, {apart:.1} with the sample in the host's memory", recipe.name);
-            assert!(need.without_streams() < CARD, "{name} {}: {apart:.1} GiB", recipe.name);
+            let [there, apart, ahead] =
+                [(true, false), (false, false), (false, true)].map(|(streams, ahead)| gib(need.bytes(streams, ahead)));
+            eprintln!(
+                "{name} {}: {there:.1} GiB, {apart:.1} with the sample in the host's memory, {ahead:.1} with blocks read ahead",
+                recipe.name
+            );
+            // With the next block read ahead, too.
+            let room = need.within(CARD, "a card").unwrap();
+            assert!(room.ahead && room.bytes < CARD, "{name} {}: {room:?}", recipe.name);
         }
     }
 }

@@ -432,6 +432,16 @@ pub trait Backend: Send + Sync + 'static {
     /// `into[tokens[i]] += weights[i] · x[i]`, in ascending i.
     fn scatter_add(&self, into: Self::Tensor, x: &Self::Tensor, tokens: &[usize], weights: &[f32]) -> Result<Self::Tensor>;
 
+    /// Does `now`, and beside it, where the device can, `ahead`, which makes what later work reads: weights, nothing that is computed. What
+    /// it makes is ready when this returns. A device's copies for `ahead` are not held up by what `now` launches.
+    fn beside<T: Send>(&self, ahead: impl FnOnce(&Self) -> Result<T> + Send, now: impl FnOnce() -> Result<()>) -> Result<T>
+    where
+        Self: Sized,
+    {
+        now()?;
+        ahead(self)
+    }
+
     /// Does `step`, a decoding step whose launches do not depend on the token ids, so that [`Backend::replay`] can do it
     /// again. `None`, with nothing done: this device does not record.
     fn record(&self, step: &mut dyn FnMut() -> Result<Self::Tensor>) -> Result<Option<(Self::Recording, Self::Tensor)>>;

@@ -150,10 +150,16 @@ fn shortened(shape: &str, blocks: Option<usize>) -> Result<Value> {
     let text = PUBLISHED.iter().find(|(name, _)| *name == shape).map(|(_, text)| *text);
     let text = text.ok_or_else(|| Error::input("quantizing is timed for published shapes only").hint("give --shape nemotron-h-8b"))?;
     let mut config: Value = serde_json::from_str(text).map_err(|error| Error::run(format!("the shape {shape} is not read: {error}")))?;
-    if let (Some(blocks), Some(pattern)) = (blocks, config["hybrid_override_pattern"].as_str()) {
-        let kept: String = pattern.chars().take(blocks).collect();
-        config["num_hidden_layers"] = json!(kept.len());
-        config["hybrid_override_pattern"] = json!(kept);
+    let Some(blocks) = blocks else { return Ok(config) };
+    // Configurations list their blocks in one of two ways, or in both.
+    if let Some(pattern) = config["hybrid_override_pattern"].as_str() {
+        config["hybrid_override_pattern"] = pattern.chars().take(blocks).collect::<String>().into();
+    }
+    if let Some(kinds) = config.get_mut("layers_block_type").and_then(Value::as_array_mut) {
+        kinds.truncate(blocks);
+    }
+    if let Some(count) = config["num_hidden_layers"].as_u64() {
+        config["num_hidden_layers"] = json!(count.min(blocks as u64));
     }
     Ok(config)
 }
@@ -208,4 +214,22 @@ fn matrix(stem: &str, linear: &LinearSpec, random: &RandomWeights) -> TensorOut<
         .flat_map(|values| values.par_iter().flat_map_iter(|value| bf16::from_f32(*value).to_le_bytes()).collect::<Vec<u8>>())
         .collect();
     (format!("{stem}.weight"), Dtype::BF16, vec![linear.rows, linear.cols], bytes.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `--blocks` was ignored where a configuration lists its blocks by name.
+    #[test]
+    fn every_published_shape_is_cut_to_its_first_blocks() {
+        for (name, text) in PUBLISHED {
+            let whole = Config::parse(text).unwrap();
+            for count in [1, 6, 1000] {
+                let cut = Config::parse(&shortened(name, Some(count)).unwrap().to_string()).unwrap();
+                assert_eq!(cut.blocks, whole.blocks[..count.min(whole.blocks.len())], "{name}");
+            }
+            assert_eq!(Config::parse(&shortened(name, None).unwrap().to_string()).unwrap().blocks, whole.blocks, "{name}");
+        }
+    }
 }

@@ -17,6 +17,8 @@ pub struct WaitingRoom<'a> {
     pub on_host: u64,
     /// Folder for the scratch file of one that takes still more.
     pub scratch: &'a Path,
+    /// Whether a device with memory of its own has room for two blocks, so that the next is read while one is at work.
+    pub ahead: bool,
 }
 
 /// The residual stream of every batch at one boundary, `[tokens, hidden]` each.
@@ -177,7 +179,7 @@ mod tests {
         let tokens = [2, 1, 3];
         let enough = 6 * 4 * 4;
         for (held, on_host, place) in [(enough, 0, "device"), (enough - 1, enough, "host"), (enough - 1, enough - 1, "scratch")] {
-            let room = WaitingRoom { held, on_host, scratch: folder.path() };
+            let room = WaitingRoom { held, on_host, scratch: folder.path(), ahead: false };
             let mut boundary: Boundary<Cpu> = Boundary::within(room, &tokens, 4).unwrap();
             assert_eq!((boundary.place(), boundary.is_spilled()), (place, place == "scratch"));
             let batch = |index: usize| (0..tokens[index] * 4).map(|i| (100 * index + i) as f32).collect::<Vec<_>>();
@@ -201,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_cannot_be_written_and_a_full_disk_are_said() {
-        let nowhere = WaitingRoom { held: 0, on_host: 0, scratch: Path::new("/no/such/folder") };
+        let nowhere = WaitingRoom { held: 0, on_host: 0, scratch: Path::new("/no/such/folder"), ahead: false };
         let Err(error) = Boundary::<Cpu>::within(nowhere, &[1], 4) else { panic!("a file was made in no folder") };
         assert!(error.message.contains("scratch file in /no/such/folder"), "{error}");
         assert!(error.hint.is_some());

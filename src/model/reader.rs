@@ -97,7 +97,9 @@ impl<'a, B: Backend> Reader<'a, B> {
         let ends = Ends::load(&backend, checkpoint)?;
         // Beside what is read of a block on its way to the device.
         let on_host = free.map_or(0, |_| host.saturating_sub(need.streamed()));
-        let room = WaitingRoom { held, on_host, scratch };
+        let ahead = free.is_some() && held >= need.largest_block;
+        let held = if ahead { held - need.largest_block } else { held };
+        let room = WaitingRoom { held, on_host, scratch, ahead };
         Ok(Self { weights: Weights::Streamed(Streamed { backend, checkpoint, ends, room }) })
     }
 
@@ -148,12 +150,22 @@ impl<B: Backend> Streamed<'_, B> {
         for (index, batch) in batches.iter().enumerate() {
             boundary.put(backend, index, rounding.apply(backend, self.ends.embed(backend, batch.ids)?)?)?;
         }
+        let load = |backend: &B, block| Block::load(backend, self.checkpoint, block);
+        let mut read = None;
         for block in 0..blocks {
-            let loaded = Block::load(backend, self.checkpoint, block)?;
-            for (index, batch) in batches.iter().enumerate() {
-                monitor.check()?;
-                let h = loaded.forward(backend, boundary.take(backend, index)?, batch.sequences, None)?;
-                boundary.put(backend, index, rounding.apply(backend, h)?)?;
+            let loaded = read.take().map_or_else(|| load(backend, block), Ok)?;
+            let mut pass = || {
+                for (index, batch) in batches.iter().enumerate() {
+                    monitor.check()?;
+                    let h = loaded.forward(backend, boundary.take(backend, index)?, batch.sequences, None)?;
+                    boundary.put(backend, index, rounding.apply(backend, h)?)?;
+                }
+                Ok(())
+            };
+            if self.room.ahead && block + 1 < blocks {
+                read = Some(backend.beside(|backend| load(backend, block + 1), pass)?);
+            } else {
+                pass()?;
             }
             monitor.step(block + 1, format!("block {block}"))?;
         }

@@ -16,26 +16,37 @@ pub struct Stream<'a, B: Backend> {
     ends: Ends<B>,
     sequences: Vec<Sequences>,
     boundary: Boundary<B>,
+    /// Whether there is room for the next block, too.
+    ahead: bool,
+    /// A block that was read ahead, and its index.
+    next: Option<(usize, Block<B>)>,
 }
 
 impl<'a, B: Backend> Stream<'a, B> {
     /// Embeds `batches` of (token ids, sequences), which wait in memory.
     pub fn new(backend: &'a B, checkpoint: &'a Checkpoint, batches: &[(Vec<u32>, Sequences)]) -> Result<Self> {
-        Self::embed(backend, checkpoint, batches, Boundary::held(batches.len()))
+        Self::embed(backend, checkpoint, batches, Boundary::held(batches.len()), false)
     }
 
     /// The same for batches that wait where `room` allows.
     pub fn within(backend: &'a B, checkpoint: &'a Checkpoint, batches: &[(Vec<u32>, Sequences)], room: WaitingRoom<'_>) -> Result<Self> {
         let tokens: Vec<usize> = batches.iter().map(|(ids, _)| ids.len()).collect();
-        Self::embed(backend, checkpoint, batches, Boundary::within(room, &tokens, checkpoint.config.hidden_size)?)
+        Self::embed(backend, checkpoint, batches, Boundary::within(room, &tokens, checkpoint.config.hidden_size)?, room.ahead)
     }
 
-    fn embed(backend: &'a B, checkpoint: &'a Checkpoint, batches: &[(Vec<u32>, Sequences)], mut boundary: Boundary<B>) -> Result<Self> {
+    fn embed(
+        backend: &'a B,
+        checkpoint: &'a Checkpoint,
+        batches: &[(Vec<u32>, Sequences)],
+        mut boundary: Boundary<B>,
+        ahead: bool,
+    ) -> Result<Self> {
         let ends = Ends::load(backend, checkpoint)?;
         for (index, (ids, _)) in batches.iter().enumerate() {
             boundary.put(backend, index, ends.embed(backend, ids)?)?;
         }
-        Ok(Self { backend, checkpoint, ends, sequences: batches.iter().map(|(_, sequences)| sequences.clone()).collect(), boundary })
+        let sequences = batches.iter().map(|(_, sequences)| sequences.clone()).collect();
+        Ok(Self { backend, checkpoint, ends, sequences, boundary, ahead, next: None })
     }
 
     /// Number of blocks.
@@ -50,23 +61,41 @@ impl<'a, B: Backend> Stream<'a, B> {
 
     /// Runs block `index` over every batch.
     pub fn advance(&mut self, index: usize) -> Result<()> {
-        let block = Block::load(self.backend, self.checkpoint, index)?;
-        for (batch, sequences) in self.sequences.iter().enumerate() {
-            let h = block.forward(self.backend, self.boundary.take(self.backend, batch)?, sequences, None)?;
-            self.boundary.put(self.backend, batch, h)?;
-        }
-        Ok(())
+        self.pass(index, |backend, block, h, sequences| block.forward(backend, h, sequences, None))
     }
 
     /// Runs block `index` over every batch; `tap` sees the input of each of its linears.
     pub fn advance_observed(&mut self, index: usize, tap: &Tap<'_, B>) -> Result<()> {
-        let block = Block::load(self.backend, self.checkpoint, index)?;
-        for (batch, sequences) in self.sequences.iter().enumerate() {
-            let h = self.boundary.take(self.backend, batch)?;
-            let mixed = block.mix(self.backend, &h, sequences, None, Some(tap))?;
-            self.boundary.put(self.backend, batch, self.backend.add(h, &mixed)?)?;
+        self.pass(index, |backend, block, h, sequences| {
+            let mixed = block.mix(backend, &h, sequences, None, Some(tap))?;
+            backend.add(h, &mixed)
+        })
+    }
+
+    /// Takes every batch through block `index`; the next block is read meanwhile where there is room for it.
+    fn pass(&mut self, index: usize, mut through: impl FnMut(&B, &Block<B>, B::Tensor, &Sequences) -> Result<B::Tensor>) -> Result<()> {
+        let (backend, checkpoint) = (self.backend, self.checkpoint);
+        let block = match self.next.take() {
+            Some((read, block)) if read == index => block,
+            _ => Block::load(backend, checkpoint, index)?,
+        };
+        let next = self.ahead.then_some(index + 1).filter(|next| *next < self.blocks());
+        let (sequences, boundary) = (&self.sequences, &mut self.boundary);
+        let mut batches = || {
+            for (batch, sequences) in sequences.iter().enumerate() {
+                let h = through(backend, &block, boundary.take(backend, batch)?, sequences)?;
+                boundary.put(backend, batch, h)?;
+            }
+            Ok(())
+        };
+        match next {
+            Some(next) => {
+                let block = backend.beside(|backend| Block::load(backend, checkpoint, next), batches)?;
+                self.next = Some((next, block));
+                Ok(())
+            }
+            None => batches(),
         }
-        Ok(())
     }
 
     /// Runs every block, reporting each.

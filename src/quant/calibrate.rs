@@ -43,17 +43,16 @@ pub type Maxima = BTreeMap<String, Vec<f64>>;
 /// Names the depthwise convolution among [`Maxima`].
 pub const CONVOLUTION: &str = "conv1d";
 
-/// Runs block `spec` as `checkpoint` stores it over the batches at `inputs`, hands each batch behind it to `behind` with
+/// Runs `block`, `spec` as `checkpoint` stores it, over the batches at `inputs`, hands each batch behind it to `behind` with
 /// its index, and returns the largest magnitudes that the smoothing among `transforms` needs; none where nothing smooths.
 pub fn float_pass<B: Backend>(
     backend: &B,
     checkpoint: &Checkpoint,
-    spec: &BlockSpec,
+    (spec, block): (&BlockSpec, &Block<B>),
     transforms: &[Transform],
     (inputs, sequences): (&Boundary<B>, &[Sequences]),
     mut behind: impl FnMut(usize, B::Tensor) -> Result<()>,
 ) -> Result<Maxima> {
-    let block = Block::load(backend, checkpoint, spec.index)?;
     // The convolution is no linear: what it reads is computed once more from what `in_proj` reads.
     let in_proj = match spec.linear("in_proj") {
         Some(linear) if transforms.contains(&Transform::SmoothConv) => Some(backend.prepare(checkpoint.linear(linear, None)?)?),

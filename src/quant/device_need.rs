@@ -43,6 +43,19 @@ pub struct DeviceNeed {
     pub block: u64,
     /// The same of embedding and head.
     pub ends: u64,
+    /// `pass` and `block` with the next block read meanwhile.
+    pub ahead: [u64; 2],
+}
+
+/// What a device has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// The sample's streams.
+    pub streams: bool,
+    /// The next block while one is at work.
+    pub ahead: bool,
+    /// What is then taken at most.
+    pub bytes: u64,
 }
 
 /// Residual streams that wait while blocks are quantized.
@@ -52,50 +65,53 @@ impl DeviceNeed {
     /// What quantizing these shapes takes.
     pub fn of(shapes: &Shapes<'_>) -> Self {
         let hidden = shapes.config.hidden_size;
-        let blocks = shapes.layout.blocks.iter().map(|spec| Step { shapes, spec }.largest());
+        let steps = || shapes.layout.blocks.iter().map(|spec| Step { shapes, spec });
+        let stored = steps().map(|step| step.weights(|_| vec![shapes.stored()])).max().unwrap_or(0);
+        let quantized = steps().map(|step| step.weights(|linear| step.quantized(linear))).max().unwrap_or(0);
+        let (moment, validation) = (shapes.second_moment(), shapes.validation());
+        let moment_ahead = if moment > 0 { moment + stored } else { 0 };
+        let block = steps().map(|step| step.largest()).max().unwrap_or(0);
+        let passed = steps().map(|step| step.passed()).max().unwrap_or(0);
         Self {
             stream: shapes.lengths.iter().map(|tokens| on::tensor(*tokens, hidden)).sum(),
-            pass: SMALL + shapes.second_moment().max(shapes.validation()),
-            block: SMALL + blocks.max().unwrap_or(0),
+            pass: SMALL + moment.max(validation),
+            block: SMALL + block,
             ends: SMALL + shapes.ends(),
+            ahead: [SMALL + moment_ahead.max(validation + quantized), SMALL + block.max(passed + stored)],
         }
     }
 
-    /// With the sample's streams on the device.
-    pub fn with_streams(&self) -> u64 {
-        (self.stream + self.pass).max(STREAMS * self.stream + self.block.max(self.ends))
+    /// With the sample's streams on the device or elsewhere, from where a batch at a time is brought; with the next block there before
+    /// one is done, or not.
+    pub fn bytes(&self, streams: bool, ahead: bool) -> u64 {
+        let stream = if streams { self.stream } else { 0 };
+        let [pass, block] = if ahead { self.ahead } else { [self.pass, self.block] };
+        (stream + pass).max(STREAMS * stream + block.max(self.ends))
     }
 
-    /// With them elsewhere: a batch at a time is brought.
-    pub fn without_streams(&self) -> u64 {
-        self.pass.max(self.block).max(self.ends)
-    }
-
-    /// Whether the streams fit beside everything else into `free` bytes; an error where not even everything else does. `device` is its
-    /// name.
-    pub fn holds_streams(&self, free: u64, device: &str) -> Result<bool> {
-        if self.without_streams() <= free {
-            return Ok(self.with_streams() <= free);
+    /// What `free` bytes have room for, the streams first; an error where not even the largest step fits. `device` is its name.
+    pub fn within(&self, free: u64, device: &str) -> Result<Room> {
+        let choices = [(true, true), (true, false), (false, true), (false, false)];
+        let rooms = choices.map(|(streams, ahead)| Room { streams, ahead, bytes: self.bytes(streams, ahead) });
+        if let Some(room) = rooms.into_iter().find(|room| room.bytes <= free) {
+            return Ok(room);
         }
         let parts = [(self.block, "the largest block"), (self.ends, "embedding and head"), (self.pass, "a pass over the sample")];
         let largest = parts.iter().max_by_key(|(bytes, _)| *bytes).map_or("", |(_, name)| *name);
+        let least = gib(self.bytes(false, false));
         Err(Error::input(format!(
-            "quantizing takes about {} of the memory of {device} for {largest}, the sample's streams not counted, where {} are free",
-            gib(self.without_streams()),
+            "quantizing takes about {least} of the memory of {device} for {largest}, the sample's streams not counted, where {} are free",
             gib(free)
         ))
-        .hint(format!(
-            "a device with {} free would do; shorter sequences or the method rtn take less, or --device cpu",
-            gib(self.without_streams())
-        )))
+        .hint(format!("a device with {least} free would do; shorter sequences or the method rtn take less, or --device cpu")))
     }
 
     /// In words.
     pub fn statement(&self) -> String {
         format!(
             "needs at most {} of the device's memory with the sample's streams there, {} with them in the host's",
-            gib(self.with_streams()),
-            gib(self.without_streams())
+            gib(self.bytes(true, false)),
+            gib(self.bytes(false, false))
         )
     }
 }
@@ -228,23 +244,17 @@ impl Step<'_> {
             let again = |linear: &LinearSpec| on::weights(kept, linear.rows, linear.cols) + Shapes::at_work(kept, linear, self.tokens());
             spec.linear("in_proj").map_or(0, again)
         };
-        // Weights that a transform changed are in f32; the others as they were.
-        let float = if shapes.steps.transforms.is_empty() { shapes.stored() } else { Kept::F32 };
+        let float = self.float();
         let float_pass = self.weights(|_| vec![shapes.stored()])
             + self.mixer(|_| shapes.stored())
             + shapes.batch(3)
             + if shapes.has(Transform::SmoothConv) { in_proj(shapes.stored()) } else { 0 };
         let transformed = self.weights(|_| vec![float]);
-        let mixer = self.mixer(|_| float);
-        let mixed = transformed + mixer + shapes.batch(3);
+        let mixed = transformed + self.mixer(|_| float) + shapes.batch(3);
         let internals = shapes.steps.activations.ssm == SsmActivations::Int8Static;
         // The convolution's inside is observed with a cache of its own, within what the scan takes.
         let observed = mixed + if internals { in_proj(float) } else { 0 };
-        let passed = transformed
-            + self.weights(|linear| self.quantized(linear))
-            + mixer.max(self.mixer(|linear| self.quantized(linear)[0]))
-            + shapes.batch(4);
-        let mut largest = float_pass.max(self.turned()).max(observed).max(passed);
+        let mut largest = float_pass.max(self.turned()).max(observed).max(self.passed());
         if shapes.hessians {
             let sums: u64 = spec.linears.iter().map(|linear| on::gram(linear.cols)).sum();
             let widest = spec.linears.iter().map(|linear| linear.cols).max().unwrap_or(0);
@@ -253,6 +263,18 @@ impl Step<'_> {
             largest = largest.max(sums + summed.max(transformed + rounded));
         }
         largest
+    }
+
+    /// Weights that a transform changed are in f32, the others as they were.
+    fn float(&self) -> Kept {
+        if self.shapes.steps.transforms.is_empty() { self.shapes.stored() } else { Kept::F32 }
+    }
+
+    /// The transformed block and the quantized one beside it.
+    fn passed(&self) -> u64 {
+        let float = self.float();
+        let mixer = self.mixer(|_| float).max(self.mixer(|linear| self.quantized(linear)[0]));
+        self.weights(|_| vec![float]) + self.weights(|linear| self.quantized(linear)) + mixer + self.shapes.batch(4)
     }
 
     fn gptq<'s>(&'s self, linear: &'s LinearSpec) -> impl Iterator<Item = u64> + 's {
@@ -325,7 +347,7 @@ impl Step<'_> {
             let heads = shapes.has(Transform::RotateVo) && name == "v_proj"
                 || shapes.has(Transform::RotateQk) && matches!(name, "q_proj" | "k_proj");
             let inputs = shapes.turns_residual() && readers.contains(&name) || shapes.has(Transform::RotateVo) && name == "o_proj";
-            let online = linear.hadamard(&shapes.steps.transforms).map_or(0, |block| on::turn_blocks(linear.rows, linear.cols, block));
+            let online = linear.hadamard(&shapes.steps.transforms).map_or(0, |block| on::turn(linear.rows, block, Side::Inputs));
             let outputs = shapes.turns_residual() && writers.contains(&name) || heads;
             online.max(turn(inputs, Side::Inputs)).max(turn(outputs, Side::Outputs))
         };

@@ -217,7 +217,8 @@ impl Donors {
         let missing: Vec<Format> = formats.iter().copied().filter(|format| !self.has(place, *format)).collect();
         if self.smooths() && !self.index.files.contains_key(&maxima_file(spec)) {
             let transforms = &self.steps.transforms;
-            let maxima = calibrate::float_pass(backend, checkpoint, spec, transforms, (stream, sequences), |_, _| Ok(()))?;
+            let block = Block::load(backend, checkpoint, spec.index)?;
+            let maxima = calibrate::float_pass(backend, checkpoint, (spec, &block), transforms, (stream, sequences), |_, _| Ok(()))?;
             let vector = |(name, values): (String, Vec<f64>)| {
                 publish::float_vector(name, &values.into_iter().map(|value| value as f32).collect::<Vec<_>>())
             };

@@ -22,7 +22,7 @@ mod smooth;
 mod transform;
 mod weights;
 
-pub use device_need::{DeviceNeed, Shapes};
+pub use device_need::{DeviceNeed, Room, Shapes};
 pub use donors::Donors;
 pub use gptq::round_clipped;
 pub use observe::Observers;

@@ -20,7 +20,7 @@ use serde_json::json;
 use self::laps::Laps;
 use super::boundary::{self, FloatHash};
 use super::calibrate;
-use super::device_need::{DeviceNeed, Shapes};
+use super::device_need::{DeviceNeed, Room, Shapes};
 use super::donors::Donors;
 use super::method::{QuantizedLinear, Rounding, quantize_linear};
 use super::need::MemoryNeed;
@@ -34,7 +34,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::eval::statistics;
 use crate::files;
 use crate::format::{Format, Plan, Scheme, Transform};
-use crate::model::{Boundary, Stream, WaitingRoom};
+use crate::model::{Block, Boundary, Stream, WaitingRoom};
 use crate::monitor::{DeviceMemory, Monitor};
 
 /// What to quantize, how, and to where.
@@ -73,6 +73,8 @@ struct Streams<B: Backend> {
     /// The float stream behind the block that is at work.
     behind: Boundary<B>,
     sequences: Vec<Sequences>,
+    /// The next block as the checkpoint stores it, where it was read ahead.
+    next: Option<Block<B>>,
 }
 
 /// What the sample's logits say: they are compared a few rows at a time and not kept.
@@ -264,7 +266,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
         let tokens: Vec<usize> = batches.iter().map(|(ids, _)| ids.len()).collect();
         let empty = || Boundary::within(self.room, &tokens, hidden);
         let sequences = batches.iter().map(|(_, sequences)| sequences.clone()).collect();
-        let mut streams = Streams { reference: empty()?, quantized: empty()?, behind: empty()?, sequences };
+        let mut streams = Streams { reference: empty()?, quantized: empty()?, behind: empty()?, sequences, next: None };
         if streams.reference.is_spilled() {
             self.monitor.log(format!("the sample's streams wait in scratch files in {}", self.work.display()));
         }
@@ -383,17 +385,17 @@ fn waiting_room<'a, B: Backend>(
     let need = MemoryNeed::of(layout, config.hidden_size, request.sample.tokens(), on_host);
     monitor.log(need.statement());
     let host = need.held(request.host_memory)?;
-    let Some(free) = free else { return Ok((WaitingRoom { held: host, on_host: 0, scratch: work }, None)) };
+    let Some(free) = free else { return Ok((WaitingRoom { held: host, on_host: 0, scratch: work, ahead: false }, None)) };
     let lengths: Vec<usize> = request.sample.sequences.iter().map(Vec::len).collect();
     let (bf16, steps, plan) = (request.checkpoint.is_bf16(), &request.steps, &request.plan);
     let device = DeviceNeed::of(&Shapes { layout, config, bf16, steps, plan, hessians, lengths: &lengths });
     monitor.log(device.statement());
-    let there = device.holds_streams(free, &backend.name())?;
-    if !there {
+    let Room { streams, ahead, bytes } = device.within(free, &backend.name())?;
+    if !streams {
         monitor.log("the sample's streams wait beside the device, which has no room for them");
     }
-    let (held, predicted) = if there { (u64::MAX, device.with_streams()) } else { (0, device.without_streams()) };
-    Ok((WaitingRoom { held, on_host: host, scratch: work }, Some(predicted)))
+    let held = if streams { u64::MAX } else { 0 };
+    Ok((WaitingRoom { held, on_host: host, scratch: work, ahead }, Some(bytes)))
 }
 
 /// The second moment of the stream in front of the blocks: measured once, and kept in the work folder for a run that

@@ -7,6 +7,11 @@ use std::process::{Command, Output};
 
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
+use strata::backend::cpu::Cpu;
+use strata::backend::cuda::Cuda;
+use strata::backend::{Backend, Sequences};
+use strata::checkpoint::Checkpoint;
+use strata::model::Hybrid;
 
 /// A tensor taken out of a file: type, shape, bytes.
 pub type Tensor = (Dtype, Vec<usize>, Vec<u8>);
@@ -92,6 +97,36 @@ pub fn files(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         found.insert(path.strip_prefix(directory).unwrap().to_owned(), std::fs::read(&path).unwrap());
     }
     found
+}
+
+/// Largest difference of values, all of which must be finite.
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().chain(b).all(|value| value.is_finite()));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Two sequences go on from a cache on both backends: prompts of these lengths, then steps, of which the last are recorded. Logits
+/// differ by less than `tolerance`.
+pub fn compare_from_caches(cuda: &Cuda, checkpoint: &Checkpoint, prompts: &[Vec<usize>], tolerance: f32, what: &str) {
+    let (on_cpu, on_cuda) = (Hybrid::load(Cpu, checkpoint).unwrap(), Hybrid::load(cuda.clone(), checkpoint).unwrap());
+    let (mut cpu_cache, mut cuda_cache) = (on_cpu.cache(2), on_cuda.cache(2));
+    let compare = |expected: &_, found: &_, place: &str| {
+        let difference = largest_difference(&Cpu.download(expected).unwrap(), &cuda.download(found).unwrap());
+        assert!(difference < tolerance, "{what}, {place}: logits differ by {difference}");
+    };
+    for lengths in prompts {
+        let tokens: usize = lengths.iter().sum();
+        let ids: Vec<u32> = (0..tokens).map(|i| ((11 * i + 3) % checkpoint.config.vocab_size) as u32).collect();
+        let sequences = Sequences::new(lengths.clone());
+        let expected = on_cpu.last_logits(&ids, &sequences, Some(&mut cpu_cache)).unwrap();
+        compare(&expected, &on_cuda.last_logits(&ids, &sequences, Some(&mut cuda_cache)).unwrap(), "prompt");
+    }
+    for step in 0..4 {
+        let ids = [3 + step, 40 - 2 * step];
+        let expected = on_cpu.step(&ids, &mut cpu_cache).unwrap();
+        compare(&expected, &on_cuda.step(&ids, &mut cuda_cache).unwrap(), "step");
+    }
 }
 
 /// A printed table without the paragraph on memory: the peak of a process is not the same twice.

@@ -50,7 +50,8 @@ pub struct Grid {
     pub shared: u32,
 }
 
-/// A machine that runs kernels: memory, copies, launches in order on one stream.
+/// A machine that runs kernels: memory, copies, launches in order on one stream; and copies that are made *ahead*, on a stream beside
+/// it.
 ///
 /// Addresses are only ever those that `allocate` handed out and offsets into them; [`Buffer`] keeps them alive.
 pub trait Device: Send + Sync {
@@ -74,6 +75,16 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// As for [`Device::upload`].
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+    /// Copies that are made ahead from now on come behind what was launched so far, and not behind what is launched after it.
+    fn begin_ahead(&self) -> Result<()>;
+    /// What is launched from now on comes behind the copies that were made ahead.
+    fn end_ahead(&self) -> Result<()>;
+    /// [`Device::upload`] ahead; never while a recording is under way.
+    ///
+    /// # Safety
+    /// As for [`Device::upload`]; between [`Device::begin_ahead`] and [`Device::end_ahead`], and nothing launched between them reads or
+    /// writes what is written.
+    unsafe fn upload_ahead(&self, address: u64, bytes: &[u8]) -> Result<()>;
     /// # Safety
     /// Both addresses are followed by `bytes` bytes, and the ranges do not overlap.
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
@@ -125,7 +136,8 @@ pub(super) fn rounded(bytes: usize) -> usize {
 }
 
 /// Memory of a device, kept for reuse when buffers are dropped. Everything runs on one stream, in order, so a buffer may
-/// be handed out again while earlier launches still use it.
+/// be handed out again while earlier launches still use it. Copies made ahead are the exception: they write buffers that were free
+/// before they began, and one of theirs that is dropped before they end serves nobody until then.
 pub struct Memory {
     pub device: Arc<dyn Device>,
     free: Mutex<FreeLists>,
@@ -135,8 +147,13 @@ pub struct Memory {
 
 #[derive(Default)]
 struct FreeLists {
-    /// By rounded size.
-    shared: HashMap<usize, Vec<u64>>,
+    /// By rounded size: address, and how often copies ahead had begun when it was given back.
+    shared: HashMap<usize, Vec<(u64, u64)>>,
+    /// How often copies ahead have begun, and whether they are under way.
+    begun: u64,
+    ahead: bool,
+    /// Size and address of what was written ahead and given back since.
+    written: Vec<(usize, u64)>,
     /// What a recording has taken and given back: only it may use these again, for its launches name their addresses.
     recording: Option<u64>,
     next_recording: u64,
@@ -145,6 +162,13 @@ struct FreeLists {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FreeLists {
+    fn give_back(&mut self, size: usize, address: u64) {
+        let begun = self.begun;
+        self.shared.entry(size).or_default().push((address, begun));
+    }
 }
 
 impl Memory {
@@ -167,10 +191,27 @@ impl Memory {
         let (reused, owner) = {
             let mut free = lock(&self.free);
             match free.recording {
-                Some(recording) => (free.private.get_mut(&(recording, size)).and_then(Vec::pop), Some(recording)),
-                None => (free.shared.get_mut(&size).and_then(Vec::pop), None),
+                Some(recording) => (free.private.get_mut(&(recording, size)).and_then(Vec::pop), Owner::Recording(recording)),
+                None => (free.shared.get_mut(&size).and_then(Vec::pop).map(|(address, _)| address), Owner::Everyone),
             }
         };
+        self.buffer(reused, bytes, owner)
+    }
+
+    /// A buffer for copies ahead: new, or given back before they began.
+    pub fn allocate_ahead(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
+        let (reused, begun) = {
+            let mut free = lock(&self.free);
+            let begun = free.begun;
+            let waiting = free.shared.entry(rounded(bytes)).or_default();
+            let index = waiting.iter().position(|(_, given_back)| *given_back < begun);
+            (index.map(|index| waiting.swap_remove(index).0), begun)
+        };
+        self.buffer(reused, bytes, Owner::Ahead(begun))
+    }
+
+    fn buffer(self: &Arc<Self>, reused: Option<u64>, bytes: usize, owner: Owner) -> Result<Buffer> {
+        let size = rounded(bytes);
         let address = match reused {
             Some(address) => address,
             None => self.allocate_new(size)?,
@@ -178,6 +219,29 @@ impl Memory {
         let now = self.in_use.fetch_add(size as u64, Ordering::Relaxed) + size as u64;
         self.peak.fetch_max(now, Ordering::Relaxed);
         Ok(Buffer { address, bytes, size, owner, memory: Arc::clone(self) })
+    }
+
+    /// Copies ahead begin; `false`, with nothing done: not while a recording is under way, or others are.
+    pub fn begin_ahead(&self) -> Result<bool> {
+        let mut free = lock(&self.free);
+        if free.ahead || free.recording.is_some() {
+            return Ok(false);
+        }
+        self.device.begin_ahead()?;
+        free.begun += 1;
+        free.ahead = true;
+        Ok(true)
+    }
+
+    /// They end: what is launched from now on may read what they wrote.
+    pub fn end_ahead(&self) -> Result<()> {
+        self.device.end_ahead()?;
+        let mut free = lock(&self.free);
+        free.ahead = false;
+        for (size, address) in std::mem::take(&mut free.written) {
+            free.give_back(size, address);
+        }
+        Ok(())
     }
 
     fn allocate_new(&self, size: usize) -> Result<u64> {
@@ -207,7 +271,7 @@ impl Memory {
         self.device.synchronize()?;
         let lists = std::mem::take(&mut lock(&self.free).shared);
         for (size, addresses) in lists {
-            for address in addresses {
+            for (address, _) in addresses {
                 // SAFETY: addresses in the free lists came from `allocate` with that size, and no buffer holds them.
                 unsafe { self.device.free(address, size) };
             }
@@ -238,8 +302,9 @@ impl Memory {
         let mut free = lock(&self.free);
         let sizes: Vec<usize> = free.private.keys().filter(|(owner, _)| *owner == recording).map(|(_, size)| *size).collect();
         for size in sizes {
-            let addresses = free.private.remove(&(recording, size)).unwrap_or_default();
-            free.shared.entry(size).or_default().extend(addresses);
+            for address in free.private.remove(&(recording, size)).unwrap_or_default() {
+                free.give_back(size, address);
+            }
         }
     }
 }
@@ -247,14 +312,24 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let lists = std::mem::take(&mut *lock(&self.free));
-        let private = lists.private.into_iter().map(|((_, size), addresses)| (size, addresses));
-        for (size, addresses) in lists.shared.into_iter().chain(private) {
-            for address in addresses {
-                // SAFETY: as in `release`; buffers hold the memory alive, so there are none left.
-                unsafe { self.device.free(address, size) };
-            }
+        let private =
+            lists.private.into_iter().flat_map(|((_, size), addresses)| addresses.into_iter().map(move |address| (size, address)));
+        let shared = lists.shared.into_iter().flat_map(|(size, addresses)| addresses.into_iter().map(move |(address, _)| (size, address)));
+        for (size, address) in shared.chain(private).chain(lists.written) {
+            // SAFETY: as in `release`; buffers hold the memory alive, so there are none left.
+            unsafe { self.device.free(address, size) };
         }
     }
+}
+
+/// Whom a buffer serves when it is given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Everyone,
+    /// The recording of this number.
+    Recording(u64),
+    /// Everyone, once copies ahead that had begun so often have ended.
+    Ahead(u64),
 }
 
 /// Memory on the device; goes back to the free lists when dropped.
@@ -262,7 +337,7 @@ pub struct Buffer {
     address: u64,
     bytes: usize,
     size: usize,
-    owner: Option<u64>,
+    owner: Owner,
     memory: Arc<Memory>,
 }
 
@@ -286,6 +361,15 @@ impl Buffer {
         self.check(at, bytes.len())?;
         // SAFETY: checked to lie inside.
         unsafe { self.memory.device.upload(self.address + at as u64, bytes) }
+    }
+
+    /// Writes `values` to the beginning of a buffer of [`Memory::allocate_ahead`], before the copies ahead end.
+    pub fn upload_ahead<T: Plain>(&self, values: &[T]) -> Result<()> {
+        let bytes = as_bytes(values);
+        self.check(0, bytes.len())?;
+        // SAFETY: checked to lie inside; the buffer was free before the copies ahead began, and who makes it hands it out when they
+        // have ended.
+        unsafe { self.memory.device.upload_ahead(self.address, bytes) }
     }
 
     /// Reads `count` values from the beginning.
@@ -331,8 +415,9 @@ impl Drop for Buffer {
         self.memory.in_use.fetch_sub(self.size as u64, Ordering::Relaxed);
         let mut free = lock(&self.memory.free);
         match self.owner {
-            Some(recording) => free.private.entry((recording, self.size)).or_default().push(self.address),
-            None => free.shared.entry(self.size).or_default().push(self.address),
+            Owner::Recording(recording) => free.private.entry((recording, self.size)).or_default().push(self.address),
+            Owner::Ahead(begun) if free.ahead && free.begun == begun => free.written.push((self.size, self.address)),
+            Owner::Ahead(_) | Owner::Everyone => free.give_back(self.size, self.address),
         }
     }
 }

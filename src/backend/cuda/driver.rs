@@ -1,6 +1,6 @@
-//! The real device: one GPU through NVIDIA's driver, one stream, kernels compiled for it by NVRTC.
+//! The real device: one GPU through NVIDIA's driver, one stream and another for copies made ahead, kernels compiled for it by NVRTC.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,8 +24,9 @@ const SHARED_DEFAULT: u32 = 48 << 10;
 /// Workspace of cuBLAS: what NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// Each of the two page-locked buffers that large uploads go through, one filled while the other is copied.
-const STAGING: usize = 16 << 20;
+/// Page-locked buffers that large uploads go through, some filled while others are copied, and bytes of each.
+const STAGES: usize = 4;
+const STAGE: usize = 16 << 20;
 
 /// One GPU.
 pub struct Gpu {
@@ -36,11 +37,14 @@ pub struct Gpu {
     overlaps: bool,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// For copies made ahead.
+    copies: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     /// By name: the function, and the dynamic shared memory that it may use now.
     functions: Mutex<HashMap<String, (Function, u32)>>,
     blas: Option<Blas>,
-    staging: Mutex<Option<Staging>>,
+    /// Those that nobody fills now, the longest unused first; none before the first large upload.
+    stages: Mutex<Option<VecDeque<Stage>>>,
     last_mark: Mutex<Option<Event>>,
 }
 
@@ -63,11 +67,11 @@ unsafe impl Send for Gpu {}
 // SAFETY: as above; what changes is behind mutexes.
 unsafe impl Sync for Gpu {}
 
-/// Two page-locked buffers with the events that tell when each was copied.
-struct Staging {
-    buffers: [Arc<PageLocked>; 2],
-    copied: [Event; 2],
-    next: usize,
+/// A page-locked buffer with the event that tells when it was copied. Whoever fills one has taken it out of the queue, so that no
+/// lock is held meanwhile.
+struct Stage {
+    buffer: PageLocked,
+    copied: Event,
 }
 
 /// Page-locked host memory.
@@ -218,11 +222,11 @@ impl Gpu {
             unsafe {
                 let context = result::primary_ctx::retain(device)?;
                 result::ctx::set_current(context)?;
-                let stream = stream::create(stream::StreamKind::NonBlocking)?;
-                Ok((context, stream))
+                let stream = || stream::create(stream::StreamKind::NonBlocking);
+                Ok((context, stream()?, stream()?))
             }
         };
-        let (context, stream) = start().map_err(|error| failed("starting", error))?;
+        let (context, stream, copies) = start().map_err(|error| failed("starting", error))?;
         // SAFETY: NVRTC made these images for this architecture.
         let load = |cubin: &Vec<u8>| unsafe { module::load_data(cubin.as_ptr().cast()) };
         let modules = cubins.iter().map(load).collect::<Result<_, _>>().map_err(|error| failed("loading the kernels", error))?;
@@ -233,10 +237,11 @@ impl Gpu {
             overlaps: arch >= 90 && Libraries::get().driver.as_ref().is_ok_and(|driver| driver.version >= 12030),
             context,
             stream,
+            copies,
             modules,
             functions: Mutex::default(),
             blas: None,
-            staging: Mutex::default(),
+            stages: Mutex::default(),
             last_mark: Mutex::default(),
         };
         gpu.blas = gpu.start_blas()?;
@@ -293,6 +298,60 @@ impl Gpu {
     fn new_event() -> Result<Event> {
         event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Event).map_err(|error| failed("creating an event", error))
     }
+
+    /// A stage that nobody fills; `None` where all are being filled.
+    fn stage(&self) -> Result<Option<Stage>> {
+        let mut stages = lock(&self.stages);
+        if stages.is_none() {
+            let stage = || Ok(Stage { buffer: PageLocked::new(STAGE)?, copied: Self::new_event()? });
+            *stages = Some((0..STAGES).map(|_| stage()).collect::<Result<_>>()?);
+        }
+        Ok(stages.as_mut().and_then(VecDeque::pop_front))
+    }
+
+    /// Copies `bytes` to `address` on `stream`; they may change when it returns.
+    ///
+    /// # Safety
+    /// As for [`Device::upload`].
+    unsafe fn upload_on(&self, stream: sys::CUstream, address: u64, bytes: &[u8]) -> Result<()> {
+        self.enter()?;
+        let failed = |error| failed("copying to the GPU", error);
+        for (index, chunk) in bytes.chunks(STAGE).enumerate() {
+            let to = address + (index * STAGE) as u64;
+            let stage = if bytes.len() > STAGE / 16 { self.stage()? } else { None };
+            let Some(stage) = stage else {
+                // SAFETY: the caller's promise; the driver has read a pageable slice when the call returns.
+                unsafe { result::memcpy_htod_async(to, chunk, stream) }.map_err(failed)?;
+                continue;
+            };
+            // SAFETY: the stage is ours, and its last copy is waited for before it is written; it lives as long as `self`.
+            let copied = unsafe {
+                event::synchronize(stage.copied.0).and_then(|()| {
+                    let pinned = std::slice::from_raw_parts_mut(stage.buffer.address, chunk.len());
+                    let pieces = pinned.par_chunks_mut(1 << 20).zip(chunk.par_chunks(1 << 20));
+                    pieces.for_each(|(to, from)| to.copy_from_slice(from));
+                    result::memcpy_htod_async(to, pinned, stream)?;
+                    event::record(stage.copied.0, stream)
+                })
+            };
+            lock(&self.stages).get_or_insert_default().push_back(stage);
+            copied.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// What comes next on `later` waits for what was asked of `earlier` so far.
+    fn order(&self, earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
+        self.enter()?;
+        let reached = Self::new_event()?;
+        // SAFETY: both streams live as long as `self`; the driver keeps a destroyed event until it was reached.
+        unsafe {
+            let ordered = event::record(reached.0, earlier)
+                .and_then(|()| stream::wait_event(later, reached.0, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT));
+            let destroyed = event::destroy(reached.0);
+            ordered.and(destroyed).map_err(|error| failed("ordering two streams", error))
+        }
+    }
 }
 
 /// The kernels' machine code for `arch`, a file each.
@@ -310,14 +369,13 @@ impl Drop for Gpu {
         // SAFETY: everything was made by this struct and is not used again; failures at the end have no remedy.
         unsafe {
             let _ = stream::synchronize(self.stream);
+            let _ = stream::synchronize(self.copies);
             if let Some(blas) = self.blas.take() {
                 let _ = cublas::destroy_handle(blas.handle);
                 self.free(blas.workspace, WORKSPACE);
             }
-            if let Some(staging) = lock(&self.staging).take() {
-                for copied in staging.copied {
-                    let _ = event::destroy(copied.0);
-                }
+            for stage in lock(&self.stages).take().into_iter().flatten() {
+                let _ = event::destroy(stage.copied.0);
             }
             if let Some(mark) = lock(&self.last_mark).take() {
                 let _ = event::destroy(mark.0);
@@ -325,6 +383,7 @@ impl Drop for Gpu {
             for module in self.modules.drain(..) {
                 let _ = module::unload(module);
             }
+            let _ = stream::destroy(self.copies);
             let _ = stream::destroy(self.stream);
         }
     }
@@ -363,35 +422,21 @@ impl Device for Gpu {
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.enter()?;
-        let failed = |error| failed("copying to the GPU", error);
-        if bytes.len() <= STAGING / 16 {
-            // SAFETY: the caller's promise; the driver has read a pageable slice when the call returns.
-            return unsafe { result::memcpy_htod_async(address, bytes, self.stream) }.map_err(failed);
-        }
-        let mut staging = lock(&self.staging);
-        let staging = match &mut *staging {
-            Some(staging) => staging,
-            none => none.insert(Staging {
-                buffers: [Arc::new(PageLocked::new(STAGING)?), Arc::new(PageLocked::new(STAGING)?)],
-                copied: [Self::new_event()?, Self::new_event()?],
-                next: 0,
-            }),
-        };
-        for (index, chunk) in bytes.chunks(STAGING).enumerate() {
-            let (buffer, copied) = (&staging.buffers[staging.next], staging.copied[staging.next].0);
-            // SAFETY: the buffer is written only when its last copy is done, and lives as long as `self`.
-            unsafe {
-                event::synchronize(copied).map_err(failed)?;
-                let pinned = std::slice::from_raw_parts_mut(buffer.address, chunk.len());
-                let pieces = pinned.par_chunks_mut(1 << 20).zip(chunk.par_chunks(1 << 20));
-                pieces.for_each(|(to, from)| to.copy_from_slice(from));
-                result::memcpy_htod_async(address + (index * STAGING) as u64, pinned, self.stream).map_err(failed)?;
-                event::record(copied, self.stream).map_err(failed)?;
-            }
-            staging.next = 1 - staging.next;
-        }
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.upload_on(self.stream, address, bytes) }
+    }
+
+    fn begin_ahead(&self) -> Result<()> {
+        self.order(self.stream, self.copies)
+    }
+
+    fn end_ahead(&self) -> Result<()> {
+        self.order(self.copies, self.stream)
+    }
+
+    unsafe fn upload_ahead(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.upload_on(self.copies, address, bytes) }
     }
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {

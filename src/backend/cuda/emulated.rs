@@ -38,6 +38,8 @@ pub struct Emulated {
     matrices: Mutex<Vec<Box<[u64; 3]>>>,
     /// What was recorded so far, while recording.
     recording: Mutex<Option<Vec<Operation>>>,
+    /// Copies made ahead, which are done as late as they may be: address and bytes.
+    ahead: Mutex<Vec<(u64, Vec<u8>)>>,
     /// Bytes that may be allocated, and that are.
     total: u64,
     allocated: AtomicU64,
@@ -125,6 +127,7 @@ impl Emulated {
                 last_mark: Mutex::new(Instant::now()),
                 matrices: Mutex::default(),
                 recording: Mutex::default(),
+                ahead: Mutex::default(),
                 total: 1 << 40,
                 allocated: AtomicU64::new(0),
             })
@@ -255,6 +258,24 @@ impl Device for Emulated {
         self.not_recording()?;
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn begin_ahead(&self) -> Result<()> {
+        self.not_recording()
+    }
+
+    fn end_ahead(&self) -> Result<()> {
+        for (address, bytes) in std::mem::take(&mut *lock(&self.ahead)) {
+            // SAFETY: the promise of who asked for the copy.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+        }
+        Ok(())
+    }
+
+    unsafe fn upload_ahead(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.not_recording()?;
+        lock(&self.ahead).push((address, bytes.to_vec()));
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use super::calibration::{BLOCK, MANY, SIDE, WIDE};
 use super::device::rounded;
 use super::linear::{FEW, NARROW};
 use super::padded;
+use super::scan;
 use super::turn::OUTPUTS;
 use crate::backend::{AttentionShape, MambaShape, RouterShape, SSM_CHUNK, Side};
 use crate::format::Scheme;
@@ -83,11 +84,6 @@ pub fn turn(rows: usize, cols: usize, side: Side) -> u64 {
     buffer(8 * width * width) + 2 * buffer(8 * tile * cols)
 }
 
-/// Turning the inputs of weights `[rows, cols]` block by block, all blocks at once.
-pub fn turn_blocks(rows: usize, cols: usize, block: usize) -> u64 {
-    (cols / block) as u64 * turn(rows, block, Side::Inputs)
-}
-
 /// The scan of a mixer, `in_proj`'s output and what gates the scan's not counted: x | B | C, dt, states at the beginning of each chunk and
 /// of a cache, y, the gate of int8 internals.
 pub fn scan(shape: &MambaShape, tokens: usize) -> u64 {
@@ -95,7 +91,10 @@ pub fn scan(shape: &MambaShape, tokens: usize) -> u64 {
     let cache = tensor(shape.kernel, shape.conv_channels()) + tensor(1, state);
     let codes = buffer(tokens * shape.projected()) + tensor(tokens, shape.projected().div_ceil(shape.head_dim.min(shape.state)));
     let rows = tensor(tokens, shape.conv_channels()) + 2 * tensor(tokens, shape.heads) + 2 * tensor(tokens, shape.inner());
-    cache + codes + rows + tensor(tokens.div_ceil(SSM_CHUNK), state)
+    let chunks = tokens.div_ceil(SSM_CHUNK);
+    // Hopper's scan keeps states in registers, and instead what the heads of a group share.
+    let shared = if scan::serves(90, shape.state) { buffer(chunks * shape.groups * scan::SHARED_CHUNK) } else { 0 };
+    cache + codes + rows + tensor(chunks, state).max(shared)
 }
 
 /// Attention of `tokens` tokens; a cache of a text of `longest` tokens, which doubles when it is full, where that is more.

@@ -54,6 +54,8 @@ pub struct Cuda {
     recording: Arc<Mutex<Option<recording::Notes>>>,
     /// Static scales on the device, by their bits.
     scales: Arc<Mutex<HashMap<u32, Arc<Buffer>>>>,
+    /// Whether what is uploaded is uploaded ahead.
+    ahead: bool,
     /// An `int` that kernels set where codes hide a value that is not finite.
     fault: Arc<Mutex<Option<Arc<Buffer>>>>,
 }
@@ -79,6 +81,7 @@ impl Cuda {
             tables: Arc::default(),
             recording: Arc::default(),
             scales: Arc::default(),
+            ahead: false,
             fault: Arc::default(),
         }
     }
@@ -108,6 +111,11 @@ impl Cuda {
 
     /// `values` on the device. While recording they are kept, and copied each time the recording is launched.
     fn upload_values<T: Plain>(&self, values: &[T]) -> Result<Buffer> {
+        if self.ahead {
+            let buffer = self.memory.allocate_ahead(size_of_val(values))?;
+            buffer.upload_ahead(values)?;
+            return Ok(buffer);
+        }
         let buffer = self.buffer::<T>(values.len())?;
         if let Some(notes) = &mut *lock(&self.recording) {
             notes.pins.push(self.copy_pinned(&buffer, values)?);
@@ -385,6 +393,22 @@ impl Backend for Cuda {
         self.scatter(&into, x, tokens, weights)
     }
 
+    fn beside<T: Send>(&self, ahead: impl FnOnce(&Self) -> Result<T> + Send, now: impl FnOnce() -> Result<()>) -> Result<T> {
+        if !self.memory.begin_ahead()? {
+            now()?;
+            return ahead(self);
+        }
+        let uploading = Self { ahead: true, ..self.clone() };
+        let (mut made, mut done) = (None, Ok(()));
+        rayon::in_place_scope(|scope| {
+            scope.spawn(|_| made = Some(ahead(&uploading)));
+            done = now();
+        });
+        self.memory.end_ahead()?;
+        done?;
+        made.unwrap_or_else(|| Err(Error::run("what was to be made ahead was not")))
+    }
+
     fn record(&self, step: &mut dyn FnMut() -> Result<CudaTensor>) -> Result<Option<(CudaRecording, CudaTensor)>> {
         self.record_step(step)
     }
@@ -399,10 +423,10 @@ impl Backend for Cuda {
     }
 
     fn copy_seconds(&self, bytes: usize) -> Result<f64> {
+        const ROUND: usize = 10;
         let (from, to) = (self.buffer::<u8>(bytes)?, self.buffer::<u8>(bytes)?);
         from.zero()?;
         // Launched one by one: as part of a recording a copy is half as fast (measured on an H200). The first rounds find the clocks at rest.
-        const ROUND: usize = 10;
         let (begun, mut fastest) = (Instant::now(), f64::INFINITY);
         while fastest.is_infinite() || begun.elapsed() < Duration::from_millis(200) {
             self.device().mark()?;

@@ -24,11 +24,13 @@ impl<B: Backend> Pipeline<'_, B> {
     pub(super) fn quantize_block(&self, index: usize, streams: &mut Streams<B>) -> Result<BlockRecord> {
         let (spec, checkpoint, plan) = (&self.blocks[index], self.request.checkpoint, &self.request.plan);
         let mut laps = Laps::start();
+        let stored = streams.next.take().map_or_else(|| Block::load(self.backend, checkpoint, index), Ok)?;
         let Streams { reference, behind, sequences, .. } = streams;
         let keep = |batch, h| behind.put(self.backend, batch, h);
         // What donors were smoothed by is what they are put together with.
         let watched = if self.request.donors.is_some() { &[] } else { self.request.steps.transforms.as_slice() };
-        let seen = calibrate::float_pass(self.backend, checkpoint, spec, watched, (reference, sequences), keep)?;
+        let seen = calibrate::float_pass(self.backend, checkpoint, (spec, &stored), watched, (reference, sequences), keep)?;
+        drop(stored);
         let maxima = self.request.donors.map_or(Ok(seen), |donors| donors.maxima(spec))?;
         laps.end("float pass");
         let weights = self.transforms.block(self.backend, checkpoint, spec, &maxima)?;
@@ -75,13 +77,22 @@ impl<B: Backend> Pipeline<'_, B> {
         let quantized_block =
             Block::assemble(self.backend, &checkpoint.config, spec, &PartlyQuantized { float: source, linears: &linears, internals })?;
         let mut sums = (0.0, 0.0);
-        for (batch, sequences) in streams.sequences.iter().enumerate() {
-            self.monitor.check()?;
-            let h = streams.quantized.take(self.backend, batch)?;
-            let exact = transformed.mix(self.backend, &h, sequences, None, None)?;
-            let rounded = quantized_block.mix(self.backend, &h, sequences, None, None)?;
-            self.backend.add_difference(&exact, &rounded, &mut sums)?;
-            streams.quantized.put(self.backend, batch, self.backend.add(h, &rounded)?)?;
+        let (sequences, boundary) = (&streams.sequences, &mut streams.quantized);
+        let mut pass = || {
+            for (batch, sequences) in sequences.iter().enumerate() {
+                self.monitor.check()?;
+                let h = boundary.take(self.backend, batch)?;
+                let exact = transformed.mix(self.backend, &h, sequences, None, None)?;
+                let rounded = quantized_block.mix(self.backend, &h, sequences, None, None)?;
+                self.backend.add_difference(&exact, &rounded, &mut sums)?;
+                boundary.put(self.backend, batch, self.backend.add(h, &rounded)?)?;
+            }
+            Ok(())
+        };
+        if self.room.ahead && index + 1 < self.blocks.len() {
+            streams.next = Some(self.backend.beside(|backend| Block::load(backend, checkpoint, index + 1), pass)?);
+        } else {
+            pass()?;
         }
         std::mem::swap(&mut streams.reference, &mut streams.behind);
         laps.end("quantized pass");
