@@ -340,6 +340,19 @@ impl Gpu {
         Ok(())
     }
 
+    /// Takes what is copied to `stage` into `bytes`, and gives the stage back.
+    fn empty(&self, stage: Stage, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: the event was recorded behind the copy, and the stage holds as many bytes.
+        let copied = unsafe {
+            event::synchronize(stage.copied.0).map(|()| {
+                let pinned = std::slice::from_raw_parts(stage.buffer.address, bytes.len());
+                bytes.par_chunks_mut(1 << 20).zip(pinned.par_chunks(1 << 20)).for_each(|(to, from)| to.copy_from_slice(from));
+            })
+        };
+        lock(&self.stages).get_or_insert_default().push_back(stage);
+        copied.map_err(|error| failed("copying from the GPU", error))
+    }
+
     /// What comes next on `later` waits for what was asked of `earlier` so far.
     fn order(&self, earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
         self.enter()?;
@@ -441,10 +454,36 @@ impl Device for Gpu {
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: the caller's promise, and the copy is waited for.
-        unsafe {
-            result::memcpy_dtoh_async(bytes, address, self.stream).map_err(|error| failed("copying from the GPU", error))?;
+        let large = bytes.len() > STAGE / 16;
+        // One stage is emptied while the next is filled.
+        let mut filled: VecDeque<(Stage, &mut [u8])> = VecDeque::new();
+        for (index, chunk) in bytes.chunks_mut(STAGE).enumerate() {
+            let from = address + (index * STAGE) as u64;
+            match if large { self.stage()? } else { None } {
+                // SAFETY: the caller's promise, and the copy is waited for.
+                None => {
+                    unsafe { result::memcpy_dtoh_async(chunk, from, self.stream) }.map_err(|error| failed("copying from the GPU", error))?
+                }
+                Some(stage) => {
+                    // SAFETY: the stage is ours, and its last copy is waited for; it lives until this one was.
+                    let asked = unsafe {
+                        event::synchronize(stage.copied.0).and_then(|()| {
+                            let pinned = std::slice::from_raw_parts_mut(stage.buffer.address, chunk.len());
+                            result::memcpy_dtoh_async(pinned, from, self.stream)?;
+                            event::record(stage.copied.0, self.stream)
+                        })
+                    };
+                    filled.push_back((stage, chunk));
+                    asked.map_err(|error| failed("copying from the GPU", error))?;
+                    if filled.len() > 1
+                        && let Some((stage, chunk)) = filled.pop_front()
+                    {
+                        self.empty(stage, chunk)?;
+                    }
+                }
+            }
         }
+        filled.into_iter().try_for_each(|(stage, chunk)| self.empty(stage, chunk))?;
         self.synchronize()
     }
 
