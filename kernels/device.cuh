@@ -104,8 +104,7 @@ DEVICE uint4 load_once(const void* from) {
 // Brings the 128 bytes around `at` to the second-level cache.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Barrier `id`, 1 to 15, of `threads` threads, whole warps: some arrive, the others wait until all have.
-DEVICE void group_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Waits until so many threads, whole warps, have come to barrier `id`, 1 to 15.
 DEVICE void group_wait(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 #if __CUDA_ARCH__ >= 900

@@ -237,14 +237,10 @@ void warp_barrier() {
     leave();
 }
 
-void group_arrive(int id, int threads) {
-    Group& group = block->groups[id];
-    if (++group.arrived == threads) group.arrived = 0, ++group.generation;
-}
-
 void group_wait(int id, int threads) {
-    const int generation = block->groups[id].generation;
-    group_arrive(id, threads);
+    Group& group = block->groups[id];
+    const int generation = group.generation;
+    if (++group.arrived == threads) group.arrived = 0, ++group.generation;
     poll([=] { return block->groups[id].generation != generation; });
 }
 

@@ -87,7 +87,6 @@ extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 
 void block_barrier();
 void warp_barrier();
-void group_arrive(int id, int threads);
 void group_wait(int id, int threads);
 // Lets others run until `done()`.
 void poll_once();
@@ -162,7 +161,6 @@ inline void depend() {}
 
 inline void __syncthreads() { strata::block_barrier(); }
 inline void __syncwarp() { strata::warp_barrier(); }
-inline void group_arrive(int id, int threads) { strata::group_arrive(id, threads); }
 inline void group_wait(int id, int threads) { strata::group_wait(id, threads); }
 template <class T> T __ldg(const T* from) { return *from; }
 

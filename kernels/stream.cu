@@ -1,9 +1,9 @@
-// Linears for few tokens where there is a copy engine (sm_90 and later), bound by reading the weights once. A block is persistent: it
+// Integer linears for few tokens where there is a copy engine (sm_90 and later), bound by reading the weights once. A block is persistent: it
 // takes tile after tile of 16 outputs. Four warps, the producers, have the copy engine bring the tiles' rows, a piece of each at a time, into
 // a ring in shared memory. They do not wait for the launch in front, for weights are what no launch writes: while that launch still
 // works the rings of all multiprocessors fill, and the memory never rests. Eight warps multiply as in `linear_few.cu`; four add up what
-// they leave, in ascending order, and store it, while the next piece is multiplied. Results are those of `linear_few.cu`, integer ones
-// to the bit. This file is empty where there is no copy engine.
+// they leave, in ascending order, and store it, while the next piece is multiplied. Results are those of `linear_few.cu` to
+// the bit. This file is empty where there is no copy engine.
 #include "few.cuh"
 
 #ifdef BULK_COPIES
@@ -37,26 +37,16 @@ struct Stages {
     }
 };
 
-// Two slots for what warps hand over to those that add up: one is filled while the other is read. `left` counts the hand-overs still to
-// come: the last two slots are not asked for again.
+// Two slots for what warps hand over to those that add up: one is filled while the other is read. All meet once for every slot: then the
+// one is full, and whoever adds up has done with the other.
 struct Slots {
-    static constexpr int BOTH = 32 * (WARPS + ADDING), FULL = 1, EMPTY = 3;
-    int at, used, left;
+    int at = 0;
 
-    void wait_empty() const {
-        if (used >= 2) group_wait(EMPTY + at, BOTH);
-    }
-    void fill() {
+    void meet() const {
         __syncwarp();
-        group_arrive(FULL + at, BOTH);
-        ++used, at ^= 1;
+        group_wait(1, 32 * (WARPS + ADDING));
     }
-    void wait_full() const { group_wait(FULL + at, BOTH); }
-    void release() {
-        __syncwarp();
-        if (--left >= 2) group_arrive(EMPTY + at, BOTH);
-        at ^= 1;
-    }
+    void next() { at ^= 1; }
 };
 
 struct Rings {
@@ -66,7 +56,7 @@ struct Rings {
     Stages stages;
     Slots slots;
 
-    Rings(int count, int entries, int hand_overs) : entries(entries), slots{0, 0, hand_overs} {
+    Rings(int count, int entries) : entries(entries) {
         DYNAMIC_SHARED(u8, shared);
         pieces = shared;
         products = reinterpret_cast<float*>(shared + count * STAGE);
@@ -91,7 +81,6 @@ struct Tiles {
     int at, end, step, first;
 
     bool more() const { return at < end; }
-    int count() const { return more() ? divide_up(end - at, step) : 0; }
     void next() { at += step; }
     int row() const { return (at - first) * ROWS; }
 };
@@ -165,9 +154,9 @@ DEVICE void multiply_int8(Rings& rings, Tiles tiles, const i8* x, int count, int
             rings.stages.release();
             fetch(at + PIECE < width ? at + PIECE : 0);
         }
-        rings.slots.wait_empty();
         leave(reinterpret_cast<int*>(rings.slot()) + lane.warp * OUTPUTS, lane, count, sum[0], sum[1], sum[2], sum[3]);
-        rings.slots.fill();
+        rings.slots.meet();
+        rings.slots.next();
     }
 }
 
@@ -230,7 +219,6 @@ template <int PARTS> DEVICE void multiply_groups(Rings& rings, Tiles tiles, cons
                 }
             rings.stages.release();
             fetch(at + STEPS * STRIDE < width ? at + STEPS * STRIDE : 0);
-            rings.slots.wait_empty();
             float* products = rings.slot() + lane.warp * PARTS * OUTPUTS;
 #pragma unroll
             for (int i = 0; i < STEPS; ++i)
@@ -239,55 +227,9 @@ template <int PARTS> DEVICE void multiply_groups(Rings& rings, Tiles tiles, cons
                     const auto scaled = [&](int j) { return __fmul_rn(static_cast<float>(sums[i][part][j] >> 4), j < 2 ? upper_factors[i][part] : lower_factors[i][part]); };
                     leave(products + (i * WARPS * PARTS + part) * OUTPUTS, lane, count, scaled(0), scaled(1), scaled(2), scaled(3));
                 }
-            rings.slots.fill();
+            rings.slots.meet();
+            rings.slots.next();
         }
-    }
-}
-
-DEVICE void multiply_bf16(Rings& rings, Tiles tiles, const float* x, int x_stride, int first, int count, int cols) {
-    constexpr int STEPS = PIECE / 64 / WARPS, STRIDE = WARPS * 32;  // inputs from a warp's step to its next
-    const Lane lane;
-    const int width = ld(cols), own = lane.warp * 32 + lane.quad * 8;
-    const Inputs inputs(x, x_stride, first, count, cols, nullptr);
-    // Those of the first two tokens, ahead of the weights.
-    float4 held[STEPS][2];
-    const auto fetch_by = [&](int at, auto read) {
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) held[i][half] = read(at + i * STRIDE + own + half * 4);
-    };
-    const auto fetch = [&](int at) {
-        if (inputs.wide) fetch_by(at, [&](int from) { return inputs.read_wide(0, from); });
-        else fetch_by(at, [&](int from) { return inputs.read(0, from); });
-    };
-    fetch(0);
-    for (; tiles.more(); tiles.next()) {
-        float sums[SETS][4] = {};
-        for (int at = 0; at < width; at += STEPS * STRIDE) {
-            rings.stages.wait_full();
-            const u8* upper = rings.stage() + lane.line * PITCH + own * 2;
-#pragma unroll
-            for (int i = 0; i < STEPS; ++i) {
-                if (at + i * STRIDE + lane.warp * 32 >= width) break;
-                const uint4 a = load(upper + i * STRIDE * 2), b = load(upper + 8 * PITCH + i * STRIDE * 2);
-                const u32 above[4] = {a.x, a.y, a.z, a.w}, below[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-#pragma unroll
-                    for (int set = 0; set < SETS; ++set) {
-                        if (set * 2 >= count) continue;
-                        const float4 values = set == 0 ? held[i][half] : inputs.read(set, at + i * STRIDE + own + half * 4);
-                        const u32 b0 = split(values.x, values.y, inputs.part), b1 = split(values.z, values.w, inputs.part);
-                        mma_bf16(sums[set], above[2 * half], below[2 * half], above[2 * half + 1], below[2 * half + 1], b0, b1);
-                    }
-            }
-            rings.stages.release();
-            fetch(at + STEPS * STRIDE < width ? at + STEPS * STRIDE : 0);
-        }
-        rings.slots.wait_empty();
-        leave_sums(rings.slot() + lane.warp * OUTPUTS, sums);
-        rings.slots.fill();
     }
 }
 
@@ -295,7 +237,7 @@ DEVICE void multiply_bf16(Rings& rings, Tiles tiles, const float* x, int x_strid
 // and output. T: int or float.
 template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const float* w_scales, const float* x_scales, int first, int count, int rows, TAIL_PARAMETERS) {
     const int index = threadIdx.x - 32 * WARPS, token = index / ROWS;
-    const float x_scale = x_scales && token < count ? x_scales[first + token] : 1.0f;
+    const float x_scale = token < count ? x_scales[first + token] : 0.0f;
     for (; tiles.more(); tiles.next()) {
         const int row = tiles.row() + index % ROWS;
         const bool stores = token < count && row < rows;
@@ -303,7 +245,7 @@ template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const
         const Result to = result(stores, first + token, row, TAIL_ARGUMENTS);
         T total = 0;
         for (int left = counted; left > 0; left -= rings.entries) {
-            rings.slots.wait_full();
+            rings.slots.meet();
             const T* own = reinterpret_cast<const T*>(rings.slot()) + index;
             // Several are read before the first is added.
             constexpr int AHEAD = 8;
@@ -317,7 +259,7 @@ template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const
                 for (int j = 0; j < AHEAD; ++j) total = total + held[j];
             }
             for (; i < entries; ++i) total = total + own[i * OUTPUTS];
-            rings.slots.release();
+            rings.slots.next();
         }
         if (stores) finish(__fmul_rn(static_cast<float>(total), scale), to, TAIL_ARGUMENTS);
     }
@@ -361,7 +303,7 @@ DEVICE Tiles tiles_of_block(int first, int rows) {
 RESIDENT_KERNEL(THREADS, 1, stream_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, int stages, TAIL_PARAMETERS)) {
     launch_next();
     const Tiles tiles = tiles_of_block(0, rows);
-    Rings rings(stages, WARPS, tiles.count());
+    Rings rings(stages, WARPS);
     const int first = blockIdx.y * TOKENS;
     int8_tiles(rings, tiles, w, w_scales, x, x_scales, first, minimum(TOKENS, tokens - first), rows, cols, TAIL_ARGUMENTS);
 }
@@ -370,29 +312,13 @@ RESIDENT_KERNEL(THREADS, 1, stream_w8a8, (const i8* w, const float* w_scales, co
 RESIDENT_KERNEL(THREADS, 1, stream_w4a8, (const u8* w, const bf16* w_scales, int group, int rows, const i8* other_w, const float* other_scales, int other_rows, const i8* x, const float* x_scales, int tokens, int cols, int stages, TAIL_PARAMETERS)) {
     launch_next();
     const Tiles others = tiles_of_block(0, other_rows), tiles = tiles_of_block(divide_up(other_rows, ROWS), rows);
-    Rings rings(stages, WINDOW, others.count() + tiles.count() * divide_up(cols / group, WINDOW));
+    Rings rings(stages, WINDOW);
     const int first = blockIdx.y * TOKENS, count = minimum(TOKENS, tokens - first);
     if (other_rows > 0)
         int8_tiles(rings, others, other_w, other_scales, x, x_scales, first, count, other_rows, cols, bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
     if (group == 128) int4_tiles<1>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
     if (group == 64) int4_tiles<2>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
     if (group == 32) int4_tiles<4>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
-}
-
-RESIDENT_KERNEL(THREADS, 1, stream_bf16, (const bf16* w, const float* x, int x_stride, int tokens, int rows, int cols, int stages, TAIL_PARAMETERS)) {
-    launch_next();
-    const Tiles tiles = tiles_of_block(0, rows);
-    Rings rings(stages, WARPS, tiles.count());
-    const int warp = threadIdx.x / 32, first = blockIdx.y * TOKENS, count = minimum(TOKENS, tokens - first);
-    if (warp >= WARPS + ADDING) {
-        bring(rings, tiles, w, nullptr, 0, rows, 2 * ld(cols), PIECE);
-    } else if (warp < WARPS) {
-        wait_previous();
-        multiply_bf16(rings, tiles, x, x_stride, first, count, cols);
-    } else {
-        wait_previous();
-        add<float>(rings, tiles, WARPS, nullptr, nullptr, first, count, rows, TAIL_ARGUMENTS);
-    }
 }
 
 #endif

@@ -337,9 +337,6 @@ impl Cuda {
         }
         let begin = Arguments::default();
         let (kernel, arguments) = match &part.weights {
-            Weights::Bf16(weights) => {
-                ("stream_bf16", begin.with(weights).with(x.float()?.buffer()).with(linear.cols).with(x.tokens).with(part.rows))
-            }
             Weights::Int8 { codes, scales } if linear.int8_activations => {
                 let Codes { codes: x_codes, scales: x_scales } = x.int8()?;
                 ("stream_w8a8", begin.with(codes).with(scales).with(x_codes).with(x_scales).with(x.tokens).with(part.rows))
@@ -350,7 +347,7 @@ impl Cuda {
                 let arguments = begin.with(codes).with(scales).with(*group).with(part.rows).with(none).with(none).with(0_usize);
                 ("stream_w4a8", arguments.with(x_codes).with(x_scales).with(x.tokens))
             }
-            Weights::F32(_) | Weights::Int8 { .. } | Weights::Int4 { .. } => return Ok(false),
+            Weights::F32(_) | Weights::Bf16(_) | Weights::Int8 { .. } | Weights::Int4 { .. } => return Ok(false),
         };
         let int4 = matches!(part.weights, Weights::Int4 { .. });
         self.stream(kernel, int4, part.rows.div_ceil(FEW_OUTPUTS), x.tokens, arguments.with(linear.cols), place)?;

@@ -1,4 +1,4 @@
-//! Launches of `kernels/stream.cu`: linears for few tokens whose weights the copy engine brings.
+//! Launches of `kernels/stream.cu`: integer linears for few tokens whose weights the copy engine brings.
 
 /// Threads of a block: eight warps that multiply, four that add up, four that ask for copies.
 pub const THREADS: usize = 512;
@@ -24,7 +24,7 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// For int4 weights, or for others, on a GPU of this architecture.
+    /// For int4 or int8 weights on a GPU of this architecture.
     pub fn of(int4: bool, arch: u32) -> Self {
         // Two slots of products of each output: of 32 groups, or of 8 warps.
         let products = 2 * (if int4 { 32 } else { 8 }) * TOKENS * OUTPUTS * 4;

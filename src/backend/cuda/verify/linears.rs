@@ -55,7 +55,6 @@ fn few_kernel(suffix: &str) -> &'static str {
 /// The kernel that the copy engine feeds, in place of one that it does not.
 fn stream_kernel(few: &str) -> Option<&'static str> {
     match few {
-        "few_bf16" => Some("stream_bf16"),
         "few_w8a8" => Some("stream_w8a8"),
         "few_w4a8" => Some("stream_w4a8"),
         _ => None,
