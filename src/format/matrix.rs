@@ -1,6 +1,8 @@
 //! Quantized matrices as canonical codes and scales, and round-to-nearest quantization of a row.
 
 use half::bf16;
+use multiversion::multiversion;
+use rayon::prelude::*;
 
 use super::Scheme;
 
@@ -51,19 +53,32 @@ impl QuantizedMatrix {
 pub fn round_to_nearest(weights: &[f32], rows: usize, cols: usize, scheme: Scheme) -> QuantizedMatrix {
     debug_assert_eq!(weights.len(), rows * cols);
     let group = scheme.group(cols);
-    let max_code = f32::from(scheme.max_code());
-    let min_code = f32::from(scheme.min_code());
-    let mut codes = Vec::with_capacity(weights.len());
-    let mut scales = Vec::with_capacity(weights.len() / group);
-    for chunk in weights.chunks_exact(group) {
-        let absmax = chunk.iter().fold(0.0_f32, |max, w| max.max(w.abs()));
-        let exact = absmax / max_code;
-        let scale = if matches!(scheme, Scheme::Int8) { exact } else { bf16::from_f32(exact).to_f32() };
-        scales.push(scale);
-        // A scale of zero (an all-zero or denormal group) leaves every code at zero.
-        codes.extend(chunk.iter().map(|w| if scale > 0.0 { (w / scale).round_ties_even().clamp(min_code, max_code) as i8 } else { 0 }));
-    }
+    let (mut codes, mut scales) = (vec![0; weights.len()], vec![0.0; weights.len() / group]);
+    let tiles = codes.par_chunks_mut(GROUPS * group).zip(scales.par_chunks_mut(GROUPS)).zip(weights.par_chunks(GROUPS * group));
+    tiles.for_each(|((codes, scales), weights)| {
+        for ((codes, scale), weights) in codes.chunks_exact_mut(group).zip(scales).zip(weights.chunks_exact(group)) {
+            *scale = round_group(weights, scheme, codes);
+        }
+    });
     QuantizedMatrix { scheme, rows, cols, codes, scales }
+}
+
+/// Groups that one task rounds.
+const GROUPS: usize = 256;
+
+/// The codes of one group; returns its scale.
+#[multiversion(targets("x86_64+avx512f+avx512bw", "x86_64+avx2"))]
+fn round_group(weights: &[f32], scheme: Scheme, codes: &mut [i8]) -> f32 {
+    let (min_code, max_code) = (f32::from(scheme.min_code()), f32::from(scheme.max_code()));
+    let exact = weights.iter().fold(0.0_f32, |max, w| max.max(w.abs())) / max_code;
+    let scale = if matches!(scheme, Scheme::Int8) { exact } else { bf16::from_f32(exact).to_f32() };
+    // A scale of zero (an all-zero or denormal group) leaves every code at zero.
+    if scale > 0.0 {
+        for (code, w) in codes.iter_mut().zip(weights) {
+            *code = (w / scale).round_ties_even().clamp(min_code, max_code) as i8;
+        }
+    }
+    scale
 }
 
 /// The weights of one linear as a backend takes them: parts stacked along the output.

@@ -7,9 +7,9 @@
 
 use faer::linalg::solvers::Llt;
 use faer::{Mat, Side};
-use half::bf16;
 use rayon::prelude::*;
 
+use super::clip::{code_range, search_scale};
 use crate::format::{QuantizedMatrix, Scheme};
 
 /// Damping as a share of the Hessian's mean diagonal: the first try, and how far it is raised.
@@ -19,8 +19,6 @@ const DAMPING_LIMIT: f64 = 10.0;
 const ROWS: usize = 32;
 /// Times that all codes of a row are gone through again.
 pub const SWEEPS: usize = 4;
-/// Clipping ratios that are tried, as shares of the absolute maximum.
-const CLIP_STEPS: usize = 26;
 
 /// What became of a Hessian.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -187,38 +185,6 @@ fn descend(row: &[f32], codes: &mut [i8], scales: &[f32], scheme: Scheme, hessia
             break;
         }
     }
-}
-
-fn code_range(scheme: Scheme) -> (f32, f32) {
-    (f32::from(scheme.min_code()), f32::from(scheme.max_code()))
-}
-
-/// The scale (rounded to its stored type) that loses least under the weights `importance`, over clipping ratios from
-/// 0.5 to 1; below 8 bits also with the extreme mapped to the smallest code.
-pub fn search_scale(values: &[f32], importance: &[f64], scheme: Scheme) -> f32 {
-    let absmax = values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
-    let (low, high) = code_range(scheme);
-    let stored = |scale: f32| if matches!(scheme, Scheme::Int8) { scale } else { bf16::from_f32(scale).to_f32() };
-    let loss = |scale: f32| -> f64 {
-        if scale <= 0.0 {
-            return f64::INFINITY;
-        }
-        let error = |value: f32| f64::from(value - (value / scale).round_ties_even().clamp(low, high) * scale);
-        values.iter().zip(importance).map(|(value, importance)| (importance + f64::MIN_POSITIVE) * error(*value).powi(2)).sum()
-    };
-    let mut best = (stored(absmax / high), f64::INFINITY);
-    let divisors: &[f32] = if high == -low { &[high] } else { &[high, -low] };
-    for divisor in divisors {
-        for step in 0..CLIP_STEPS {
-            let ratio = 1.0 - 0.5 * step as f32 / (CLIP_STEPS - 1) as f32;
-            let scale = stored(absmax * ratio / divisor);
-            let found = loss(scale);
-            if found < best.1 {
-                best = (scale, found);
-            }
-        }
-    }
-    best.0
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 mod asymmetric;
 mod boundary;
 mod calibrate;
+mod clip;
 mod cluster;
 mod device_need;
 pub mod donors;
