@@ -82,10 +82,16 @@ KERNEL(256, divergence, (const float* reference, const float* logits, int cols, 
     const float* p = reference + static_cast<i64>(blockIdx.x) * cols;
     const float* q = logits + static_cast<i64>(blockIdx.x) * cols;
     const Top p_top = largest(p, cols), q_top = largest(q, cols);
-    const double p_sum = log_sum(p, cols, p_top.value), q_sum = log_sum(q, cols, q_top.value);
+    // All of it in f64: what f32 sums leave of log Σ, some 1e-7, is as much as two models may differ by.
+    const auto log_sum_exactly = [&](const float* row, double max) {
+        double total = 0.0;
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) total += exp(row[c] - max);
+        return log(block_sum(total));
+    };
+    const double p_max = p_top.value, q_max = q_top.value, p_sum = log_sum_exactly(p, p_max), q_sum = log_sum_exactly(q, q_max);
     double total = 0.0;
     for (int c = threadIdx.x; c < cols; c += blockDim.x) {
-        const double log_p = static_cast<double>(p[c] - p_top.value) - p_sum, log_q = static_cast<double>(q[c] - q_top.value) - q_sum;
+        const double log_p = p[c] - p_max - p_sum, log_q = q[c] - q_max - q_sum;
         total += exp(log_p) * (log_p - log_q);
     }
     total = block_sum(total);

@@ -1,5 +1,7 @@
 //! The real device: one GPU through NVIDIA's driver, one stream and another for copies made ahead, kernels compiled for it by NVRTC.
 
+mod staging;
+
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,6 +11,7 @@ use cudarc::driver::result::{self, DriverError, event, graph, module, stream};
 use cudarc::driver::sys;
 use rayon::prelude::*;
 
+use self::staging::{PageLocked, Stage};
 use super::device::{Device, Element, Gemm, Grid, Pinned, Recording, TensorMap};
 use super::libraries::{DRIVER_MINIMUM, Found, HOW_TO_GET, Libraries, show};
 use super::nvrtc::{self, Nvrtc};
@@ -23,10 +26,6 @@ const SHARED_DEFAULT: u32 = 48 << 10;
 
 /// Workspace of cuBLAS: what NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
-
-/// Page-locked buffers that large uploads go through, some filled while others are copied, and bytes of each.
-const STAGES: usize = 4;
-const STAGE: usize = 16 << 20;
 
 /// One GPU.
 pub struct Gpu {
@@ -66,51 +65,6 @@ struct Blas {
 unsafe impl Send for Gpu {}
 // SAFETY: as above; what changes is behind mutexes.
 unsafe impl Sync for Gpu {}
-
-/// A page-locked buffer with the event that tells when it was copied. Whoever fills one has taken it out of the queue, so that no
-/// lock is held meanwhile.
-struct Stage {
-    buffer: PageLocked,
-    copied: Event,
-}
-
-/// Page-locked host memory.
-struct PageLocked {
-    address: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: plain memory; writes are ordered by who owns it.
-unsafe impl Send for PageLocked {}
-// SAFETY: as above.
-unsafe impl Sync for PageLocked {}
-
-impl PageLocked {
-    fn new(bytes: usize) -> Result<Self> {
-        // SAFETY: a context is current.
-        let address = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| failed("allocating page-locked memory", error))?;
-        Ok(Self { address: address.cast(), bytes })
-    }
-}
-
-impl Drop for PageLocked {
-    fn drop(&mut self) {
-        // SAFETY: allocated by `new`; the driver waits for copies that use it.
-        let _ = unsafe { result::free_host(self.address.cast()) };
-    }
-}
-
-impl Pinned for PageLocked {
-    fn write(&self, bytes: &[u8]) {
-        let count = bytes.len().min(self.bytes);
-        // SAFETY: the count lies inside; copies under way have been waited for, as `Pinned` asks.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address, count) };
-    }
-
-    fn address(&self) -> *const u8 {
-        self.address
-    }
-}
 
 fn failed(doing: &str, error: DriverError) -> Error {
     let text = error.error_string().ok().map(|text| text.to_string_lossy().into_owned());
@@ -299,60 +253,6 @@ impl Gpu {
         event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Event).map_err(|error| failed("creating an event", error))
     }
 
-    /// A stage that nobody fills; `None` where all are being filled.
-    fn stage(&self) -> Result<Option<Stage>> {
-        let mut stages = lock(&self.stages);
-        if stages.is_none() {
-            let stage = || Ok(Stage { buffer: PageLocked::new(STAGE)?, copied: Self::new_event()? });
-            *stages = Some((0..STAGES).map(|_| stage()).collect::<Result<_>>()?);
-        }
-        Ok(stages.as_mut().and_then(VecDeque::pop_front))
-    }
-
-    /// Copies `bytes` to `address` on `stream`; they may change when it returns.
-    ///
-    /// # Safety
-    /// As for [`Device::upload`].
-    unsafe fn upload_on(&self, stream: sys::CUstream, address: u64, bytes: &[u8]) -> Result<()> {
-        self.enter()?;
-        let failed = |error| failed("copying to the GPU", error);
-        for (index, chunk) in bytes.chunks(STAGE).enumerate() {
-            let to = address + (index * STAGE) as u64;
-            let stage = if bytes.len() > STAGE / 16 { self.stage()? } else { None };
-            let Some(stage) = stage else {
-                // SAFETY: the caller's promise; the driver has read a pageable slice when the call returns.
-                unsafe { result::memcpy_htod_async(to, chunk, stream) }.map_err(failed)?;
-                continue;
-            };
-            // SAFETY: the stage is ours, and its last copy is waited for before it is written; it lives as long as `self`.
-            let copied = unsafe {
-                event::synchronize(stage.copied.0).and_then(|()| {
-                    let pinned = std::slice::from_raw_parts_mut(stage.buffer.address, chunk.len());
-                    let pieces = pinned.par_chunks_mut(1 << 20).zip(chunk.par_chunks(1 << 20));
-                    pieces.for_each(|(to, from)| to.copy_from_slice(from));
-                    result::memcpy_htod_async(to, pinned, stream)?;
-                    event::record(stage.copied.0, stream)
-                })
-            };
-            lock(&self.stages).get_or_insert_default().push_back(stage);
-            copied.map_err(failed)?;
-        }
-        Ok(())
-    }
-
-    /// Takes what is copied to `stage` into `bytes`, and gives the stage back.
-    fn empty(&self, stage: Stage, bytes: &mut [u8]) -> Result<()> {
-        // SAFETY: the event was recorded behind the copy, and the stage holds as many bytes.
-        let copied = unsafe {
-            event::synchronize(stage.copied.0).map(|()| {
-                let pinned = std::slice::from_raw_parts(stage.buffer.address, bytes.len());
-                bytes.par_chunks_mut(1 << 20).zip(pinned.par_chunks(1 << 20)).for_each(|(to, from)| to.copy_from_slice(from));
-            })
-        };
-        lock(&self.stages).get_or_insert_default().push_back(stage);
-        copied.map_err(|error| failed("copying from the GPU", error))
-    }
-
     /// What comes next on `later` waits for what was asked of `earlier` so far.
     fn order(&self, earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
         self.enter()?;
@@ -454,37 +354,8 @@ impl Device for Gpu {
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.enter()?;
-        let large = bytes.len() > STAGE / 16;
-        // One stage is emptied while the next is filled.
-        let mut filled: VecDeque<(Stage, &mut [u8])> = VecDeque::new();
-        for (index, chunk) in bytes.chunks_mut(STAGE).enumerate() {
-            let from = address + (index * STAGE) as u64;
-            match if large { self.stage()? } else { None } {
-                // SAFETY: the caller's promise, and the copy is waited for.
-                None => {
-                    unsafe { result::memcpy_dtoh_async(chunk, from, self.stream) }.map_err(|error| failed("copying from the GPU", error))?
-                }
-                Some(stage) => {
-                    // SAFETY: the stage is ours, and its last copy is waited for; it lives until this one was.
-                    let asked = unsafe {
-                        event::synchronize(stage.copied.0).and_then(|()| {
-                            let pinned = std::slice::from_raw_parts_mut(stage.buffer.address, chunk.len());
-                            result::memcpy_dtoh_async(pinned, from, self.stream)?;
-                            event::record(stage.copied.0, self.stream)
-                        })
-                    };
-                    filled.push_back((stage, chunk));
-                    asked.map_err(|error| failed("copying from the GPU", error))?;
-                    if filled.len() > 1
-                        && let Some((stage, chunk)) = filled.pop_front()
-                    {
-                        self.empty(stage, chunk)?;
-                    }
-                }
-            }
-        }
-        filled.into_iter().try_for_each(|(stage, chunk)| self.empty(stage, chunk))?;
-        self.synchronize()
+        // SAFETY: the caller's promise.
+        unsafe { self.download_in_stages(address, bytes) }
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {

@@ -89,7 +89,9 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
             .into_iter()
             .chain(int4.flat_map(|weights| [(weights, true), (weights, false)]))
     };
+    // The last two go round the rings of `stream.cu`, by tiles and by pieces of one.
     let mut few = vec![(1, 16, 64), (1, 37, 320), (3, 50, 192), (8, 33, 1152), (11, 20, 100), (2, 17, 37), (1, 19, 4480), (5, 18, 4224)];
+    few.extend([(2, 450, 192), (1, 18, 26880)]);
     let mut many = vec![(17, 40, 64), (130, 150, 192), (128, 128, 320), (33, 129, 100), (65, 30, 1152)];
     if extent == Extent::Published {
         few.extend([
