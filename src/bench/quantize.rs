@@ -151,6 +151,9 @@ fn shortened(shape: &str, blocks: Option<usize>) -> Result<Value> {
     let text = text.ok_or_else(|| Error::input("quantizing is timed for published shapes only").hint("give --shape nemotron-h-8b"))?;
     let mut config: Value = serde_json::from_str(text).map_err(|error| Error::run(format!("the shape {shape} is not read: {error}")))?;
     let Some(blocks) = blocks else { return Ok(config) };
+    if blocks == 0 {
+        return Err(Error::input("--blocks takes at least one block"));
+    }
     // Configurations list their blocks in one of two ways, or in both.
     if let Some(pattern) = config["hybrid_override_pattern"].as_str() {
         config["hybrid_override_pattern"] = pattern.chars().take(blocks).collect::<String>().into();
