@@ -1,7 +1,7 @@
 // Norms and relu², and the forms in which they hand a row on: floats, int8 codes with a scale, either after a block-Hadamard
 // transform. One block a token; the row stays in shared memory, so that it is read and written once. With one token a single
 // block works, so what counts is how much it has under way: rows are read six vectors a thread at a time.
-#include "device.cuh"
+#include "rows.cuh"
 
 #define EMIT_PARAMETERS float *out, i8 *codes, float *scales, const float *static_scale, int hadamard
 #define EMIT_ARGUMENTS out, codes, scales, static_scale, hadamard
@@ -33,8 +33,6 @@ DEVICE int block_max(int x, int* partial) {
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) largest = maximum(largest, partial[warp]);
     return largest;
 }
-
-DEVICE bool aligned(const void* a) { return reinterpret_cast<u64>(a) % 16 == 0; }
 
 // Calls `use(c, value)` for every c below `cols` that is this thread's, with the value at from[c]. A warp's values of one vector
 // lie together: `from` is read in order.
@@ -151,17 +149,6 @@ DEVICE void transform(float* row, int cols, int size) {
         else if (left == 2) stages<2>(row, cols, shift, scale, true), shift += 2;
         else stages<1>(row, cols, shift, scale, true), shift += 1;
     }
-}
-
-// Bits of |x|, which compare like the magnitudes themselves, NaN above all.
-DEVICE int magnitude(float x) { return static_cast<int>(float_bits(x) & 0x7fffffff); }
-
-// round-half-even(x / scale) within ±127. The product with the reciprocal is within 2^-15 of the quotient: only where it lies near
-// the middle between two codes, or is no number, is the division made.
-DEVICE u32 code_of(float x, float scale, float reciprocal) {
-    float ratio = __fmul_rn(x, reciprocal);
-    if (!(fabsf(__fsub_rn(ratio, __fsub_rn(__fadd_rn(ratio, 12582912.0f), 12582912.0f))) < 0.4999f)) ratio = __fdiv_rn(x, scale);
-    return static_cast<u32>(round_even(fminf(fmaxf(ratio, -127.0f), 127.0f))) & 0xff;
 }
 
 // Hands on the block's row, which all threads have written, `largest` being the largest magnitude among what the thread wrote:

@@ -3,8 +3,10 @@
 // a ring in shared memory. They do not wait for the launch in front, for weights are what no launch writes: while that launch still
 // works the rings of all multiprocessors fill, and the memory never rests. Eight warps multiply as in `linear_few.cu`; four add up what
 // they leave, in ascending order, and store it, while the next piece is multiplied. Results are those of `linear_few.cu` to
-// the bit. This file is empty where there is no copy engine.
+// the bit. Of one token the norm or relu² in front is computed here, too, and bf16 weights are multiplied without tensor cores: sixteen warps
+// have a row of a tile each. This file is empty where there is no copy engine.
 #include "few.cuh"
+#include "front.cuh"
 
 #ifdef BULK_COPIES
 
@@ -17,7 +19,10 @@ constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the n
 constexpr int STAGE = ROWS * (PITCH + SCALES);
 constexpr int ADDING = OUTPUTS / 32;
 constexpr int BRINGING = 4;  // a warp asks for copies one by one, some hundred cycles each
-constexpr int THREADS = 32 * (WARPS + ADDING + BRINGING);
+constexpr int WORKING = 32 * (WARPS + ADDING);  // threads that do not bring
+constexpr int THREADS = WORKING + 32 * BRINGING;
+constexpr int FLOAT_WORKING = 32 * ROWS;  // the same where weights are bf16
+constexpr int FLOAT_STAGE = ROWS * PITCH;
 
 // Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.
 struct Stages {
@@ -44,35 +49,39 @@ struct Slots {
 
     void meet() const {
         __syncwarp();
-        group_wait(1, 32 * (WARPS + ADDING));
+        group_wait(1, WORKING);
     }
     void next() { at ^= 1; }
 };
 
 struct Rings {
     u8* pieces;
+    int size;         // of a stage
     float* products;  // of each output, `entries` in a slot
     int entries;
+    u8* front;  // what the front leaves
     Stages stages;
     Slots slots;
 
-    Rings(int count, int entries) : entries(entries) {
+    // `count` stages of `size` bytes, each of which `readers` warps read.
+    Rings(int count, int size, int readers, int entries) : size(size), entries(entries) {
         DYNAMIC_SHARED(u8, shared);
         pieces = shared;
-        products = reinterpret_cast<float*>(shared + count * STAGE);
+        products = reinterpret_cast<float*>(shared + count * size);
         u64* barriers = reinterpret_cast<u64*>(products + 2 * entries * OUTPUTS);
         stages = {barriers, barriers + count, count, 0, 0};
+        front = reinterpret_cast<u8*>(barriers + 2 * count);
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; ++i) {
                 barrier_start(stages.full + i, 2 * ROWS);  // for a row's weights and for its scales
-                barrier_start(stages.empty + i, WARPS);
+                barrier_start(stages.empty + i, readers);
             }
             barriers_ready();
         }
         __syncthreads();
     }
 
-    u8* stage() const { return pieces + stages.at * STAGE; }
+    u8* stage() const { return pieces + stages.at * size; }
     float* slot() const { return products + slots.at * entries * OUTPUTS; }
 };
 
@@ -88,10 +97,11 @@ struct Tiles {
 // Where a row's scales lie in a stage. They came from the 16 bytes in which the first of them is.
 DEVICE const bf16* scales_of(const u8* stage, int row, i64 first) { return reinterpret_cast<const bf16*>(stage + ROWS * PITCH + row * SCALES) + first % 8; }
 
-// Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row.
+// Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row. By the last
+// BRINGING warps of the block.
 DEVICE void bring(Rings& rings, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
     // A warp has four rows, a lane one's weights or scales.
-    const int lane = threadIdx.x % 32, line = (threadIdx.x / 32 - WARPS - ADDING) * (ROWS / BRINGING) + lane % (ROWS / BRINGING), part = lane / (ROWS / BRINGING);
+    const int lane = threadIdx.x % 32, warp = (threadIdx.x - (blockDim.x - 32 * BRINGING)) / 32, line = warp * (ROWS / BRINGING) + lane % (ROWS / BRINGING), part = lane / (ROWS / BRINGING);
     for (; tiles.more(); tiles.next()) {
         const int count = minimum(ROWS, rows - tiles.row()), row = tiles.row() + minimum(line, count - 1);
         const u8* weights = static_cast<const u8*>(w) + static_cast<i64>(row) * row_bytes;
@@ -270,10 +280,8 @@ DEVICE void int8_tiles(Rings& rings, const Tiles& tiles, const i8* w, const floa
     if (warp >= WARPS + ADDING) {
         bring(rings, tiles, w, nullptr, 0, rows, width, PIECE);
     } else if (warp < WARPS) {
-        wait_previous();
         multiply_int8(rings, tiles, x + static_cast<i64>(first) * width, count, width);
     } else {
-        wait_previous();
         add<int>(rings, tiles, WARPS, w_scales, x_scales, first, count, rows, TAIL_ARGUMENTS);
     }
 }
@@ -284,10 +292,8 @@ DEVICE void int4_tiles(Rings& rings, const Tiles& tiles, const u8* w, const bf16
     if (warp >= WARPS + ADDING) {
         bring(rings, tiles, w, w_scales, cols / (128 / PARTS), rows, width / 2, PIECE / PARTS);
     } else if (warp < WARPS) {
-        wait_previous();
         multiply_groups<PARTS>(rings, tiles, x + static_cast<i64>(first) * width, count, rows, cols);
     } else {
-        wait_previous();
         add<float>(rings, tiles, cols / (128 / PARTS), nullptr, x_scales, first, count, rows, TAIL_ARGUMENTS);
     }
 }
@@ -298,27 +304,87 @@ DEVICE Tiles tiles_of_block(int first, int rows) {
     return {own + (first - own + step - 1) / step * step, first + divide_up(rows, ROWS), step, first};
 }
 
+// What the products of int8 activations read: codes and scales as they were handed over, or those that the front makes.
+struct Inputs {
+    const i8* codes;
+    const float* scales;
+};
+
+DEVICE Inputs inputs_of_block(const Rings& rings, const i8* x, const float* x_scales, int cols, FRONT_PARAMETERS) {
+    if (threadIdx.x >= WORKING) return {x, x_scales};
+    if (row) {
+        front_codes<WORKING>(rings.front, cols, FRONT_ARGUMENTS);
+        return {reinterpret_cast<const i8*>(rings.front + SCRATCH), Scratch(rings.front).scale};
+    }
+    wait_previous();
+    return {x, x_scales};
+}
+
+// A row of a tile is a warp's, eight inputs a lane at a time.
+DEVICE void multiply_bf16(Rings& rings, Tiles tiles, const float* x, int rows, int width, TAIL_PARAMETERS) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (; tiles.more(); tiles.next()) {
+        const int row = tiles.row() + warp;
+        const bool stores = lane == 0 && row < rows;
+        const Result to = result(stores, 0, row, TAIL_ARGUMENTS);
+        float even = 0.0f, odd = 0.0f;
+        for (int at = 0; at < width; at += PIECE / 2) {
+            rings.stages.wait_full();
+            const u8* weights = rings.stage() + warp * PITCH + lane * 16;
+#pragma unroll
+            for (int i = 0; i < PIECE / 512; ++i) {
+                const int first = at + i * 256;
+                if (first + lane * 8 >= width) break;
+                const uint4 w = load(weights + i * 512);
+                const float4 low = *reinterpret_cast<const float4*>(x + first + lane * 4), high = *reinterpret_cast<const float4*>(x + first + 128 + lane * 4);
+                even = fmaf(bits_float(w.x << 16), low.x, even), odd = fmaf(bits_float(w.x & 0xffff0000u), low.y, odd);
+                even = fmaf(bits_float(w.y << 16), low.z, even), odd = fmaf(bits_float(w.y & 0xffff0000u), low.w, odd);
+                even = fmaf(bits_float(w.z << 16), high.x, even), odd = fmaf(bits_float(w.z & 0xffff0000u), high.y, odd);
+                even = fmaf(bits_float(w.w << 16), high.z, even), odd = fmaf(bits_float(w.w & 0xffff0000u), high.w, odd);
+            }
+            rings.stages.release();
+        }
+        const float sum = warp_sum(even + odd);
+        if (stores) finish(sum, to, TAIL_ARGUMENTS);
+    }
+}
+
 }  // namespace
 
-RESIDENT_KERNEL(THREADS, 1, stream_w8a8, (const i8* w, const float* w_scales, const i8* x, const float* x_scales, int tokens, int rows, int cols, int stages, TAIL_PARAMETERS)) {
+RESIDENT_KERNEL(THREADS, 1, stream_w8a8, (const i8* w, const float* w_scales, int rows, const i8* x, const float* x_scales, int tokens, int cols, int stages, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     const Tiles tiles = tiles_of_block(0, rows);
-    Rings rings(stages, WARPS);
+    Rings rings(stages, STAGE, WARPS, WARPS);
+    const Inputs inputs = inputs_of_block(rings, x, x_scales, cols, FRONT_ARGUMENTS);
     const int first = blockIdx.y * TOKENS;
-    int8_tiles(rings, tiles, w, w_scales, x, x_scales, first, minimum(TOKENS, tokens - first), rows, cols, TAIL_ARGUMENTS);
+    int8_tiles(rings, tiles, w, w_scales, inputs.codes, inputs.scales, first, minimum(TOKENS, tokens - first), rows, cols, TAIL_ARGUMENTS);
 }
 
 // A linear of two parts, `rows` int4 rows in front of `other_rows` int8 rows, of which there may be none: int8 tiles are the first.
-RESIDENT_KERNEL(THREADS, 1, stream_w4a8, (const u8* w, const bf16* w_scales, int group, int rows, const i8* other_w, const float* other_scales, int other_rows, const i8* x, const float* x_scales, int tokens, int cols, int stages, TAIL_PARAMETERS)) {
+RESIDENT_KERNEL(THREADS, 1, stream_w4a8, (const u8* w, const bf16* w_scales, int group_size, int rows, const i8* other_w, const float* other_scales, int other_rows, const i8* x, const float* x_scales, int tokens, int cols, int stages, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     const Tiles others = tiles_of_block(0, other_rows), tiles = tiles_of_block(divide_up(other_rows, ROWS), rows);
-    Rings rings(stages, WINDOW);
+    Rings rings(stages, STAGE, WARPS, WINDOW);
+    const Inputs inputs = inputs_of_block(rings, x, x_scales, cols, FRONT_ARGUMENTS);
     const int first = blockIdx.y * TOKENS, count = minimum(TOKENS, tokens - first);
     if (other_rows > 0)
-        int8_tiles(rings, others, other_w, other_scales, x, x_scales, first, count, other_rows, cols, bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
-    if (group == 128) int4_tiles<1>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
-    if (group == 64) int4_tiles<2>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
-    if (group == 32) int4_tiles<4>(rings, tiles, w, w_scales, x, x_scales, first, count, rows, cols, TAIL_ARGUMENTS);
+        int8_tiles(rings, others, other_w, other_scales, inputs.codes, inputs.scales, first, count, other_rows, cols, bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
+    if (group_size == 128) int4_tiles<1>(rings, tiles, w, w_scales, inputs.codes, inputs.scales, first, count, rows, cols, TAIL_ARGUMENTS);
+    if (group_size == 64) int4_tiles<2>(rings, tiles, w, w_scales, inputs.codes, inputs.scales, first, count, rows, cols, TAIL_ARGUMENTS);
+    if (group_size == 32) int4_tiles<4>(rings, tiles, w, w_scales, inputs.codes, inputs.scales, first, count, rows, cols, TAIL_ARGUMENTS);
+}
+
+// bf16 weights, one token of floats: always with a front, which copies the row if it does nothing else.
+RESIDENT_KERNEL(FLOAT_WORKING + 32 * BRINGING, 1, stream_bf16, (const bf16* w, int rows, int cols, int stages, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
+    launch_next();
+    const Tiles tiles = tiles_of_block(0, rows);
+    Rings rings(stages, FLOAT_STAGE, ROWS, 0);
+    if (threadIdx.x >= FLOAT_WORKING) {
+        bring(rings, tiles, w, nullptr, 0, rows, 2 * ld(cols), PIECE);
+        return;
+    }
+    front_floats<FLOAT_WORKING>(rings.front, cols, FRONT_ARGUMENTS);
+    multiply_bf16(rings, tiles, reinterpret_cast<const float*>(rings.front + SCRATCH), rows, ld(cols), TAIL_ARGUMENTS);
 }
 
 #endif

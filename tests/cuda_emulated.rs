@@ -5,12 +5,14 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::largest_difference;
 use faer::{Mat, MatMut};
 use half::bf16;
 use rayon::prelude::*;
 use strata::backend::cpu::Cpu;
+use strata::backend::cuda::emulated::Emulated;
 use strata::backend::cuda::libraries::Libraries;
 use strata::backend::cuda::nvrtc::Nvrtc;
 use strata::backend::cuda::{Cuda, sources};
@@ -115,6 +117,24 @@ fn shipped_phases_and_rounded_caches_give_the_cpus_logits() {
     for (index, recipe) in recipes.iter().enumerate() {
         let variant = variant(&demo, recipe, &folder.path().join(format!("variant-{index}")));
         common::compare_from_caches(&cuda, &variant, &[vec![67, 3], vec![1, 5]], CACHED_TOLERANCE, recipe);
+    }
+}
+
+/// Steps of a single sequence on a data-centre GPU: linears compute the norms and squares in front of them themselves.
+#[test]
+fn fronts_inside_linears_give_the_cpus_logits() {
+    if emulated().is_none() {
+        return;
+    }
+    let cuda = Cuda::on(Arc::new(Emulated::new().unwrap().with_arch(90)));
+    let demo = checkpoint::open(checkpoint::DEMO).unwrap();
+    // Of longer prompts bf16 products round the activations.
+    let prompts = [vec![3], vec![1]];
+    common::compare_from_caches(&cuda, &demo, &prompts, FLOAT_TOLERANCE, "bf16");
+    let folder = tempfile::tempdir().unwrap();
+    for recipe in ["rtn-w8a8", "rtn-w4a8", "phase2"] {
+        let variant = variant(&demo, recipe, &folder.path().join(recipe));
+        common::compare_from_caches(&cuda, &variant, &prompts, INT8_TOLERANCE, recipe);
     }
 }
 

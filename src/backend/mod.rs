@@ -352,6 +352,10 @@ pub trait Backend: Send + Sync + 'static {
     /// `relu(x)²`.
     fn relu2(&self, x: &Self::Tensor, emit: Emit) -> Result<Self::Activation>;
     /// `a + b`, reusing `a`'s memory where possible.
+    /// Computes what a backend put off until somebody reads `activation`: for whoever times it.
+    fn settle(&self, _: &Self::Activation) -> Result<()> {
+        Ok(())
+    }
     fn add(&self, a: Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// Moves a mixer's small parameters to the device.

@@ -169,10 +169,10 @@ impl<B: Backend> Bench<'_, B> {
         let (hidden, wide) = (shape.config.hidden_size, shape.config.mlp.intermediate.max(1));
         let (h, up) = (self.tensor(tokens, hidden)?, self.tensor(tokens, wide)?);
         let weight = self.backend.prepare_vector(vec![1.0; hidden])?;
-        let seconds = self.backend.time(REPEATS, &mut || self.backend.rms_norm(&h, &weight, 1e-5, Emit::INT8).map(drop))?;
+        let seconds = self.backend.time(REPEATS, &mut || self.backend.settle(&self.backend.rms_norm(&h, &weight, 1e-5, Emit::INT8)?))?;
         self.record(format!("rms_norm to int8 {hidden}"), tokens, seconds, (5 * tokens * hidden) as u64, 4 * (tokens * hidden) as u64)?;
         let emit = Emit { hadamard: Some(1 << wide.trailing_zeros()), ..Emit::INT8 };
-        let seconds = self.backend.time(REPEATS, &mut || self.backend.relu2(&up, emit).map(drop))?;
+        let seconds = self.backend.time(REPEATS, &mut || self.backend.settle(&self.backend.relu2(&up, emit)?))?;
         self.record(format!("relu2, hadamard, to int8 {wide}"), tokens, seconds, (5 * tokens * wide) as u64, 12 * (tokens * wide) as u64)
     }
 
@@ -208,7 +208,9 @@ impl<B: Backend> Bench<'_, B> {
         let (y, weight) = (self.tensor(tokens, sizes.inner())?, self.backend.prepare_vector(vec![1.0; sizes.inner()])?);
         let seconds = self
             .backend
-            .time(REPEATS, &mut || self.backend.gated_norm(&y, &projected, &parameters, &weight, &sizes, 1e-5, Emit::INT8).map(drop))?;
+            .time(REPEATS, &mut || {
+                self.backend.settle(&self.backend.gated_norm(&y, &projected, &parameters, &weight, &sizes, 1e-5, Emit::INT8)?)
+            })?;
         let values = tokens * sizes.inner();
         self.record("gated_norm to int8".into(), tokens, seconds, (9 * values) as u64, 8 * values as u64)?;
         let config = &shape.config.attention;

@@ -110,7 +110,8 @@ pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 /// differ by less than `tolerance`.
 pub fn compare_from_caches(cuda: &Cuda, checkpoint: &Checkpoint, prompts: &[Vec<usize>], tolerance: f32, what: &str) {
     let (on_cpu, on_cuda) = (Hybrid::load(Cpu, checkpoint).unwrap(), Hybrid::load(cuda.clone(), checkpoint).unwrap());
-    let (mut cpu_cache, mut cuda_cache) = (on_cpu.cache(2), on_cuda.cache(2));
+    let count = prompts[0].len();
+    let (mut cpu_cache, mut cuda_cache) = (on_cpu.cache(count), on_cuda.cache(count));
     let compare = |expected: &_, found: &_, place: &str| {
         let difference = largest_difference(&Cpu.download(expected).unwrap(), &cuda.download(found).unwrap());
         assert!(difference < tolerance, "{what}, {place}: logits differ by {difference}");
@@ -123,9 +124,9 @@ pub fn compare_from_caches(cuda: &Cuda, checkpoint: &Checkpoint, prompts: &[Vec<
         compare(&expected, &on_cuda.last_logits(&ids, &sequences, Some(&mut cuda_cache)).unwrap(), "prompt");
     }
     for step in 0..4 {
-        let ids = [3 + step, 40 - 2 * step];
-        let expected = on_cpu.step(&ids, &mut cpu_cache).unwrap();
-        compare(&expected, &on_cuda.step(&ids, &mut cuda_cache).unwrap(), "step");
+        let ids = &[3 + step, 40 - 2 * step][..count];
+        let expected = on_cpu.step(ids, &mut cpu_cache).unwrap();
+        compare(&expected, &on_cuda.step(ids, &mut cuda_cache).unwrap(), "step");
     }
 }
 

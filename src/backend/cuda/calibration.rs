@@ -36,7 +36,7 @@ impl Gram {
 impl Cuda {
     /// See [`crate::backend::Backend::add_gram`].
     pub(super) fn add_to_gram(&self, gram: &mut Option<Gram>, x: &CudaActivation) -> Result<()> {
-        let x = x.float()?;
+        let x = self.float(x)?;
         if gram.is_none() {
             let sum = self.buffer::<f64>(x.cols * x.cols)?;
             sum.zero()?;

@@ -42,6 +42,7 @@ pub struct Emulated {
     ahead: Mutex<Vec<(u64, Vec<u8>)>>,
     /// Bytes that may be allocated, and that are.
     total: u64,
+    arch: u32,
     allocated: AtomicU64,
 }
 
@@ -106,14 +107,20 @@ impl Emulated {
         Self { total, ..self }
     }
 
-    /// Builds the kernels, or takes those that an earlier call built from the same sources with the same compiler.
-    pub fn new() -> Result<Self> {
-        Self::with_kernels(sources::KERNELS)
+    /// The same with the kernels that are taken on GPUs of this architecture (90 for sm_90), where other ones serve all.
+    #[must_use]
+    pub fn with_arch(self, arch: u32) -> Self {
+        Self { arch, ..self }
     }
 
-    /// The same with other sources for the kernels.
-    pub fn with_kernels(kernels: &[Source]) -> Result<Self> {
-        let path = build(kernels)?;
+    /// Builds the kernels, or takes those that an earlier call built from the same sources with the same compiler.
+    pub fn new() -> Result<Self> {
+        Self::with_sources(sources::HEADERS, sources::KERNELS)
+    }
+
+    /// The same with other sources.
+    pub fn with_sources(headers: &[Source], kernels: &[Source]) -> Result<Self> {
+        let path = build(headers, kernels)?;
         let failed = |error: libloading::Error| Error::run(format!("the emulated kernels cannot be opened: {error}"));
         // SAFETY: the library was built from the sources in this program and exports this function.
         unsafe {
@@ -129,6 +136,7 @@ impl Emulated {
                 recording: Mutex::default(),
                 ahead: Mutex::default(),
                 total: 1 << 40,
+                arch: 0,
                 allocated: AtomicU64::new(0),
             })
         }
@@ -150,22 +158,29 @@ fn hash<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
     super::nvrtc::short_hash(hash)
 }
 
+/// The headers that `text` includes, and that these include.
+fn included<'a>(text: &str, headers: &'a [Source], all: &mut Vec<&'a Source>) {
+    for header in headers {
+        if text.contains(&format!("#include \"{}\"", header.name)) && !all.iter().any(|known| known.name == header.name) {
+            all.push(header);
+            included(header.text, headers, all);
+        }
+    }
+}
+
 /// Builds `kernels` into the user's cache, unit by unit what is not there yet, and returns the library's path.
-fn build(kernels: &[Source]) -> Result<PathBuf> {
+fn build(headers: &[Source], kernels: &[Source]) -> Result<PathBuf> {
     let compiler = compiler();
     let folder = super::nvrtc::cache_directory();
     std::fs::create_dir_all(&folder).map_err(|error| Error::io("creating", &folder, &error))?;
-    let shared = || {
-        OPTIONS
-            .into_iter()
-            .chain([compiler.as_str(), sources::EMULATION_HEADER.text])
-            .chain(sources::HEADERS.iter().map(|header| header.text))
+    let object = |unit: &Source| {
+        let mut own = Vec::new();
+        included(unit.text, headers, &mut own);
+        let texts = [compiler.as_str(), sources::EMULATION_HEADER.text, unit.name, unit.text];
+        let texts = OPTIONS.into_iter().chain(texts).chain(own.into_iter().map(|header| header.text));
+        folder.join(format!("emulated-{}.o", hash(texts)))
     };
-    let units: Vec<(&Source, PathBuf)> = kernels
-        .iter()
-        .chain([&sources::EMULATION])
-        .map(|unit| (unit, folder.join(format!("emulated-{}.o", hash(shared().chain([unit.name, unit.text]))))))
-        .collect();
+    let units: Vec<(&Source, PathBuf)> = kernels.iter().chain([&sources::EMULATION]).map(|unit| (unit, object(unit))).collect();
     let objects = || units.iter().map(|(_, object)| object.as_path());
     let names: Vec<String> = objects().map(|object| object.to_string_lossy().into_owned()).collect();
     let library = folder.join(format!("emulated-{}.so", hash(names.iter().map(String::as_str))));
@@ -178,7 +193,7 @@ fn build(kernels: &[Source]) -> Result<PathBuf> {
         std::fs::write(place(source.name), source.text).map_err(|error| Error::io("writing", &place(source.name), &error))
     };
     let publish = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(|error| Error::io("renaming", from, &error));
-    sources::HEADERS.iter().chain([&sources::EMULATION_HEADER]).try_for_each(write)?;
+    headers.iter().chain([&sources::EMULATION_HEADER]).try_for_each(write)?;
     units.par_iter().filter(|(_, object)| !object.exists()).try_for_each(|(unit, object)| {
         write(unit)?;
         let built = place(unit.name).with_extension("o");
@@ -220,7 +235,7 @@ impl Device for Emulated {
     }
 
     fn arch(&self) -> u32 {
-        0
+        self.arch
     }
 
     fn multiprocessors(&self) -> usize {

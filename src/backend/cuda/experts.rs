@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::Cuda;
 use super::device::{Arguments, Buffer};
 use super::linear::{CudaLinear, Product};
-use super::tensor::{CudaActivation, CudaTensor};
+use super::tensor::{CudaActivation, CudaTensor, Front};
 use crate::backend::{Assignment, RouterShape};
 use crate::error::{Error, Result};
 
@@ -119,9 +119,7 @@ impl Cuda {
         let selection = Selection { table: &experts.up.table, tiles: &sorted.tiles, x_rows: Some(&sorted.x_rows) };
         let wide = self.tensor(pairs, experts.up.first().outputs())?;
         self.product_by_experts(experts.up.first(), up, x, &wide, &selection)?;
-        let arguments = Arguments::default().with(wide.buffer()).with(wide.cols);
-        let inner = self.emitted("relu2", pairs, wide.cols, experts.down.first().reads(), arguments)?;
-        drop(wide);
+        let inner = self.activation(Front { square: true, ..Front::plain(wide) }, experts.down.first().reads())?;
         let selection = Selection { table: &experts.down.table, tiles: others.as_ref().unwrap_or(&sorted.tiles), x_rows: None };
         let rows = self.tensor(pairs, experts.down.first().outputs())?;
         self.product_by_experts(experts.down.first(), down, &inner, &rows, &selection)?;

@@ -5,7 +5,8 @@ use rayon::prelude::*;
 
 use super::device::{Arguments, Buffer, Element, Gemm};
 use super::experts::Selection;
-use super::tensor::Codes;
+use super::stream::Kernel;
+use super::tensor::{Codes, Front};
 use super::wgmma::{self, Operands};
 use super::{Cuda, CudaActivation, CudaTensor, missing, padded, stream};
 use crate::backend::Emit;
@@ -269,14 +270,14 @@ impl Cuda {
             && let [Part { rows, weights: Weights::Int4 { codes, scales, group } }, Part { rows: others, weights: other }] = &*linear.parts
             && let Weights::Int8 { codes: other_codes, scales: other_scales } = other
         {
-            let arguments = Arguments::default().with(codes).with(scales).with(*group).with(*rows).with(other_codes).with(other_scales);
-            let arguments = arguments.with(*others).with(&x.int8()?.codes).with(&x.int8()?.scales).with(x.tokens).with(linear.cols);
+            let weights = Arguments::default().with(codes).with(scales).with(*group).with(*rows);
+            let weights = weights.with(other_codes).with(other_scales).with(*others);
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset: 0 };
             let tiles = rows.div_ceil(FEW_OUTPUTS) + others.div_ceil(FEW_OUTPUTS);
-            if stream::serves(self.device().arch()) {
-                self.stream("stream_w4a8", true, tiles, x.tokens, arguments, &place)?;
-            } else {
-                self.launch("few_w4w8a8", [tiles, x.tokens.div_ceil(FEW_TILE), 1], 256, 0, place.tail(arguments))?;
+            if !self.stream(Kernel::Int4, weights.clone(), tiles, x, &place)? {
+                let Codes { codes, scales } = self.int8(x)?;
+                let arguments = place.tail(weights.with(codes).with(scales).with(x.tokens).with(x.cols));
+                self.launch("few_w4w8a8", [tiles, x.tokens.div_ceil(FEW_TILE), 1], 256, 0, arguments)?;
             }
             return Ok(out);
         }
@@ -313,8 +314,8 @@ impl Cuda {
     /// A matrix-vector kernel, a few tokens at a time.
     fn few(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>, experts: Option<&Selection<'_>>) -> Result<()> {
         let sizes = |arguments: Arguments| arguments.with(x.tokens).with(part.rows).with(linear.cols);
-        let float = |arguments: Arguments| Ok::<_, Error>(arguments.with(x.float()?.buffer()).with(linear.cols));
-        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
+        let float = |arguments: Arguments| Ok::<_, Error>(arguments.with(self.float(x)?.buffer()).with(linear.cols));
+        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&self.int8(x)?.codes).with(&self.int8(x)?.scales));
         let begin = Arguments::default();
         let (kernel, arguments) = match &part.weights {
             Weights::F32(weights) => ("few_f32", float(begin.with(weights))?),
@@ -332,33 +333,54 @@ impl Cuda {
 
     /// A matrix-vector kernel whose weights the copy engine brings; `false`, with nothing done, where there is none.
     fn streamed(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<bool> {
-        if !stream::serves(self.device().arch()) {
-            return Ok(false);
-        }
         let begin = Arguments::default();
-        let (kernel, arguments) = match &part.weights {
-            Weights::Int8 { codes, scales } if linear.int8_activations => {
-                let Codes { codes: x_codes, scales: x_scales } = x.int8()?;
-                ("stream_w8a8", begin.with(codes).with(scales).with(x_codes).with(x_scales).with(x.tokens).with(part.rows))
-            }
+        let (kernel, weights) = match &part.weights {
+            Weights::Bf16(weights) if x.tokens == 1 => (Kernel::Bf16, begin.with(weights).with(part.rows)),
+            Weights::Int8 { codes, scales } if linear.int8_activations => (Kernel::Int8, begin.with(codes).with(scales).with(part.rows)),
             Weights::Int4 { codes, scales, group } if linear.int8_activations => {
-                let Codes { codes: x_codes, scales: x_scales } = x.int8()?;
                 let none = None::<&Buffer>;
-                let arguments = begin.with(codes).with(scales).with(*group).with(part.rows).with(none).with(none).with(0_usize);
-                ("stream_w4a8", arguments.with(x_codes).with(x_scales).with(x.tokens))
+                (Kernel::Int4, begin.with(codes).with(scales).with(*group).with(part.rows).with(none).with(none).with(0_usize))
             }
             Weights::F32(_) | Weights::Bf16(_) | Weights::Int8 { .. } | Weights::Int4 { .. } => return Ok(false),
         };
-        let int4 = matches!(part.weights, Weights::Int4 { .. });
-        self.stream(kernel, int4, part.rows.div_ceil(FEW_OUTPUTS), x.tokens, arguments.with(linear.cols), place)?;
-        Ok(true)
+        self.stream(kernel, weights, part.rows.div_ceil(FEW_OUTPUTS), x, place)
     }
 
-    fn stream(&self, kernel: &str, int4: bool, tiles: usize, tokens: usize, arguments: Arguments, place: &Place<'_>) -> Result<()> {
+    /// The same, `weights` being the kernel's first parameters.
+    fn stream(&self, kernel: Kernel, weights: Arguments, tiles: usize, x: &CudaActivation, place: &Place<'_>) -> Result<bool> {
         let device = self.device();
-        let launch = stream::Launch::of(int4, device.arch());
-        let blocks = stream::Launch::blocks(tiles, tokens, device.multiprocessors());
-        self.launch(kernel, blocks, stream::THREADS, launch.shared, place.tail(arguments.with(launch.stages)))
+        if !stream::serves(device.arch()) {
+            return Ok(false);
+        }
+        let copied;
+        let front = match x.pending() {
+            // bf16 weights are multiplied by what a front leaves.
+            None if kernel == Kernel::Bf16 => {
+                copied = Front::plain(self.float(x)?.clone());
+                Some(&copied).filter(|front| stream::serves_front(front, None))
+            }
+            pending => pending,
+        };
+        let launch = |front: Option<&Front>| stream::Launch::of(kernel, front.map(|front| front.row.cols), device.arch());
+        let (front, launch) = match (launch(front), launch(None)) {
+            (Some(launch), _) => (front, launch),
+            (None, Some(launch)) => (None, launch),
+            (None, None) => return Ok(false),
+        };
+        let arguments = match (kernel, front) {
+            (Kernel::Bf16, None) => return Ok(false),
+            (Kernel::Bf16, Some(_)) => weights,
+            (Kernel::Int8 | Kernel::Int4, Some(_)) => weights.with(None::<&Buffer>).with(None::<&Buffer>).with(x.tokens),
+            (Kernel::Int8 | Kernel::Int4, None) => {
+                let Codes { codes, scales } = self.int8(x)?;
+                weights.with(codes).with(scales).with(x.tokens)
+            }
+        };
+        let scale = x.emit.scale.filter(|_| front.is_some()).map(|scale| self.static_scale(scale)).transpose()?;
+        let arguments = stream::front_arguments(arguments.with(x.cols).with(launch.stages), front, scale.as_deref());
+        let blocks = stream::Launch::blocks(tiles, x.tokens, device.multiprocessors());
+        self.launch(kernel.name(), blocks, kernel.threads(), launch.shared, place.tail(arguments))?;
+        Ok(true)
     }
 
     /// A matrix product by Hopper's own instructions, for int8 activations.
@@ -368,7 +390,7 @@ impl Cuda {
             Weights::Int4 { codes, scales, group } => (codes, scales, Some(*group)),
             Weights::F32(_) | Weights::Bf16(_) => return Err(missing("int8")),
         };
-        let Codes { codes, scales: codes_scales } = x.int8()?;
+        let Codes { codes, scales: codes_scales } = self.int8(x)?;
         let operands = Operands { weights, scales, group, codes, codes_scales, tokens: x.tokens, rows: part.rows, cols: linear.cols };
         let launch = wgmma::Launch::of(group.is_some(), x.tokens);
         let blocks = launch.blocks(x.tokens, part.rows, self.device().multiprocessors());
@@ -384,7 +406,7 @@ impl Cuda {
         }
         let done = match &part.weights {
             Weights::F32(weights) => {
-                let float = x.float()?.buffer();
+                let float = self.float(x)?.buffer();
                 self.halves_product(weights, float, part, linear, x, place)?
                     || self.library_product(Element::F32, weights, linear.cols, float, linear.cols, part, linear, x, place)?
             }
@@ -407,9 +429,9 @@ impl Cuda {
         experts: Option<&Selection<'_>>,
     ) -> Result<()> {
         let begin = Arguments::default();
-        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&x.int8()?.codes).with(&x.int8()?.scales));
+        let codes = |arguments: Arguments| Ok::<_, Error>(arguments.with(&self.int8(x)?.codes).with(&self.int8(x)?.scales));
         let (kernel, arguments) = match &part.weights {
-            Weights::F32(weights) => ("gemm_f32", begin.with(weights).with(x.float()?.buffer()).with(linear.cols)),
+            Weights::F32(weights) => ("gemm_f32", begin.with(weights).with(self.float(x)?.buffer()).with(linear.cols)),
             Weights::Bf16(weights) => ("gemm_bf16", begin.with(weights).with(&*self.bf16(x)?)),
             Weights::Int8 { codes: w, scales } if linear.int8_activations => ("gemm_w8a8", codes(begin.with(w).with(scales))?),
             Weights::Int8 { codes: w, scales } => ("gemm_w8a16", begin.with(w).with(scales).with(&*self.bf16(x)?)),

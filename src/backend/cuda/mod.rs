@@ -38,6 +38,7 @@ pub use self::experts::CudaExperts;
 pub use self::linear::{CudaEmbedding, CudaLinear};
 pub use self::recording::CudaRecording;
 pub use self::tensor::{CudaActivation, CudaTensor};
+use self::tensor::{Front, Norm};
 use super::{
     Assignment, AttentionShape, Backend, Divergence, Emit, Gptq, GptqCodes, MambaParameters, MambaShape, RouterShape, Sequences, Side,
 };
@@ -193,7 +194,7 @@ impl Backend for Cuda {
     type Linear = Arc<CudaLinear>;
     type Experts = CudaExperts;
     type Embedding = CudaEmbedding;
-    type Vector = Buffer;
+    type Vector = Arc<Buffer>;
     type Recording = CudaRecording;
     type Activation = CudaActivation;
     type Mamba = mamba::Parameters;
@@ -217,7 +218,7 @@ impl Backend for Cuda {
     }
 
     fn floats(&self, activation: &CudaActivation) -> Result<Vec<f32>> {
-        self.download(activation.float()?)
+        self.download(self.float(activation)?)
     }
 
     fn rows(&self, tensor: &CudaTensor) -> usize {
@@ -228,8 +229,8 @@ impl Backend for Cuda {
         tensor.cols
     }
 
-    fn prepare_vector(&self, values: Vec<f32>) -> Result<Buffer> {
-        self.upload_values(&values)
+    fn prepare_vector(&self, values: Vec<f32>) -> Result<Arc<Buffer>> {
+        self.upload_values(&values).map(Arc::new)
     }
 
     fn prepare(&self, weights: LinearWeights) -> Result<Arc<CudaLinear>> {
@@ -268,16 +269,20 @@ impl Backend for Cuda {
         if emit == Emit::FLOAT {
             return Ok(CudaActivation::of(x));
         }
-        self.emitted("emit", x.rows, x.cols, emit, Arguments::default().with(x.buffer()).with(x.cols))
+        self.activation(Front::plain(x), emit)
     }
 
-    fn rms_norm(&self, x: &CudaTensor, weight: &Buffer, eps: f32, emit: Emit) -> Result<CudaActivation> {
-        let arguments = Arguments::default().with(x.buffer()).with(weight).with(eps).with(x.cols);
-        self.emitted("rms_norm", x.rows, x.cols, emit, arguments)
+    fn rms_norm(&self, x: &CudaTensor, weight: &Arc<Buffer>, eps: f32, emit: Emit) -> Result<CudaActivation> {
+        let norm = Norm { weight: Arc::clone(weight), eps, group: x.cols };
+        self.activation(Front { norm: Some(norm), ..Front::plain(x.clone()) }, emit)
     }
 
     fn relu2(&self, x: &CudaTensor, emit: Emit) -> Result<CudaActivation> {
-        self.emitted("relu2", x.rows, x.cols, emit, Arguments::default().with(x.buffer()).with(x.cols))
+        self.activation(Front { square: true, ..Front::plain(x.clone()) }, emit)
+    }
+
+    fn settle(&self, activation: &CudaActivation) -> Result<()> {
+        self.settle_activation(activation)
     }
 
     fn add(&self, a: CudaTensor, b: &CudaTensor) -> Result<CudaTensor> {
@@ -322,21 +327,14 @@ impl Backend for Cuda {
         y: &CudaTensor,
         projection: &mamba::Projection,
         parameters: &mamba::Parameters,
-        weight: &Buffer,
+        weight: &Arc<Buffer>,
         shape: &MambaShape,
         eps: f32,
         emit: Emit,
     ) -> Result<CudaActivation> {
         let gate = self.gate(projection, parameters, shape)?;
-        let arguments = Arguments::default()
-            .with(y.buffer())
-            .with(gate.buffer())
-            .with(gate.cols)
-            .with(weight)
-            .with(eps)
-            .with(y.cols)
-            .with(shape.inner() / shape.groups);
-        self.emitted("gated_norm", y.rows, y.cols, emit, arguments)
+        let norm = Norm { weight: Arc::clone(weight), eps, group: shape.inner() / shape.groups };
+        self.activation(Front { gate: Some(gate), norm: Some(norm), ..Front::plain(y.clone()) }, emit)
     }
 
     fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> attention::KvCache {
@@ -371,13 +369,13 @@ impl Backend for Cuda {
         experts: &CudaExperts,
         x: &CudaActivation,
         raw: &CudaTensor,
-        correction: &Buffer,
+        correction: &Arc<Buffer>,
         shape: &RouterShape,
     ) -> Result<CudaTensor> {
         self.sum_of_experts(experts, x, raw, correction, shape)
     }
 
-    fn route(&self, raw: &CudaTensor, correction: &Buffer, shape: &RouterShape) -> Result<Vec<Assignment>> {
+    fn route(&self, raw: &CudaTensor, correction: &Arc<Buffer>, shape: &RouterShape) -> Result<Vec<Assignment>> {
         self.assignments(raw, correction, shape)
     }
 
@@ -473,7 +471,7 @@ impl Backend for Cuda {
     }
 
     fn largest_magnitudes(&self, x: &CudaActivation) -> Result<Vec<f32>> {
-        self.magnitudes(x.float()?)
+        self.magnitudes(self.float(x)?)
     }
 
     fn add_difference(&self, a: &CudaTensor, b: &CudaTensor, sums: &mut (f64, f64)) -> Result<()> {

@@ -14,7 +14,15 @@ macro_rules! source {
 
 /// What the kernels include.
 pub const HEADERS: &[Source] =
-    &[source!("device.cuh"), source!("experts.cuh"), source!("few.cuh"), source!("halves.cuh"), source!("ssd.cuh")];
+    &[
+    source!("device.cuh"),
+    source!("experts.cuh"),
+    source!("few.cuh"),
+    source!("front.cuh"),
+    source!("halves.cuh"),
+    source!("rows.cuh"),
+    source!("ssd.cuh"),
+];
 
 /// A translation unit each.
 pub const KERNELS: &[Source] = &[

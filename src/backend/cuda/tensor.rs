@@ -1,9 +1,9 @@
 //! Tensors on the device and what is done to them row by row or element by element.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::device::{Arguments, Buffer};
-use super::{Cuda, lock, missing, padded};
+use super::{Cuda, lock, missing, padded, stream};
 use crate::backend::Emit;
 use crate::error::Result;
 
@@ -40,27 +40,59 @@ pub(super) struct Codes {
     pub scales: Buffer,
 }
 
-/// What a linear reads.
+/// A norm's weight, and how many features it goes over at a time.
+pub(super) struct Norm {
+    pub weight: Arc<Buffer>,
+    pub eps: f32,
+    pub group: usize,
+}
+
+/// What stands in front of a linear: a norm of `row`, or of row · silu(gate); without one the row as it is, or the squares of its positive
+/// values.
+pub(super) struct Front {
+    pub row: CudaTensor,
+    pub gate: Option<CudaTensor>,
+    pub norm: Option<Norm>,
+    pub square: bool,
+}
+
+impl Front {
+    /// The row as it is.
+    pub(super) fn plain(row: CudaTensor) -> Self {
+        Self { row, gate: None, norm: None, square: false }
+    }
+}
+
+struct Forms {
+    float: Option<CudaTensor>,
+    int8: Option<Codes>,
+}
+
+/// What a linear reads. The forms of a single token are made when something first asks for them: linears whose kernels
+/// compute the front themselves never do.
 pub struct CudaActivation {
     pub(super) tokens: usize,
     pub(super) cols: usize,
-    float: Option<CudaTensor>,
-    int8: Option<Codes>,
+    pub(super) emit: Emit,
+    front: Option<Front>,
+    forms: OnceLock<Forms>,
     /// The float form rounded to bf16, made when a matrix product first asks for it.
     bf16: Mutex<Option<Arc<Buffer>>>,
 }
 
 impl CudaActivation {
+    fn new(tokens: usize, cols: usize, emit: Emit, forms: OnceLock<Forms>, front: Option<Front>) -> Self {
+        Self { tokens, cols, emit, front, forms, bf16: Mutex::default() }
+    }
+
     pub(super) fn of(x: CudaTensor) -> Self {
-        Self { tokens: x.rows, cols: x.cols, float: Some(x), int8: None, bf16: Mutex::default() }
+        let (tokens, cols) = (x.rows, x.cols);
+        Self::new(tokens, cols, Emit::FLOAT, OnceLock::from(Forms { float: Some(x), int8: None }), None)
     }
 
-    pub(super) fn float(&self) -> Result<&CudaTensor> {
-        self.float.as_ref().ok_or_else(|| missing("float"))
-    }
-
-    pub(super) fn int8(&self) -> Result<&Codes> {
-        self.int8.as_ref().ok_or_else(|| missing("int8"))
+    /// What is still to be computed in front of whoever reads this.
+    pub(super) fn pending(&self) -> Option<&Front> {
+        self.front.as_ref().filter(|_| self.forms.get().is_none())
     }
 }
 
@@ -73,8 +105,27 @@ impl Cuda {
         Ok(Codes { codes: self.buffer::<i8>(tokens * padded(cols))?, scales: self.buffer::<f32>(tokens)? })
     }
 
-    /// Runs a kernel that works row by row and hands its result on; `arguments` are those in front of where to.
-    pub(super) fn emitted(&self, kernel: &str, tokens: usize, cols: usize, emit: Emit, arguments: Arguments) -> Result<CudaActivation> {
+    /// What `front` hands on: now, or where the kernels of linears can compute it, when somebody asks for it.
+    pub(super) fn activation(&self, front: Front, emit: Emit) -> Result<CudaActivation> {
+        let (tokens, cols) = (front.row.rows, front.row.cols);
+        if stream::serves(self.device().arch()) && stream::serves_front(&front, emit.hadamard) {
+            return Ok(CudaActivation::new(tokens, cols, emit, OnceLock::new(), Some(front)));
+        }
+        Ok(CudaActivation::new(tokens, cols, emit, OnceLock::from(self.computed(&front, emit)?), None))
+    }
+
+    /// By a kernel that works row by row.
+    fn computed(&self, front: &Front, emit: Emit) -> Result<Forms> {
+        let (tokens, cols) = (front.row.rows, front.row.cols);
+        let row = Arguments::default().with(front.row.buffer());
+        let (kernel, arguments) = match (&front.norm, &front.gate) {
+            (Some(norm), None) => ("rms_norm", row.with(&*norm.weight).with(norm.eps).with(cols)),
+            (Some(norm), Some(gate)) => {
+                let gated = row.with(gate.buffer()).with(gate.cols);
+                ("gated_norm", gated.with(&*norm.weight).with(norm.eps).with(cols).with(norm.group))
+            }
+            (None, _) => (if front.square { "relu2" } else { "emit" }, row.with(cols)),
+        };
         let float = if emit.float { Some(self.tensor(tokens, cols)?) } else { None };
         let int8 = if emit.int8 { Some(self.codes(tokens, cols)?) } else { None };
         let scale = emit.scale.map(|scale| self.static_scale(scale)).transpose()?;
@@ -85,7 +136,28 @@ impl Cuda {
             .with(scale.as_deref())
             .with(emit.hadamard.unwrap_or(0));
         self.launch(kernel, [tokens, 1, 1], row_threads(tokens, cols), 4 * (cols + cols.div_ceil(32)), arguments)?;
-        Ok(CudaActivation { tokens, cols, float, int8, bf16: Mutex::default() })
+        Ok(Forms { float, int8 })
+    }
+
+    fn forms<'a>(&self, x: &'a CudaActivation) -> Result<&'a Forms> {
+        if let (None, Some(front)) = (x.forms.get(), &x.front) {
+            let made = self.computed(front, x.emit)?;
+            return Ok(x.forms.get_or_init(|| made));
+        }
+        x.forms.get().ok_or_else(|| missing("any"))
+    }
+
+    pub(super) fn float<'a>(&self, x: &'a CudaActivation) -> Result<&'a CudaTensor> {
+        self.forms(x)?.float.as_ref().ok_or_else(|| missing("float"))
+    }
+
+    pub(super) fn int8<'a>(&self, x: &'a CudaActivation) -> Result<&'a Codes> {
+        self.forms(x)?.int8.as_ref().ok_or_else(|| missing("int8"))
+    }
+
+    /// Computes what was put off.
+    pub(super) fn settle_activation(&self, x: &CudaActivation) -> Result<()> {
+        self.forms(x).map(drop)
     }
 
     /// The float form in bf16, `[tokens, padded(cols)]`.
@@ -94,7 +166,7 @@ impl Cuda {
         if let Some(bf16) = &*kept {
             return Ok(Arc::clone(bf16));
         }
-        let float = x.float()?;
+        let float = self.float(x)?;
         let bf16 = Arc::new(self.buffer::<u16>(x.tokens * padded(x.cols))?);
         let arguments = Arguments::default().with(float.buffer()).with(x.cols).with(&*bf16);
         self.launch("to_bf16", [x.tokens, 1, 1], 256, 0, arguments)?;
@@ -126,8 +198,9 @@ impl Cuda {
     }
 
     pub(super) fn gather_activation(&self, x: &CudaActivation, tokens: &[usize]) -> Result<CudaActivation> {
-        let float = x.float.as_ref().map(|float| self.gather_tensor(float, tokens)).transpose()?;
-        let int8 = match &x.int8 {
+        let forms = self.forms(x)?;
+        let float = forms.float.as_ref().map(|float| self.gather_tensor(float, tokens)).transpose()?;
+        let int8 = match &forms.int8 {
             Some(from) => {
                 let (rows, to) = (self.indices(tokens)?, self.codes(tokens.len(), x.cols)?);
                 let arguments =
@@ -137,7 +210,7 @@ impl Cuda {
             }
             None => None,
         };
-        Ok(CudaActivation { tokens: tokens.len(), cols: x.cols, float, int8, bf16: Mutex::default() })
+        Ok(CudaActivation::new(tokens.len(), x.cols, x.emit, OnceLock::from(Forms { float, int8 }), None))
     }
 
     pub(super) fn scatter(&self, into: &CudaTensor, x: &CudaTensor, tokens: &[usize], weights: &[f32]) -> Result<CudaTensor> {

@@ -6,9 +6,9 @@ use rayon::prelude::*;
 use super::{BF16_WEIGHTS, Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad};
 use crate::backend::cpu::int_matmul::{self, PackedMatrix, QuantizedRows};
 use crate::backend::cuda::device::{Arguments, Buffer};
-use crate::backend::cuda::stream;
+use crate::backend::cuda::stream::{self, Kernel, Launch};
 use crate::backend::cuda::wgmma::{self, Operands};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
 
 /// Bytes of shared memory of the matrix products, as `kernels/README.md` says.
@@ -20,7 +20,7 @@ const FEW_TILE: usize = 8;
 
 /// A linear's weights and what it reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Weights {
+pub(super) enum Weights {
     F32,
     Bf16,
     Int8,
@@ -55,8 +55,8 @@ fn few_kernel(suffix: &str) -> &'static str {
 /// The kernel that the copy engine feeds, in place of one that it does not.
 fn stream_kernel(few: &str) -> Option<&'static str> {
     match few {
-        "few_w8a8" => Some("stream_w8a8"),
-        "few_w4a8" => Some("stream_w4a8"),
+        "few_w8a8" => Some(Kernel::Int8.name()),
+        "few_w4a8" => Some(Kernel::Int4.name()),
         _ => None,
     }
 }
@@ -191,7 +191,7 @@ pub fn pack_int4(codes: &[i8], cols: usize) -> Vec<u8> {
 }
 
 /// Weights on the device with the parameters that a kernel takes for them, and the values that they stand for.
-struct Prepared {
+pub(super) struct Prepared {
     buffers: Vec<Buffer>,
     group: Option<usize>,
     values: Vec<f32>,
@@ -199,7 +199,7 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(lab: &Lab, weights: Weights, values: Vec<f32>, rows: usize, cols: usize) -> Result<Self> {
+    pub(super) fn new(lab: &Lab, weights: Weights, values: Vec<f32>, rows: usize, cols: usize) -> Result<Self> {
         let scheme = match weights {
             Weights::F32 => return Ok(Self { buffers: vec![lab.put(&values)?], group: None, values, matrix: None }),
             Weights::Bf16 => {
@@ -224,7 +224,7 @@ impl Prepared {
         Ok(Self { buffers, group, values: matrix.dequantize(), matrix: Some(matrix) })
     }
 
-    fn arguments(&self) -> Arguments {
+    pub(super) fn arguments(&self) -> Arguments {
         let arguments = self.buffers.iter().fold(Arguments::default(), Arguments::with);
         match self.group {
             Some(group) => arguments.with(group),
@@ -271,13 +271,25 @@ impl Input {
 }
 
 /// The exact integer product of the CPU backend, or the product in f64, `[tokens, rows]`.
-enum Product {
+pub(super) enum Product {
     Exact(Vec<f32>),
     Float(Vec<f64>),
 }
 
 fn product(weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usize) -> Product {
-    match (&weights.matrix, &x.codes) {
+    product_of(weights, &x.values, x.codes.as_ref(), tokens, rows, cols)
+}
+
+/// The same of given values, or their codes.
+pub(super) fn product_of(
+    weights: &Prepared,
+    values: &[f32],
+    codes: Option<&QuantizedRows>,
+    tokens: usize,
+    rows: usize,
+    cols: usize,
+) -> Product {
+    match (&weights.matrix, codes) {
         (Some(matrix), Some(codes)) => {
             let mut out = vec![0.0; tokens * rows];
             int_matmul::matmul(&PackedMatrix::new(matrix), codes, &mut out, rows, 0);
@@ -286,7 +298,7 @@ fn product(weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usiz
         _ => {
             let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
             // One after the other the largest head alone would take most of a minute.
-            let element = |i: usize| dot(&x.values[i / rows * cols..][..cols], &weights.values[i % rows * cols..][..cols]);
+            let element = |i: usize| dot(&values[i / rows * cols..][..cols], &weights.values[i % rows * cols..][..cols]);
             Product::Float((0..tokens * rows).into_par_iter().map(element).collect())
         }
     }
@@ -318,16 +330,10 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
     let (bias, residual) = (lab.normal(22, rows), lab.normal(23, tokens * stride));
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
     let none = None::<&Buffer>;
-    let arguments = if kernel == "stream_w4a8" {
-        x.arguments(weights.arguments().with(rows).with(none).with(none).with(0_usize)).with(tokens).with(cols)
-    } else {
-        x.arguments(weights.arguments()).with(tokens).with(rows).with(cols)
-    };
     let device = &*lab.memory.device;
-    let launch = stream::Launch::of(weights.group.is_some(), device.arch());
-    let arguments = if streams { arguments.with(launch.stages) } else { arguments.with(none).with(none).with(none) };
     let place = out.address() + 4 * offset as u64;
-    let arguments = arguments.with(&bias_buffer).with(place).with(place).with(stride);
+    let tail = |arguments: Arguments| arguments.with(&bias_buffer).with(place).with(place).with(stride);
+    let arguments = tail(x.arguments(weights.arguments()).with(tokens).with(rows).with(cols).with(none).with(none).with(none));
     let (tile, shared) = match kernel {
         "gemm_f32" => (64, 0),
         "gemm_w4a8" => (128, GEMM_W4A8_SHARED),
@@ -337,12 +343,14 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
         let launch = wgmma::Launch::of(weights.group.is_some(), tokens);
         let ([own, scales], [codes, codes_scales]) = (&*weights.buffers, &*x.buffers) else { return Ok(f64::NAN) };
         let operands = Operands { weights: own, scales, group: weights.group, codes, codes_scales, tokens, rows, cols };
-        let arguments = operands.arguments(device)?.with(&bias_buffer).with(place).with(place).with(stride);
         let blocks = launch.blocks(tokens, rows, device.multiprocessors());
-        lab.launch(kernel, [blocks, 1, 1], launch.threads, launch.shared, arguments)?;
+        lab.launch(kernel, [blocks, 1, 1], launch.threads, launch.shared, tail(operands.arguments(device)?))?;
     } else if streams {
-        let blocks = stream::Launch::blocks(rows.div_ceil(16), tokens, device.multiprocessors());
-        lab.launch(kernel, blocks, stream::THREADS, launch.shared, arguments)?;
+        let (kernel, first) = match weights.group {
+            Some(_) => (Kernel::Int4, weights.arguments().with(rows).with(none).with(none).with(0_usize)),
+            None => (Kernel::Int8, weights.arguments().with(rows)),
+        };
+        stream_codes(lab, kernel, x.arguments(first), rows.div_ceil(16), tokens, cols, tail)?;
     } else if few {
         lab.launch(kernel, [rows.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
     } else {
@@ -367,6 +375,23 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
     })
 }
 
+/// Launches a kernel that the copy engine feeds on codes; `first`: its parameters as far as the activations.
+fn stream_codes(
+    lab: &Lab,
+    kernel: Kernel,
+    first: Arguments,
+    tiles: usize,
+    tokens: usize,
+    cols: usize,
+    tail: impl Fn(Arguments) -> Arguments,
+) -> Result<()> {
+    let device = &*lab.memory.device;
+    let launch = Launch::of(kernel, None, device.arch()).ok_or_else(|| Error::run("there is no room for a ring"))?;
+    let arguments = stream::front_arguments(first.with(tokens).with(cols).with(launch.stages), None, None);
+    let blocks = Launch::blocks(tiles, tokens, device.multiprocessors());
+    lab.launch(kernel.name(), blocks, kernel.threads(), launch.shared, tail(arguments))
+}
+
 /// A linear of an int4 and an int8 part, into the middle of wider rows, with a bias, onto the output itself.
 fn two_parts(lab: &Lab, kernel: &str, group: usize, tokens: usize, rows: usize, others: usize, cols: usize) -> Result<f64> {
     let first = Prepared::new(lab, Weights::Int4(group), lab.normal(26, rows * cols), rows, cols)?;
@@ -377,16 +402,13 @@ fn two_parts(lab: &Lab, kernel: &str, group: usize, tokens: usize, rows: usize, 
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
     let arguments = second.buffers.iter().fold(first.arguments().with(rows), Arguments::with).with(others);
     let place = out.address() + 4 * offset as u64;
-    let arguments = x.arguments(arguments).with(tokens).with(cols);
+    let arguments = x.arguments(arguments);
     let tail = |arguments: Arguments| arguments.with(&bias_buffer).with(place).with(place).with(stride);
     let tiles = rows.div_ceil(16) + others.div_ceil(16);
     if kernel == "stream_w4a8" {
-        let device = &*lab.memory.device;
-        let launch = stream::Launch::of(true, device.arch());
-        let blocks = stream::Launch::blocks(tiles, tokens, device.multiprocessors());
-        lab.launch(kernel, blocks, stream::THREADS, launch.shared, tail(arguments.with(launch.stages)))?;
+        stream_codes(lab, Kernel::Int4, arguments, tiles, tokens, cols, tail)?;
     } else {
-        lab.launch(kernel, [tiles, tokens.div_ceil(FEW_TILE), 1], 256, 0, tail(arguments))?;
+        lab.launch(kernel, [tiles, tokens.div_ceil(FEW_TILE), 1], 256, 0, tail(arguments.with(tokens).with(cols)))?;
     }
     let mut expected = residual;
     for (part, start, count) in [(&first, 0, rows), (&second, rows, others)] {

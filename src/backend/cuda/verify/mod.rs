@@ -4,6 +4,7 @@
 
 mod attention;
 mod calibration;
+mod fronts;
 mod internals;
 mod linears;
 mod mamba;
@@ -13,6 +14,7 @@ mod rows;
 use std::sync::Arc;
 
 use super::device::{Arguments, Buffer, Grid, Memory, Plain};
+use super::stream;
 use crate::error::Result;
 
 /// Exact results: not one element may differ.
@@ -73,7 +75,9 @@ pub enum Extent {
 pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     let kernels: [fn(Extent) -> Vec<Check>; 5] = [rows::checks, internals::checks, attention::checks, moe::checks, calibration::checks];
     let others = kernels.into_iter().flat_map(|checks| checks(extent));
-    linears::checks(extent, arch).into_iter().chain(mamba::checks(extent, arch)).chain(others).collect()
+    // Emulation has every architecture's kernels.
+    let fronts = if arch == 0 || stream::serves(arch) { fronts::checks(extent) } else { Vec::new() };
+    linears::checks(extent, arch).into_iter().chain(fronts).chain(mamba::checks(extent, arch)).chain(others).collect()
 }
 
 /// Where a check runs.

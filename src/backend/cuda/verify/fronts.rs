@@ -1,0 +1,132 @@
+//! Linears of one token that compute what stands in front of them: norms, relu², a row as it is.
+
+use std::sync::Arc;
+
+use super::linears::{Prepared, Product, Weights, product_of};
+use super::{Check, EXACT, Extent, FLOAT, Lab, STORED, difference, mismatches};
+use crate::backend::cpu::int_matmul::QuantizedRows;
+use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::cuda::stream::{self, Kernel, Launch};
+use crate::backend::cuda::tensor::{CudaTensor, Front, Norm};
+use crate::error::Result;
+
+const EPS: f32 = 1e-2;
+
+/// What stands in front.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Plain,
+    Relu2,
+    /// A norm over so many features at a time.
+    Norm(usize),
+    /// The same of row · silu(gate).
+    Gated(usize),
+}
+
+pub fn checks(extent: Extent) -> Vec<Check> {
+    let mut all = Vec::new();
+    let mut shapes = vec![
+        (Kind::Plain, 19, 320, None),
+        (Kind::Plain, 5, 128, Some(0.013)),
+        (Kind::Relu2, 18, 4992, None),
+        (Kind::Relu2, 70, 64, None),
+        (Kind::Relu2, 7, 8960, Some(0.02)),
+        (Kind::Norm(384), 37, 384, None),
+        (Kind::Norm(9216), 17, 9216, None),
+        (Kind::Norm(2688), 40, 2688, Some(0.02)),
+        (Kind::Gated(256), 33, 1024, None),
+        (Kind::Gated(1024), 20, 8192, None),
+    ];
+    if extent == Extent::Published {
+        shapes.extend([
+            (Kind::Norm(4096), 18560, 4096, None),
+            (Kind::Gated(1024), 4096, 8192, None),
+            (Kind::Relu2, 4096, 21504, None),
+            (Kind::Norm(2688), 10304, 2688, None),
+        ]);
+    }
+    for (kind, rows, cols, scale) in shapes {
+        let int4 = [128, 64, 32].into_iter().find(|group| cols % group == 0).map(Weights::Int4);
+        for weights in [Weights::Bf16, Weights::Int8].into_iter().chain(int4) {
+            let kernel = match weights {
+                Weights::Int4(_) => Kernel::Int4,
+                Weights::Int8 => Kernel::Int8,
+                Weights::F32 | Weights::Bf16 => Kernel::Bf16,
+            };
+            if kernel == Kernel::Bf16 && scale.is_some() {
+                continue;
+            }
+            let tolerance = match (kernel, kind) {
+                (Kernel::Bf16, _) => FLOAT,
+                (_, Kind::Plain | Kind::Relu2) => EXACT,
+                // A norm whose sums are taken in another order puts some codes on the other side of a rounding.
+                (_, Kind::Norm(_) | Kind::Gated(_)) => STORED,
+            };
+            let shape = format!("{kind:?} in front of {rows}x{cols} {weights:?}, scale {scale:?}");
+            all.push(Check::new(kernel.name(), shape, tolerance, move |lab| front(lab, kernel, weights, kind, rows, cols, scale)));
+        }
+    }
+    all
+}
+
+fn front(lab: &Lab, kernel: Kernel, weights: Weights, kind: Kind, rows: usize, cols: usize, scale: Option<f32>) -> Result<f64> {
+    let (row, gate, weight) = (lab.normal(60, cols), lab.normal(61, cols), lab.normal(62, cols));
+    let tensor = |values: &[f32]| Ok::<_, crate::error::Error>(CudaTensor::new(lab.put(values)?, 1, cols));
+    let mut front = Front::plain(tensor(&row)?);
+    let values = match kind {
+        Kind::Plain => row,
+        Kind::Relu2 => {
+            front.square = true;
+            row.iter().map(|x| x.max(0.0) * x.max(0.0)).collect()
+        }
+        Kind::Norm(group) | Kind::Gated(group) => {
+            front.norm = Some(Norm { weight: Arc::new(lab.put(&weight)?), eps: EPS, group });
+            let mut values: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
+            if let Kind::Gated(_) = kind {
+                front.gate = Some(tensor(&gate)?);
+                values.iter_mut().zip(&gate).for_each(|(x, z)| *x *= f64::from(*z) / (1.0 + f64::from(-z).exp()));
+            }
+            for values in values.chunks_exact_mut(group) {
+                let factor = 1.0 / (values.iter().map(|x| x * x).sum::<f64>() / group as f64 + f64::from(EPS)).sqrt();
+                values.iter_mut().for_each(|x| *x *= factor);
+            }
+            values.iter().zip(&weight).map(|(x, weight)| (x * f64::from(*weight)) as f32).collect()
+        }
+    };
+    let weights = Prepared::new(lab, weights, lab.normal(20, rows * cols), rows, cols)?;
+    let device = &*lab.memory.device;
+    let Some(launch) = Launch::of(kernel, Some(cols), device.arch()) else { return Ok(f64::NAN) };
+    let (fixed, bias, residual) = (lab.put(&[scale.unwrap_or_default()])?, lab.normal(22, rows), lab.normal(23, rows));
+    let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
+    let none = None::<&Buffer>;
+    let arguments = weights.arguments().with(rows);
+    let arguments = match kernel {
+        Kernel::Bf16 => arguments,
+        Kernel::Int8 => arguments.with(none).with(none).with(1_usize),
+        Kernel::Int4 => arguments.with(none).with(none).with(0_usize).with(none).with(none).with(1_usize),
+    };
+    let arguments = stream::front_arguments(arguments.with(cols).with(launch.stages), Some(&front), scale.map(|_| &fixed));
+    let arguments: Arguments = arguments.with(&bias_buffer).with(&out).with(&out).with(rows);
+    let blocks = Launch::blocks(rows.div_ceil(16), 1, device.multiprocessors());
+    lab.launch(kernel.name(), blocks, kernel.threads(), launch.shared, arguments)?;
+    let found = out.download::<f32>(rows)?;
+    let codes = (kernel != Kernel::Bf16).then(|| QuantizedRows::round(&values, 1, cols, scale));
+    let others = residual.iter().zip(&bias);
+    Ok(match product_of(&weights, &values, codes.as_ref(), 1, rows, cols) {
+        Product::Exact(product) => {
+            let expected: Vec<f32> = others.zip(&product).map(|((residual, bias), product)| residual + (product + bias)).collect();
+            let same = kind_is_exact(kind).then(|| mismatches(&found, &expected));
+            same.unwrap_or_else(|| difference(&found, &expected.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()))
+        }
+        Product::Float(product) => {
+            let expected: Vec<f64> =
+                others.zip(&product).map(|((residual, bias), product)| f64::from(*residual) + product + f64::from(*bias)).collect();
+            difference(&found, &expected)
+        }
+    })
+}
+
+/// Whether the machine leaves no choice of how its values are rounded.
+fn kind_is_exact(kind: Kind) -> bool {
+    matches!(kind, Kind::Plain | Kind::Relu2)
+}
