@@ -192,6 +192,11 @@ DEVICE float warp_sum(float x) {
     return x;
 }
 
+DEVICE int warp_sum(int x) {
+    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
 DEVICE double warp_sum(double x) {
     for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
@@ -214,5 +219,6 @@ DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 // f16, values beyond its largest kept there.
 DEVICE f16 narrow_f16(float x) { return narrow<f16>(fabsf(x) > 65504.0f ? copysignf(65504.0f, x) : x); }
 
-DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+// x / (1 + exp(−x)) to some units in the last place.
+DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }

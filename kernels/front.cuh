@@ -4,25 +4,27 @@
 #pragma once
 #include "rows.cuh"
 
-// `row` null: there is nothing in front. With a `weight` a norm over each `group` values, of row · silu(gate) where there is a `gate`; otherwise
-// the row, or with `square` the squares of its positive values. Codes have the scale `static_scale`, or absmax / 127.
+// `row` null: codes are given. With a `weight` a norm over each `group` values, of row · silu(gate) where there is a `gate`; otherwise the
+// row, or with `square` the squares of its positive values. Codes have the scale `static_scale`, or absmax / 127.
 #define FRONT_PARAMETERS const float *row, const float *gate, const float *weight, float eps, int group, int square, const float *static_scale
 #define FRONT_ARGUMENTS row, gate, weight, eps, group, square, static_scale
+#define CODES_PARAMETERS const i8 *codes, const float *scales
+#define CODES_ARGUMENTS codes, scales
 
 namespace {
 
 constexpr int FRONT_BARRIER = 2;
-constexpr int HELD = 6;        // vectors of four of a norm's row that a thread holds
+constexpr int HELD = 5;        // vectors of four of a norm's row that a thread holds
+constexpr int PLAIN_HELD = 11;  // the same of a row without norm
 constexpr int SEGMENT = 128;   // a warp's values of one of them
-constexpr int SCRATCH = 1024;  // bytes in front of what the products read
+constexpr int SCRATCH = 1024;  // bytes of its own
 
-// Shared memory of a front: the scale of the codes, sums of segments (or maxima of warps), and factors of groups.
+// Shared memory of a front: sums of segments, or maxima of warps, and factors of groups.
 struct Scratch {
-    float* scale;
     float* partial;
     float* factors;
 
-    explicit Scratch(u8* at) : scale(reinterpret_cast<float*>(at)), partial(scale + 4), factors(partial + 128) {}
+    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), factors(partial + 128) {}
 };
 
 DEVICE float dot(const float4& a) { return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, a.w * a.w))); }
@@ -68,22 +70,18 @@ template <int THREADS> DEVICE void norm_row(float4 (&held)[HELD], const Scratch&
     }
 }
 
-// Calls use(at, four) for each four values of a row without norm that are this thread's, at 4·at.
-template <int THREADS, class F> DEVICE void each_four(const float* row, int square, int cols, F use) {
-    constexpr int AHEAD = 6;
+// The row without norm: held[i] are the four from 4·(thread + i·THREADS) on, zeros outside.
+template <int THREADS> DEVICE void plain_row(float4 (&held)[PLAIN_HELD], const float* row, int square, int cols) {
     const float4* values = reinterpret_cast<const float4*>(row);
-    for (int start = threadIdx.x; start < cols / 4; start += AHEAD * THREADS) {
-        float4 held[AHEAD];
+    wait_previous();
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (start + i * THREADS < cols / 4) held[i] = values[start + i * THREADS];
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (start + i * THREADS >= cols / 4) break;
-            if (square) held[i] = make_float4(square_of(held[i].x), square_of(held[i].y), square_of(held[i].z), square_of(held[i].w));
-            use(start + i * THREADS, held[i]);
-        }
+    for (int i = 0; i < PLAIN_HELD; ++i) {
+        const int at = threadIdx.x + i * THREADS;
+        held[i] = at < cols / 4 ? values[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
+#pragma unroll
+    for (int i = 0; i < PLAIN_HELD; ++i)
+        if (square) held[i] = make_float4(square_of(held[i].x), square_of(held[i].y), square_of(held[i].z), square_of(held[i].w));
 }
 
 // The largest magnitude of the threads' own, as bits.
@@ -99,60 +97,81 @@ template <int THREADS> DEVICE int front_max(int own, const Scratch& scratch) {
     return largest;
 }
 
-// Codes of the row, with zeros up to ld(cols), behind the scratch memory at `shared`; their scale in front. By the first THREADS threads.
-template <int THREADS> DEVICE void front_codes(u8* shared, int cols, FRONT_PARAMETERS) {
-    const Scratch scratch(shared);
-    u32* words = reinterpret_cast<u32*>(shared + SCRATCH);
-    const auto scale_of = [&](int largest) {
-        const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(front_max<THREADS>(largest, scratch))), 127.0f);
-        if (threadIdx.x == 0) *scratch.scale = scale;
-        return scale;
-    };
-    const auto pack = [&](const float4& x, float scale, float reciprocal) {
-        if (!(scale > 0.0f)) return 0u;
-        return code_of(x.x, scale, reciprocal) | code_of(x.y, scale, reciprocal) << 8 | code_of(x.z, scale, reciprocal) << 16 | code_of(x.w, scale, reciprocal) << 24;
-    };
+// Where code k of a row lies. PAIRED: of each 1024 the first sixteen of every 32 come first, so that a warp which reads 32 codes a lane,
+// sixteen at a time, meets all banks.
+template <bool PAIRED> DEVICE int code_place(int k) { return PAIRED ? k / 1024 * 1024 + k % 32 / 16 * 512 + k / 32 % 32 * 16 + k % 16 : k; }
+
+// Codes in shared memory, by `code_place`, with zeros up to ld(cols), and their scale.
+struct Codes {
+    const i8* codes;
+    float scale;
+};
+
+// Rounds what threads hold of a row to codes.
+template <int THREADS, bool PAIRED, int COUNT> DEVICE float round_row(const float4 (&held)[COUNT], u8* to, const Scratch& scratch, int cols, const float* static_scale) {
     int largest = 0;
-    if (weight) {
-        float4 held[HELD];
-        norm_row<THREADS>(held, scratch, cols, FRONT_ARGUMENTS);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) largest = maximum(largest, magnitude_of(held[i]));
-        const float scale = scale_of(largest), reciprocal = __fdiv_rn(1.0f, scale);
+    for (int i = 0; i < COUNT; ++i) largest = maximum(largest, magnitude_of(held[i]));
+    const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(front_max<THREADS>(largest, scratch))), 127.0f);
+    const float reciprocal = __fdiv_rn(1.0f, scale);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (static_cast<int>(threadIdx.x) + i * THREADS < cols / 4) words[threadIdx.x + i * THREADS] = pack(held[i], scale, reciprocal);
-    } else {
-        wait_previous();
-        if (!static_scale) each_four<THREADS>(row, square, cols, [&](int, const float4& x) { largest = maximum(largest, magnitude_of(x)); });
-        const float scale = scale_of(largest), reciprocal = __fdiv_rn(1.0f, scale);
-        each_four<THREADS>(row, square, cols, [&](int at, const float4& x) { words[at] = pack(x, scale, reciprocal); });
+    for (int i = 0; i < COUNT; ++i) {
+        const int at = threadIdx.x + i * THREADS;
+        if (at >= ld(cols) / 4) break;
+        const float4& x = held[i];
+        const u32 word = code_of(x.x, scale, reciprocal) | code_of(x.y, scale, reciprocal) << 8 | code_of(x.z, scale, reciprocal) << 16 | code_of(x.w, scale, reciprocal) << 24;
+        *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = scale > 0.0f ? word : 0;
     }
-    for (int at = cols / 4 + threadIdx.x; at < ld(cols) / 4; at += THREADS) words[at] = 0;
-    group_wait(FRONT_BARRIER, THREADS);
+    return scale;
 }
 
-// Where input k of a row of floats lies: of each 256 the first four of every eight come first, so that a warp which reads eight inputs a
-// lane, four at a time, meets all banks.
+// By the first THREADS threads, into `shared`, whose first SCRATCH bytes are for its own use.
+template <int THREADS, bool PAIRED> DEVICE Codes front_codes(u8* shared, int cols, CODES_PARAMETERS, FRONT_PARAMETERS) {
+    const Scratch scratch(shared);
+    u8* to = shared + SCRATCH;
+    float scale;
+    if (weight) {
+        float4 held[HELD];
+        norm_row<THREADS>(held, scratch, cols, FRONT_ARGUMENTS);
+        scale = round_row<THREADS, PAIRED>(held, to, scratch, cols, static_scale);
+    } else if (row) {
+        float4 held[PLAIN_HELD];
+        plain_row<THREADS>(held, row, square, cols);
+        scale = round_row<THREADS, PAIRED>(held, to, scratch, cols, static_scale);
+    } else {
+        wait_previous();
+        scale = *scales;
+        for (int at = threadIdx.x; at < ld(cols) / 16; at += THREADS)
+            *reinterpret_cast<uint4*>(to + code_place<PAIRED>(16 * at)) = *reinterpret_cast<const uint4*>(codes + 16 * at);
+    }
+    group_wait(FRONT_BARRIER, THREADS);
+    return {reinterpret_cast<const i8*>(to), scale};
+}
+
+// Where input k of a row of floats lies: of each 256 the first four of every eight come first, as with codes.
 DEVICE int float_place(int k) { return k / 256 * 256 + k % 8 / 4 * 128 + k / 8 % 32 * 4 + k % 4; }
 
-// The same as floats, by `float_place`, at `shared` + SCRATCH.
-template <int THREADS> DEVICE void front_floats(u8* shared, int cols, FRONT_PARAMETERS) {
+// The same as floats, by `float_place`.
+template <int THREADS> DEVICE const float* front_floats(u8* shared, int cols, FRONT_PARAMETERS) {
     const Scratch scratch(shared);
     float* floats = reinterpret_cast<float*>(shared + SCRATCH);
-    const auto store = [&](int at, const float4& x) { *reinterpret_cast<float4*>(floats + float_place(4 * at)) = x; };
+    const auto store = [&](int i, const float4& x) {
+        const int at = threadIdx.x + i * THREADS;
+        if (at < ld(cols) / 4) *reinterpret_cast<float4*>(floats + float_place(4 * at)) = x;
+    };
     if (weight) {
         float4 held[HELD];
         norm_row<THREADS>(held, scratch, cols, FRONT_ARGUMENTS);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (static_cast<int>(threadIdx.x) + i * THREADS < cols / 4) store(threadIdx.x + i * THREADS, held[i]);
+        for (int i = 0; i < HELD; ++i) store(i, held[i]);
     } else {
-        wait_previous();
-        each_four<THREADS>(row, square, cols, store);
+        float4 held[PLAIN_HELD];
+        plain_row<THREADS>(held, row, square, cols);
+#pragma unroll
+        for (int i = 0; i < PLAIN_HELD; ++i) store(i, held[i]);
     }
-    for (int at = cols / 4 + threadIdx.x; at < ld(cols) / 4; at += THREADS) store(at, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
     group_wait(FRONT_BARRIER, THREADS);
+    return floats;
 }
 
 }  // namespace

@@ -206,11 +206,9 @@ impl<B: Backend> Bench<'_, B> {
         let name = if step { "scan step, f16 state" } else { "scan of a sequence" };
         self.record(name.into(), tokens, seconds, bytes, 5 * tokens as u64 * state)?;
         let (y, weight) = (self.tensor(tokens, sizes.inner())?, self.backend.prepare_vector(vec![1.0; sizes.inner()])?);
-        let seconds = self
-            .backend
-            .time(REPEATS, &mut || {
-                self.backend.settle(&self.backend.gated_norm(&y, &projected, &parameters, &weight, &sizes, 1e-5, Emit::INT8)?)
-            })?;
+        let seconds = self.backend.time(REPEATS, &mut || {
+            self.backend.settle(&self.backend.gated_norm(&y, &projected, &parameters, &weight, &sizes, 1e-5, Emit::INT8)?)
+        })?;
         let values = tokens * sizes.inner();
         self.record("gated_norm to int8".into(), tokens, seconds, (9 * values) as u64, 8 * values as u64)?;
         let config = &shape.config.attention;

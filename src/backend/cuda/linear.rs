@@ -5,7 +5,6 @@ use rayon::prelude::*;
 
 use super::device::{Arguments, Buffer, Element, Gemm};
 use super::experts::Selection;
-use super::stream::Kernel;
 use super::tensor::{Codes, Front};
 use super::wgmma::{self, Operands};
 use super::{Cuda, CudaActivation, CudaTensor, missing, padded, stream};
@@ -274,7 +273,7 @@ impl Cuda {
             let weights = weights.with(other_codes).with(other_scales).with(*others);
             let place = Place { out: &out, residual, bias: linear.bias.as_ref(), offset: 0 };
             let tiles = rows.div_ceil(FEW_OUTPUTS) + others.div_ceil(FEW_OUTPUTS);
-            if !self.stream(Kernel::Int4, weights.clone(), tiles, x, &place)? {
+            if !self.stream(stream::Weights::Int4, weights.clone(), tiles, x, &place)? {
                 let Codes { codes, scales } = self.int8(x)?;
                 let arguments = place.tail(weights.with(codes).with(scales).with(x.tokens).with(x.cols));
                 self.launch("few_w4w8a8", [tiles, x.tokens.div_ceil(FEW_TILE), 1], 256, 0, arguments)?;
@@ -334,52 +333,52 @@ impl Cuda {
     /// A matrix-vector kernel whose weights the copy engine brings; `false`, with nothing done, where there is none.
     fn streamed(&self, part: &Part, linear: &CudaLinear, x: &CudaActivation, place: &Place<'_>) -> Result<bool> {
         let begin = Arguments::default();
-        let (kernel, weights) = match &part.weights {
-            Weights::Bf16(weights) if x.tokens == 1 => (Kernel::Bf16, begin.with(weights).with(part.rows)),
-            Weights::Int8 { codes, scales } if linear.int8_activations => (Kernel::Int8, begin.with(codes).with(scales).with(part.rows)),
+        let (kind, weights) = match &part.weights {
+            Weights::Bf16(weights) => (stream::Weights::Bf16, begin.with(weights).with(part.rows)),
+            Weights::Int8 { codes, scales } if linear.int8_activations => {
+                (stream::Weights::Int8, begin.with(codes).with(scales).with(part.rows))
+            }
             Weights::Int4 { codes, scales, group } if linear.int8_activations => {
                 let none = None::<&Buffer>;
-                (Kernel::Int4, begin.with(codes).with(scales).with(*group).with(part.rows).with(none).with(none).with(0_usize))
+                let weights = begin.with(codes).with(scales).with(*group).with(part.rows);
+                (stream::Weights::Int4, weights.with(none).with(none).with(0_usize))
             }
-            Weights::F32(_) | Weights::Bf16(_) | Weights::Int8 { .. } | Weights::Int4 { .. } => return Ok(false),
+            Weights::F32(_) | Weights::Int8 { .. } | Weights::Int4 { .. } => return Ok(false),
         };
-        self.stream(kernel, weights, part.rows.div_ceil(FEW_OUTPUTS), x, place)
+        self.stream(kind, weights, part.rows.div_ceil(FEW_OUTPUTS), x, place)
     }
 
     /// The same, `weights` being the kernel's first parameters.
-    fn stream(&self, kernel: Kernel, weights: Arguments, tiles: usize, x: &CudaActivation, place: &Place<'_>) -> Result<bool> {
+    fn stream(&self, kind: stream::Weights, weights: Arguments, tiles: usize, x: &CudaActivation, place: &Place<'_>) -> Result<bool> {
         let device = self.device();
         if !stream::serves(device.arch()) {
             return Ok(false);
         }
-        let copied;
-        let front = match x.pending() {
-            // bf16 weights are multiplied by what a front leaves.
-            None if kernel == Kernel::Bf16 => {
-                copied = Front::plain(self.float(x)?.clone());
-                Some(&copied).filter(|front| stream::serves_front(front, None))
-            }
-            pending => pending,
-        };
-        let launch = |front: Option<&Front>| stream::Launch::of(kernel, front.map(|front| front.row.cols), device.arch());
-        let (front, launch) = match (launch(front), launch(None)) {
-            (Some(launch), _) => (front, launch),
-            (None, Some(launch)) => (None, launch),
-            (None, None) => return Ok(false),
-        };
-        let arguments = match (kernel, front) {
-            (Kernel::Bf16, None) => return Ok(false),
-            (Kernel::Bf16, Some(_)) => weights,
-            (Kernel::Int8 | Kernel::Int4, Some(_)) => weights.with(None::<&Buffer>).with(None::<&Buffer>).with(x.tokens),
-            (Kernel::Int8 | Kernel::Int4, None) => {
-                let Codes { codes, scales } = self.int8(x)?;
-                weights.with(codes).with(scales).with(x.tokens)
-            }
-        };
-        let scale = x.emit.scale.filter(|_| front.is_some()).map(|scale| self.static_scale(scale)).transpose()?;
-        let arguments = stream::front_arguments(arguments.with(x.cols).with(launch.stages), front, scale.as_deref());
         let blocks = stream::Launch::blocks(tiles, x.tokens, device.multiprocessors());
-        self.launch(kernel.name(), blocks, kernel.threads(), launch.shared, place.tail(arguments))?;
+        let one = stream::Launch::of_one(kind, x.cols, device.arch()).filter(|_| x.tokens == 1);
+        let (launch, arguments) = match (one, kind) {
+            (Some(launch), stream::Weights::Bf16) => {
+                let copied = if x.pending().is_none() { Some(Front::plain(self.float(x)?.clone())) } else { None };
+                let Some(front) = x.pending().or(copied.as_ref()).filter(|front| stream::serves_front(front, None)) else {
+                    return Ok(false);
+                };
+                (launch, stream::front_arguments(weights.with(x.cols).with(launch.stages), Some(front), None))
+            }
+            (Some(launch), _) => {
+                let front = x.pending();
+                let given = if front.is_none() { Some(self.int8(x)?) } else { None };
+                let scale = x.emit.scale.filter(|_| front.is_some()).map(|scale| self.static_scale(scale)).transpose()?;
+                let arguments = weights.with(x.cols).with(launch.stages);
+                let arguments = arguments.with(given.map(|given| &given.codes)).with(given.map(|given| &given.scales));
+                (launch, stream::front_arguments(arguments, front, scale.as_deref()))
+            }
+            (None, _) => {
+                let Some(launch) = stream::Launch::of_several(kind, device.arch()) else { return Ok(false) };
+                let Codes { codes, scales } = self.int8(x)?;
+                (launch, weights.with(codes).with(scales).with(x.tokens).with(x.cols).with(launch.stages))
+            }
+        };
+        self.launch(launch.kernel, blocks, launch.threads, launch.shared, place.tail(arguments))?;
         Ok(true)
     }
 

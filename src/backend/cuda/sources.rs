@@ -13,13 +13,13 @@ macro_rules! source {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Source] =
-    &[
+pub const HEADERS: &[Source] = &[
     source!("device.cuh"),
     source!("experts.cuh"),
     source!("few.cuh"),
     source!("front.cuh"),
     source!("halves.cuh"),
+    source!("ring.cuh"),
     source!("rows.cuh"),
     source!("ssd.cuh"),
 ];
@@ -42,6 +42,7 @@ pub const KERNELS: &[Source] = &[
     source!("ssd.cu"),
     source!("ssm.cu"),
     source!("stream.cu"),
+    source!("stream_one.cu"),
     source!("tensor.cu"),
     source!("wgmma.cu"),
 ];

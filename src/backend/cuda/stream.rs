@@ -1,21 +1,21 @@
-//! Launches of `kernels/stream.cu`: linears for few tokens whose weights the copy engine brings, and which compute what stands in front of
-//! them themselves where there is one token.
+//! Launches of `kernels/stream_one.cu` and `kernels/stream.cu`: linears for few tokens whose weights the copy engine brings. Those of one token
+//! compute what stands in front of them themselves.
 
 use super::device::{Arguments, Buffer};
 use super::tensor::Front;
 
-/// Bytes of a stage: 16 rows of 2048 bytes, 64 apart, and of the scales of int4 weights, for which int8 weights leave room, too.
-const STAGE: usize = FLOAT_STAGE + 16 * 80;
-const FLOAT_STAGE: usize = 16 * (2048 + 64);
+/// Bytes of a stage: 16 rows of 2048 bytes, 64 apart, and of the scales of int4 weights; and of its two barriers.
+const STAGE: usize = 16 * (2048 + 64 + 80) + 16;
 /// Tokens and outputs of a tile.
 const TOKENS: usize = 8;
 const OUTPUTS: usize = 16;
-/// Bytes in front of what a front leaves.
+/// Bytes that a front takes beside what it leaves.
 const SCRATCH: usize = 1024;
 /// Fewer stages than this cannot keep memory busy.
 const LEAST_STAGES: usize = 3;
-/// The longest row of a norm, and what its groups are multiples of.
-const NORM_INPUTS: usize = 9216;
+/// The longest rows of a norm and of what is none, and what a norm's groups are multiples of.
+const NORM_INPUTS: usize = 10240;
+const PLAIN_INPUTS: usize = 22528;
 const SEGMENT: usize = 128;
 
 /// Whether GPUs of this architecture (90 for sm_90) have the copy engine, and shared memory for its rings. Consumer GPUs have 99 KiB: two
@@ -24,33 +24,20 @@ pub fn serves(arch: u32) -> bool {
     (90..120).contains(&arch)
 }
 
-/// Which of the kernels.
+/// What the weights are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kernel {
+pub enum Weights {
     Bf16,
     Int8,
     /// With a part in int8, or without.
     Int4,
 }
 
-impl Kernel {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "stream_bf16",
-            Self::Int8 => "stream_w8a8",
-            Self::Int4 => "stream_w4a8",
-        }
-    }
-
-    /// Of a block: four warps ask for copies, sixteen multiply bf16, eight multiply codes and four add up.
-    pub fn threads(self) -> usize {
-        if self == Self::Bf16 { 640 } else { 512 }
-    }
-}
-
 /// A launch of one of the kernels.
 #[derive(Debug, Clone, Copy)]
 pub struct Launch {
+    pub kernel: &'static str,
+    pub threads: usize,
     /// Stages of the ring, the kernels' parameter.
     pub stages: usize,
     /// Bytes.
@@ -58,19 +45,32 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// On a GPU of this architecture; `front`: inputs of what the front computes. `None` where there is no room for enough stages.
-    pub fn of(kernel: Kernel, front: Option<usize>, arch: u32) -> Option<Self> {
-        let (stage, entries, width) = match kernel {
-            Kernel::Bf16 => (FLOAT_STAGE, 0, 4),
-            // Two slots of products of each output: of 8 warps, or of 32 groups.
-            Kernel::Int8 => (STAGE, 8, 1),
-            Kernel::Int4 => (STAGE, 32, 1),
+    /// For one token of so many inputs, whose front is computed as well.
+    pub fn of_one(weights: Weights, cols: usize, arch: u32) -> Option<Self> {
+        // int4 weights hand over two windows of products of each row.
+        let (kernel, handed, row) = match weights {
+            Weights::Bf16 => ("one_bf16", 0, 4 * cols.next_multiple_of(256)),
+            Weights::Int8 => ("one_w8a8", 0, cols.next_multiple_of(1024)),
+            Weights::Int4 => ("one_w4a8", OUTPUTS * 2 * 32 * 4, cols.next_multiple_of(1024)),
         };
-        let front = front.map_or(0, |cols| SCRATCH + width * cols.next_multiple_of(256));
-        let others = 2 * entries * TOKENS * OUTPUTS * 4 + front;
-        // Two barriers for each stage.
-        let stages = super::shared_limit(arch).saturating_sub(others) / (stage + 16);
-        (stages >= LEAST_STAGES).then_some(Self { stages, shared: stages * (stage + 16) + others })
+        Self::with_ring(kernel, 640, handed + SCRATCH + row, arch)
+    }
+
+    /// For int8 activations of several tokens.
+    pub fn of_several(weights: Weights, arch: u32) -> Option<Self> {
+        // Two slots of products of each output: of 8 warps, or of 32 groups.
+        let (kernel, entries) = match weights {
+            Weights::Bf16 => return None,
+            Weights::Int8 => ("stream_w8a8", 8),
+            Weights::Int4 => ("stream_w4a8", 32),
+        };
+        Self::with_ring(kernel, 512, 2 * entries * TOKENS * OUTPUTS * 4, arch)
+    }
+
+    /// With as many stages as there is room for; `None`: too few.
+    fn with_ring(kernel: &'static str, threads: usize, others: usize, arch: u32) -> Option<Self> {
+        let stages = super::shared_limit(arch).saturating_sub(others) / STAGE;
+        (stages >= LEAST_STAGES).then_some(Self { kernel, threads, stages, shared: stages * STAGE + others })
     }
 
     /// Blocks for so many tiles of 16 outputs: one on each multiprocessor, for every 8 tokens.
@@ -79,11 +79,14 @@ impl Launch {
     }
 }
 
-/// Whether the kernels can compute this themselves.
+/// Whether the kernels for one token can compute this themselves.
 pub(super) fn serves_front(front: &Front, hadamard: Option<usize>) -> bool {
     let cols = front.row.cols;
-    let norm = front.norm.as_ref().is_none_or(|norm| cols <= NORM_INPUTS && cols % SEGMENT == 0 && norm.group % SEGMENT == 0);
-    front.row.rows == 1 && cols % 4 == 0 && hadamard.is_none() && norm
+    let fits = match &front.norm {
+        Some(norm) => cols <= NORM_INPUTS && cols.is_multiple_of(SEGMENT) && norm.group.is_multiple_of(SEGMENT),
+        None => cols <= PLAIN_INPUTS,
+    };
+    front.row.rows == 1 && cols.is_multiple_of(4) && hadamard.is_none() && fits
 }
 
 /// The kernels' parameters for what stands in front; `None`: nothing.

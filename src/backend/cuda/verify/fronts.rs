@@ -6,7 +6,7 @@ use super::linears::{Prepared, Product, Weights, product_of};
 use super::{Check, EXACT, Extent, FLOAT, Lab, STORED, difference, mismatches};
 use crate::backend::cpu::int_matmul::QuantizedRows;
 use crate::backend::cuda::device::{Arguments, Buffer};
-use crate::backend::cuda::stream::{self, Kernel, Launch};
+use crate::backend::cuda::stream::{self, Launch};
 use crate::backend::cuda::tensor::{CudaTensor, Front, Norm};
 use crate::error::Result;
 
@@ -23,7 +23,7 @@ enum Kind {
     Gated(usize),
 }
 
-pub fn checks(extent: Extent) -> Vec<Check> {
+pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     let mut all = Vec::new();
     let mut shapes = vec![
         (Kind::Plain, 19, 320, None),
@@ -48,28 +48,29 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     for (kind, rows, cols, scale) in shapes {
         let int4 = [128, 64, 32].into_iter().find(|group| cols % group == 0).map(Weights::Int4);
         for weights in [Weights::Bf16, Weights::Int8].into_iter().chain(int4) {
-            let kernel = match weights {
-                Weights::Int4(_) => Kernel::Int4,
-                Weights::Int8 => Kernel::Int8,
-                Weights::F32 | Weights::Bf16 => Kernel::Bf16,
+            let kind_of_weights = match weights {
+                Weights::Int4(_) => stream::Weights::Int4,
+                Weights::Int8 => stream::Weights::Int8,
+                Weights::F32 | Weights::Bf16 => stream::Weights::Bf16,
             };
-            if kernel == Kernel::Bf16 && scale.is_some() {
+            let Some(launch) = Launch::of_one(kind_of_weights, cols, arch) else { continue };
+            if weights == Weights::Bf16 && scale.is_some() {
                 continue;
             }
-            let tolerance = match (kernel, kind) {
-                (Kernel::Bf16, _) => FLOAT,
+            let tolerance = match (weights, kind) {
+                (Weights::Bf16, _) => FLOAT,
                 (_, Kind::Plain | Kind::Relu2) => EXACT,
                 // A norm whose sums are taken in another order puts some codes on the other side of a rounding.
                 (_, Kind::Norm(_) | Kind::Gated(_)) => STORED,
             };
             let shape = format!("{kind:?} in front of {rows}x{cols} {weights:?}, scale {scale:?}");
-            all.push(Check::new(kernel.name(), shape, tolerance, move |lab| front(lab, kernel, weights, kind, rows, cols, scale)));
+            all.push(Check::new(launch.kernel, shape, tolerance, move |lab| front(lab, launch, weights, kind, rows, cols, scale)));
         }
     }
     all
 }
 
-fn front(lab: &Lab, kernel: Kernel, weights: Weights, kind: Kind, rows: usize, cols: usize, scale: Option<f32>) -> Result<f64> {
+fn front(lab: &Lab, launch: Launch, kind_of_weights: Weights, kind: Kind, rows: usize, cols: usize, scale: Option<f32>) -> Result<f64> {
     let (row, gate, weight) = (lab.normal(60, cols), lab.normal(61, cols), lab.normal(62, cols));
     let tensor = |values: &[f32]| Ok::<_, crate::error::Error>(CudaTensor::new(lab.put(values)?, 1, cols));
     let mut front = Front::plain(tensor(&row)?);
@@ -93,24 +94,22 @@ fn front(lab: &Lab, kernel: Kernel, weights: Weights, kind: Kind, rows: usize, c
             values.iter().zip(&weight).map(|(x, weight)| (x * f64::from(*weight)) as f32).collect()
         }
     };
-    let weights = Prepared::new(lab, weights, lab.normal(20, rows * cols), rows, cols)?;
-    let device = &*lab.memory.device;
-    let Some(launch) = Launch::of(kernel, Some(cols), device.arch()) else { return Ok(f64::NAN) };
+    let weights = Prepared::new(lab, kind_of_weights, lab.normal(20, rows * cols), rows, cols)?;
     let (fixed, bias, residual) = (lab.put(&[scale.unwrap_or_default()])?, lab.normal(22, rows), lab.normal(23, rows));
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
     let none = None::<&Buffer>;
-    let arguments = weights.arguments().with(rows);
-    let arguments = match kernel {
-        Kernel::Bf16 => arguments,
-        Kernel::Int8 => arguments.with(none).with(none).with(1_usize),
-        Kernel::Int4 => arguments.with(none).with(none).with(0_usize).with(none).with(none).with(1_usize),
+    let ring = |arguments: Arguments| arguments.with(cols).with(launch.stages);
+    let arguments = match kind_of_weights {
+        Weights::F32 | Weights::Bf16 => ring(weights.arguments().with(rows)),
+        Weights::Int8 => ring(weights.arguments().with(rows)).with(none).with(none),
+        Weights::Int4(_) => ring(weights.arguments().with(rows).with(none).with(none).with(0_usize)).with(none).with(none),
     };
-    let arguments = stream::front_arguments(arguments.with(cols).with(launch.stages), Some(&front), scale.map(|_| &fixed));
-    let arguments: Arguments = arguments.with(&bias_buffer).with(&out).with(&out).with(rows);
-    let blocks = Launch::blocks(rows.div_ceil(16), 1, device.multiprocessors());
-    lab.launch(kernel.name(), blocks, kernel.threads(), launch.shared, arguments)?;
+    let arguments = stream::front_arguments(arguments, Some(&front), scale.map(|_| &fixed));
+    let arguments = arguments.with(&bias_buffer).with(&out).with(&out).with(rows);
+    let blocks = Launch::blocks(rows.div_ceil(16), 1, lab.memory.device.multiprocessors());
+    lab.launch(launch.kernel, blocks, launch.threads, launch.shared, arguments)?;
     let found = out.download::<f32>(rows)?;
-    let codes = (kernel != Kernel::Bf16).then(|| QuantizedRows::round(&values, 1, cols, scale));
+    let codes = (kind_of_weights != Weights::Bf16).then(|| QuantizedRows::round(&values, 1, cols, scale));
     let others = residual.iter().zip(&bias);
     Ok(match product_of(&weights, &values, codes.as_ref(), 1, rows, cols) {
         Product::Exact(product) => {

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{BF16_WEIGHTS, Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad};
 use crate::backend::cpu::int_matmul::{self, PackedMatrix, QuantizedRows};
 use crate::backend::cuda::device::{Arguments, Buffer};
-use crate::backend::cuda::stream::{self, Kernel, Launch};
+use crate::backend::cuda::stream::{self, Launch};
 use crate::backend::cuda::wgmma::{self, Operands};
 use crate::error::{Error, Result};
 use crate::format::{QuantizedMatrix, Scheme, round_to_nearest};
@@ -52,13 +52,14 @@ fn few_kernel(suffix: &str) -> &'static str {
     }
 }
 
-/// The kernel that the copy engine feeds, in place of one that it does not.
-fn stream_kernel(few: &str) -> Option<&'static str> {
-    match few {
-        "few_w8a8" => Some(Kernel::Int8.name()),
-        "few_w4a8" => Some(Kernel::Int4.name()),
-        _ => None,
-    }
+/// The kernels that the copy engine feeds, in place of one that it does not.
+fn stream_kernels(few: &str, tokens: usize) -> Vec<&'static str> {
+    let (one, several) = match few {
+        "few_w8a8" => ("one_w8a8", "stream_w8a8"),
+        "few_w4a8" | "few_w4w8a8" => ("one_w4a8", "stream_w4a8"),
+        _ => return Vec::new(),
+    };
+    if tokens == 1 { vec![one, several] } else { vec![several] }
 }
 
 fn gemm_kernel(suffix: &str) -> &'static str {
@@ -110,7 +111,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     for (tokens, rows, cols) in few {
         for (weights, int8) in formats(cols) {
             let few = few_kernel(weights.suffix(int8));
-            for kernel in [Some(few), stream_kernel(few).filter(|_| streams)].into_iter().flatten() {
+            for kernel in [few].into_iter().chain(stream_kernels(few, tokens).into_iter().filter(|_| streams)) {
                 let (shape, tolerance) = (format!("{tokens}x{rows}x{cols} {weights:?}"), if int8 { EXACT } else { FLOAT });
                 all.push(Check::new(kernel, shape, tolerance, move |lab| linear(lab, kernel, weights, int8, tokens, rows, cols)));
             }
@@ -139,7 +140,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     for group in [128, 64, 32] {
         for (tokens, rows, others, cols) in [(1, 37, 5, 384), (3, 32, 20, 128), (8, 70, 16, 1152)] {
             let shape = format!("{tokens}x({rows}+{others})x{cols} group {group}");
-            for kernel in [Some("few_w4w8a8"), Some("stream_w4a8").filter(|_| streams)].into_iter().flatten() {
+            for kernel in ["few_w4w8a8"].into_iter().chain(stream_kernels("few_w4w8a8", tokens).into_iter().filter(|_| streams)) {
                 all.push(Check::new(kernel, shape.clone(), EXACT, move |lab| two_parts(lab, kernel, group, tokens, rows, others, cols)));
             }
         }
@@ -149,8 +150,15 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     }
     for (weights, int8) in [(Weights::Int8, true), (Weights::Int4(128), true)] {
         let few = few_kernel(weights.suffix(int8));
-        for kernel in [Some(few), Some(gemm_kernel(weights.suffix(int8))), stream_kernel(few).filter(|_| streams)].into_iter().flatten() {
-            all.push(Check::new(kernel, "extreme codes", EXACT, move |lab| extremes(lab, kernel, weights, 9)));
+        for (kernel, tokens) in [(few, 9), (gemm_kernel(weights.suffix(int8)), 9)].into_iter().chain(
+            [1, 9]
+                .into_iter()
+                .filter(|_| streams)
+                .flat_map(|tokens| stream_kernels(few, tokens).into_iter().map(move |kernel| (kernel, tokens))),
+        ) {
+            all.push(Check::new(kernel, format!("extreme codes, {tokens} tokens"), EXACT, move |lab| {
+                extremes(lab, kernel, weights, tokens)
+            }));
         }
     }
     all
@@ -325,7 +333,7 @@ fn extremes(lab: &Lab, kernel: &str, weights: Weights, tokens: usize) -> Result<
 
 /// Runs the kernel into the middle of wider rows, with a bias, onto a residual that is the output itself.
 fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, rows: usize, cols: usize) -> Result<f64> {
-    let (few, streams) = (kernel.starts_with("few"), kernel.starts_with("stream"));
+    let (few, streams) = (kernel.starts_with("few"), kernel.starts_with("stream") || kernel.starts_with("one"));
     let (offset, stride) = (3, rows + 8);
     let (bias, residual) = (lab.normal(22, rows), lab.normal(23, tokens * stride));
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
@@ -346,11 +354,11 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
         let blocks = launch.blocks(tokens, rows, device.multiprocessors());
         lab.launch(kernel, [blocks, 1, 1], launch.threads, launch.shared, tail(operands.arguments(device)?))?;
     } else if streams {
-        let (kernel, first) = match weights.group {
-            Some(_) => (Kernel::Int4, weights.arguments().with(rows).with(none).with(none).with(0_usize)),
-            None => (Kernel::Int8, weights.arguments().with(rows)),
+        let weights = match weights.group {
+            Some(_) => weights.arguments().with(rows).with(none).with(none).with(0_usize),
+            None => weights.arguments().with(rows),
         };
-        stream_codes(lab, kernel, x.arguments(first), rows.div_ceil(16), tokens, cols, tail)?;
+        stream_codes(lab, kernel, weights, x, rows.div_ceil(16), tokens, cols, tail)?;
     } else if few {
         lab.launch(kernel, [rows.div_ceil(16), tokens.div_ceil(8), 1], 256, 0, arguments)?;
     } else {
@@ -375,21 +383,29 @@ fn run(lab: &Lab, kernel: &str, weights: &Prepared, x: &Input, tokens: usize, ro
     })
 }
 
-/// Launches a kernel that the copy engine feeds on codes; `first`: its parameters as far as the activations.
+/// Launches a kernel that the copy engine feeds on codes; `weights`: its first parameters.
 fn stream_codes(
     lab: &Lab,
-    kernel: Kernel,
-    first: Arguments,
+    kernel: &str,
+    weights: Arguments,
+    x: &Input,
     tiles: usize,
     tokens: usize,
     cols: usize,
     tail: impl Fn(Arguments) -> Arguments,
 ) -> Result<()> {
     let device = &*lab.memory.device;
-    let launch = Launch::of(kernel, None, device.arch()).ok_or_else(|| Error::run("there is no room for a ring"))?;
-    let arguments = stream::front_arguments(first.with(tokens).with(cols).with(launch.stages), None, None);
+    let kind = if kernel.ends_with("w4a8") { stream::Weights::Int4 } else { stream::Weights::Int8 };
+    let (one, several) = (Launch::of_one(kind, cols, device.arch()), Launch::of_several(kind, device.arch()));
+    let launch = [one, several].into_iter().flatten().find(|launch| launch.kernel == kernel);
+    let launch = launch.ok_or_else(|| Error::run(format!("{kernel} has no room for a ring")))?;
+    let arguments = if kernel.starts_with("one") {
+        stream::front_arguments(x.arguments(weights.with(cols).with(launch.stages)), None, None)
+    } else {
+        x.arguments(weights).with(tokens).with(cols).with(launch.stages)
+    };
     let blocks = Launch::blocks(tiles, tokens, device.multiprocessors());
-    lab.launch(kernel.name(), blocks, kernel.threads(), launch.shared, tail(arguments))
+    lab.launch(launch.kernel, blocks, launch.threads, launch.shared, tail(arguments))
 }
 
 /// A linear of an int4 and an int8 part, into the middle of wider rows, with a bias, onto the output itself.
@@ -402,13 +418,12 @@ fn two_parts(lab: &Lab, kernel: &str, group: usize, tokens: usize, rows: usize, 
     let (bias_buffer, out) = (lab.put(&bias)?, lab.put(&residual)?);
     let arguments = second.buffers.iter().fold(first.arguments().with(rows), Arguments::with).with(others);
     let place = out.address() + 4 * offset as u64;
-    let arguments = x.arguments(arguments);
     let tail = |arguments: Arguments| arguments.with(&bias_buffer).with(place).with(place).with(stride);
     let tiles = rows.div_ceil(16) + others.div_ceil(16);
-    if kernel == "stream_w4a8" {
-        stream_codes(lab, Kernel::Int4, arguments, tiles, tokens, cols, tail)?;
+    if kernel == "few_w4w8a8" {
+        lab.launch(kernel, [tiles, tokens.div_ceil(FEW_TILE), 1], 256, 0, tail(x.arguments(arguments).with(tokens).with(cols)))?;
     } else {
-        lab.launch(kernel, [tiles, tokens.div_ceil(FEW_TILE), 1], 256, 0, tail(arguments.with(tokens).with(cols)))?;
+        stream_codes(lab, kernel, arguments, &x, tiles, tokens, cols, tail)?;
     }
     let mut expected = residual;
     for (part, start, count) in [(&first, 0, rows), (&second, rows, others)] {

@@ -76,7 +76,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
     let kernels: [fn(Extent) -> Vec<Check>; 5] = [rows::checks, internals::checks, attention::checks, moe::checks, calibration::checks];
     let others = kernels.into_iter().flat_map(|checks| checks(extent));
     // Emulation has every architecture's kernels.
-    let fronts = if arch == 0 || stream::serves(arch) { fronts::checks(extent) } else { Vec::new() };
+    let fronts = if arch == 0 || stream::serves(arch) { fronts::checks(extent, arch) } else { Vec::new() };
     linears::checks(extent, arch).into_iter().chain(fronts).chain(mamba::checks(extent, arch)).chain(others).collect()
 }
 
