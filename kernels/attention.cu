@@ -7,6 +7,8 @@ namespace {
 
 constexpr int QUERIES = 64;
 constexpr int KEYS = 32;
+constexpr int STEP_KEYS = 16;  // that a warp of a decoding step takes at a time
+constexpr int STEP_WARPS = 4;
 constexpr int MAX_DIM = 128;
 constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
 
@@ -30,29 +32,54 @@ template <> struct Rows<i8> {
 template <class C> DEVICE void keep(C& to, float x) { to = narrow<C>(x); }
 DEVICE void keep(f16& to, float x) { to = narrow_f16(x); }
 
-// A head's keys or values of one token, by a warp.
-template <class C> DEVICE void keep_head(const Rows<C>& to, i64 row, int head, const float* from) {
-    for (int c = threadIdx.x % 32; c < to.d; c += 32) keep(to.values[(row * to.kv_heads + head) * to.d + c], from[c]);
+// A head's keys or values of one token, by a warp: all is read before the first is written.
+struct Head {
+    static constexpr int OWN = MAX_DIM / 32;
+    float held[OWN];
+
+    Head(const float* from, int d) {
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const int c = i * 32 + threadIdx.x % 32;
+            held[i] = c < d ? from[c] : 0.0f;
+        }
+    }
+
+    template <class F> void each(int d, F use) const {
+#pragma unroll
+        for (int i = 0; i < OWN; ++i)
+            if (i * 32 + static_cast<int>(threadIdx.x) % 32 < d) use(i * 32 + threadIdx.x % 32, held[i]);
+    }
+};
+
+template <class C> DEVICE void keep_head(const Rows<C>& to, i64 row, int head, const Head& from) {
+    from.each(to.d, [&](int c, float x) { keep(to.values[(row * to.kv_heads + head) * to.d + c], x); });
 }
 
-DEVICE void keep_head(const Rows<i8>& to, i64 row, int head, const float* from) {
+DEVICE void keep_head(const Rows<i8>& to, i64 row, int head, const Head& from) {
     float largest = 0.0f;
-    for (int c = threadIdx.x % 32; c < to.d; c += 32) largest = fmaxf(largest, fabsf(from[c]));
+    from.each(to.d, [&](int, float x) { largest = fmaxf(largest, fabsf(x)); });
     const float scale = __fdiv_rn(warp_max(largest), 127.0f);
-    for (int c = threadIdx.x % 32; c < to.d; c += 32)
-        to.values[(row * to.kv_heads + head) * to.d + c] = scale > 0.0f ? static_cast<i8>(round_even(fminf(fmaxf(__fdiv_rn(from[c], scale), -127.0f), 127.0f))) : static_cast<i8>(0);
+    from.each(to.d, [&](int c, float x) {
+        to.values[(row * to.kv_heads + head) * to.d + c] = scale > 0.0f ? static_cast<i8>(round_even(fminf(fmaxf(__fdiv_rn(x, scale), -127.0f), 127.0f))) : static_cast<i8>(0);
+    });
     if (threadIdx.x % 32 == 0) to.scales[row * to.kv_heads + head] = scale;
 }
 
-template <class C> DEVICE void append(const float* k, const float* v, const int* sequences, const int* lengths, int capacity, const Rows<C>& keys, const Rows<C>& values) {
+// Without `sequences` a step: one token of each slot, which is one longer then.
+template <class C> DEVICE void append(const float* k, const float* v, const int* sequences, int* lengths, int capacity, const Rows<C>& keys, const Rows<C>& values) {
     const int index = blockIdx.y, i = blockIdx.x;
     const int begin = sequences ? sequences[4 * index] : index, end = sequences ? sequences[4 * index + 1] : index + 1, slot = sequences ? sequences[4 * index + 2] : index;
-    if (begin + i >= end || lengths[slot] + i >= capacity) return;
-    const i64 row = static_cast<i64>(slot) * capacity + lengths[slot] + i;
+    const int length = lengths[slot];
+    __syncthreads();
+    if (!sequences && threadIdx.x == 0) lengths[slot] = length + 1;
+    if (begin + i >= end || length + i >= capacity) return;
+    const i64 row = static_cast<i64>(slot) * capacity + length + i;
     for (int head = threadIdx.x / 32; head < keys.kv_heads; head += blockDim.x / 32) {
         const i64 from = (static_cast<i64>(begin + i) * keys.kv_heads + head) * keys.d;
-        keep_head(keys, row, head, k + from);
-        keep_head(values, row, head, v + from);
+        const Head key(k + from, keys.d), value(v + from, keys.d);
+        keep_head(keys, row, head, key);
+        keep_head(values, row, head, value);
     }
 }
 
@@ -164,34 +191,45 @@ template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const
         }
 }
 
-DEVICE float4 read_four(const float* at, float) { return *reinterpret_cast<const float4*>(at); }
+// Four elements of a row as they are stored, and as floats.
+DEVICE float4 load_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+DEVICE uint2 load_four(const bf16* at) { return *reinterpret_cast<const uint2*>(at); }
+DEVICE uint2 load_four(const f16* at) { return *reinterpret_cast<const uint2*>(at); }
+DEVICE u32 load_four(const i8* at) { return *reinterpret_cast<const u32*>(at); }
 
-DEVICE float4 read_four(const bf16* at, float) {
-    const uint2 x = *reinterpret_cast<const uint2*>(at);
-    return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u));
-}
+template <class C> struct Four;
+template <> struct Four<float> {
+    float4 x;
+    float4 floats(float) const { return x; }
+};
+template <> struct Four<bf16> {
+    uint2 x;
+    float4 floats(float) const { return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u)); }
+};
+template <> struct Four<f16> {
+    uint2 x;
+    static float half(u32 bits) { return widen(f16{static_cast<unsigned short>(bits)}); }
+    float4 floats(float) const { return make_float4(half(x.x), half(x.x >> 16), half(x.y), half(x.y >> 16)); }
+};
+template <> struct Four<i8> {
+    u32 x;
+    float4 floats(float scale) const {
+        const auto code = [&](int i) { return __fmul_rn(static_cast<float>(static_cast<i8>(x >> 8 * i)), scale); };
+        return make_float4(code(0), code(1), code(2), code(3));
+    }
+};
 
-DEVICE float4 read_four(const f16* at, float) {
-    const uint2 x = *reinterpret_cast<const uint2*>(at);
-    const auto half = [](u32 bits) { return widen(f16{static_cast<unsigned short>(bits)}); };
-    return make_float4(half(x.x), half(x.x >> 16), half(x.y), half(x.y >> 16));
-}
-
-DEVICE float4 read_four(const i8* at, float scale) {
-    const u32 x = *reinterpret_cast<const u32*>(at);
-    const auto code = [&](int i) { return __fmul_rn(static_cast<float>(static_cast<i8>(x >> 8 * i)), scale); };
-    return make_float4(code(0), code(1), code(2), code(3));
-}
-
-// One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A
-// warp takes 32 keys at a time: for the scores a lane has a key, for the values four features.
+// One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A warp takes
+// STEP_KEYS keys at a time and reads all of them, and their values, before it uses the first: four lanes share a key of the lower and one of
+// the upper half; of the values a lane has four features.
 template <class C, int RATIO>
-DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[KEYS], float* merged) {
-    constexpr int WARPS = 4;
-    const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[STEP_KEYS], float (*merged)[MAX_DIM + 4]) {
+    constexpr int FOURS = MAX_DIM / 16, HALF = STEP_KEYS / 2;
+    const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
     const int ratio = heads / kv_heads, width = kv_heads * d, length = minimum(lengths[slot], capacity);
-    // Whole tiles of 32 keys, divided among the splits.
-    const int tiles = divide_up(length, KEYS), first_tile = static_cast<int>(static_cast<i64>(tiles) * split / splits), end_tile = static_cast<int>(static_cast<i64>(tiles) * (split + 1) / splits);
+    // Tiles of keys, divided among the warps of all splits.
+    const int tiles = divide_up(length, STEP_KEYS), unit = split * STEP_WARPS + warp, units = splits * STEP_WARPS;
+    const int first_tile = static_cast<int>(static_cast<i64>(tiles) * unit / units), end_tile = static_cast<int>(static_cast<i64>(tiles) * (unit + 1) / units);
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
     for (int i = threadIdx.x; i < ratio * d; i += blockDim.x) query[i / d][i % d] = q[(static_cast<i64>(slot) * heads + kv_head * ratio) * d + i] * scale;
     __syncthreads();
@@ -203,79 +241,108 @@ DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& valu
         for (int i = 0; i < 4; ++i) result[r][i] = 0.0f;
     }
     const i64 rows = static_cast<i64>(slot) * capacity;
-    for (int tile = first_tile + warp; tile < end_tile; tile += WARPS) {
-        const int key = tile * KEYS + lane, count = minimum(KEYS, length - tile * KEYS);
-        float scores[RATIO] = {};
-        if (lane < count) {
-            const C* row = keys.values + (rows + key) * width + kv_head * d;
-            const float key_scale = keys.scale(rows + key, kv_head);
-#pragma unroll 8
-            for (int c = 0; c < d; c += 4) {
-                const float4 k = read_four(row + c, key_scale);
+    // Behind the last key it is read again; it weighs nothing there.
+    const auto row_of = [&](int key) { return rows + minimum(key, length - 1); };
+    const auto read = [&](const Rows<C>& of, int key, int c) { return Four<C>{load_four(of.values + row_of(key) * width + kv_head * d + minimum(c, d - 4))}; };
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+        const int first = tile * STEP_KEYS, count = minimum(STEP_KEYS, length - first);
+        Four<C> k[2][FOURS], v[STEP_KEYS];
+        float key_scales[2];
 #pragma unroll
-                for (int r = 0; r < RATIO; ++r)
-                    if (r < ratio) {
-                        const float4 x = *reinterpret_cast<const float4*>(&query[r][c]);
-                        scores[r] = fmaf(x.x, k.x, fmaf(x.y, k.y, fmaf(x.z, k.z, fmaf(x.w, k.w, scores[r]))));
-                    }
+        for (int half = 0; half < 2; ++half) {
+            key_scales[half] = keys.scale(row_of(first + half * HALF + lane / 4), kv_head);
+#pragma unroll
+            for (int j = 0; j < FOURS; ++j) k[half][j] = read(keys, first + half * HALF + lane / 4, j * 16 + quad * 4);
+        }
+        const auto read_values = [&] {
+#pragma unroll
+            for (int i = 0; i < STEP_KEYS; ++i) v[i] = read(values, first + i, lane * 4);
+        };
+        // Of f32 there would be more than registers hold.
+        if (sizeof(C) < 4) read_values();
+        float scores[2][RATIO] = {};
+#pragma unroll
+        for (int j = 0; j < FOURS; ++j) {
+            if (j * 16 + quad * 4 >= d) break;
+            const float4 lower = k[0][j].floats(key_scales[0]), upper = k[1][j].floats(key_scales[1]);
+#pragma unroll
+            for (int r = 0; r < RATIO; ++r) {
+                if (r >= ratio) break;
+                const float4 x = *reinterpret_cast<const float4*>(&query[r][j * 16 + quad * 4]);
+                scores[0][r] = fmaf(x.x, lower.x, fmaf(x.y, lower.y, fmaf(x.z, lower.z, fmaf(x.w, lower.w, scores[0][r]))));
+                scores[1][r] = fmaf(x.x, upper.x, fmaf(x.y, upper.y, fmaf(x.z, upper.z, fmaf(x.w, upper.w, scores[1][r]))));
             }
         }
 #pragma unroll
         for (int r = 0; r < RATIO; ++r) {
             if (r >= ratio) break;
-            const float score = lane < count ? scores[r] : NONE, new_largest = fmaxf(largest[r], warp_max(score)), correction = expf(largest[r] - new_largest);
-            const float p = lane < count ? expf(score - new_largest) : 0.0f;
-            weights[warp * RATIO + r][lane] = p;
-            sum[r] = sum[r] * correction + warp_sum(p);
+            float own[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float score = scores[half][r];
+                score += shuffle_xor(score, 1);
+                score += shuffle_xor(score, 2);
+                own[half] = half * HALF + lane / 4 < count ? score : NONE;
+            }
+            const float new_largest = fmaxf(largest[r], warp_max(fmaxf(own[0], own[1]))), correction = expf(largest[r] - new_largest);
+            float total = 0.0f;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float p = half * HALF + lane / 4 < count ? expf(own[half] - new_largest) : 0.0f;
+                if (quad == 0) weights[warp * RATIO + r][half * HALF + lane / 4] = p;
+                total += quad == 0 ? p : 0.0f;
+            }
+            sum[r] = sum[r] * correction + warp_sum(total);
             largest[r] = new_largest;
 #pragma unroll
             for (int i = 0; i < 4; ++i) result[r][i] *= correction;
         }
+        if (sizeof(C) == 4) read_values();
         __syncwarp();
-        if (lane * 4 < d)
-#pragma unroll 8
-            for (int i = 0; i < count; ++i) {
-                const i64 at = rows + tile * KEYS + i;
-                const float4 v = read_four(values.values + at * width + kv_head * d + lane * 4, values.scale(at, kv_head));
 #pragma unroll
-                for (int r = 0; r < RATIO; ++r)
-                    if (r < ratio) {
-                        const float p = weights[warp * RATIO + r][i];
-                        result[r][0] = fmaf(p, v.x, result[r][0]), result[r][1] = fmaf(p, v.y, result[r][1]);
-                        result[r][2] = fmaf(p, v.z, result[r][2]), result[r][3] = fmaf(p, v.w, result[r][3]);
-                    }
+        for (int i = 0; i < STEP_KEYS; ++i) {
+            const float4 x = v[i].floats(values.scale(row_of(first + i), kv_head));
+#pragma unroll
+            for (int r = 0; r < RATIO; ++r) {
+                if (r >= ratio) break;
+                const float p = weights[warp * RATIO + r][i];
+                result[r][0] = fmaf(p, x.x, result[r][0]), result[r][1] = fmaf(p, x.y, result[r][1]);
+                result[r][2] = fmaf(p, x.z, result[r][2]), result[r][3] = fmaf(p, x.w, result[r][3]);
             }
+        }
         __syncwarp();
     }
-    // The warps' shares, one query head after another.
-    const int pitch = MAX_DIM + 4;
+    // The warps' shares.
 #pragma unroll
     for (int r = 0; r < RATIO; ++r) {
         if (r >= ratio) break;
-        __syncthreads();
-        float* own = merged + warp * pitch;
+        float* own = merged[warp * RATIO + r];
         if (lane == 0) own[0] = largest[r], own[1] = sum[r];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) if (lane * 4 + i < d) own[4 + lane * 4 + i] = result[r][i];
-        __syncthreads();
+        if (lane * 4 < d) *reinterpret_cast<float4*>(own + 4 + lane * 4) = make_float4(result[r][0], result[r][1], result[r][2], result[r][3]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < ratio * d; i += blockDim.x) {
+        const int r = i / d, c = i % d;
         float overall = NONE, total = 0.0f, value = 0.0f;
-        for (int w = 0; w < WARPS; ++w) overall = fmaxf(overall, merged[w * pitch]);
-        for (int w = 0; w < WARPS; ++w) {
-            const float share = expf(merged[w * pitch] - overall);
-            total += share * merged[w * pitch + 1];
-            if (threadIdx.x < d) value += share * merged[w * pitch + 4 + threadIdx.x];
+#pragma unroll
+        for (int w = 0; w < STEP_WARPS; ++w) overall = fmaxf(overall, merged[w * RATIO + r][0]);
+#pragma unroll
+        for (int w = 0; w < STEP_WARPS; ++w) {
+            const float* own = merged[w * RATIO + r];
+            const float share = expf(own[0] - overall);
+            total += share * own[1], value += share * own[4 + c];
         }
         float* to = partial + ((static_cast<i64>(slot) * heads + kv_head * ratio + r) * splits + split) * (d + 2);
-        if (threadIdx.x == 0) to[0] = overall, to[1] = total;
-        if (threadIdx.x < d) to[2 + threadIdx.x] = value;
+        if (c == 0) to[0] = overall, to[1] = total;
+        to[2 + c] = value;
     }
 }
 
 template <class C>
 DEVICE void attend_step_any(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial) {
     SHARED_ROWS(float, query, 16, MAX_DIM);
-    SHARED_ROWS(float, weights, 4 * 16, KEYS);
-    SHARED(float, merged, 4 * (MAX_DIM + 4));
+    SHARED_ROWS(float, weights, STEP_WARPS * 16, STEP_KEYS);
+    SHARED_ROWS(float, merged, STEP_WARPS * 16, MAX_DIM + 4);
     const int ratio = heads / kv_heads;
     if (ratio <= 4) attend_step<C, 4>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
     else if (ratio <= 8) attend_step<C, 8>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
@@ -286,7 +353,7 @@ DEVICE void attend_step_any(const float* q, const Rows<C>& keys, const Rows<C>& 
 
 // Scales are null but for int8.
 #define ATTENTION(suffix, C)                                                                                                                     \
-    KERNEL(128, kv_append_##suffix, (const float* k, const float* v, int kv_heads, int head_dim, const int* sequences, const int* lengths, int capacity, C* keys, C* values, float* key_scales, float* value_scales)) { depend(); \
+    KERNEL(256, kv_append_##suffix, (const float* k, const float* v, int kv_heads, int head_dim, const int* sequences, int* lengths, int capacity, C* keys, C* values, float* key_scales, float* value_scales)) { depend(); \
         append<C>(k, v, sequences, lengths, capacity, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}); \
     }                                                                                                                                           \
     RESIDENT_KERNEL(128, 3, attention_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
@@ -301,12 +368,10 @@ ATTENTION(bf16, bf16)
 ATTENTION(f16, f16)
 ATTENTION(i8, i8)
 
+// Slots are longer by their sequences.
 KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
     depend();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        if (sequences) lengths[sequences[4 * i + 2]] += sequences[4 * i + 1] - sequences[4 * i];
-        else lengths[i] += 1;
-    }
+    for (int i = threadIdx.x; i < count; i += blockDim.x) lengths[sequences[4 * i + 2]] += sequences[4 * i + 1] - sequences[4 * i];
 }
 
 KERNEL(128, attention_merge, (const float* partial, int heads, int head_dim, int splits, float* out)) {

@@ -101,7 +101,9 @@ template <int THREADS> DEVICE int front_max(int own, const Scratch& scratch) {
 // sixteen at a time, meets all banks.
 template <bool PAIRED> DEVICE int code_place(int k) { return PAIRED ? k / 1024 * 1024 + k % 32 / 16 * 512 + k / 32 % 32 * 16 + k % 16 : k; }
 
-// Codes in shared memory, by `code_place`, with zeros up to ld(cols), and their scale.
+constexpr int ROW_CODES = 4096;  // what rows of codes are filled up to a multiple of, with zeros
+
+// Codes in shared memory, by `code_place`, and their scale.
 struct Codes {
     const i8* codes;
     float scale;
@@ -117,7 +119,7 @@ template <int THREADS, bool PAIRED, int COUNT> DEVICE float round_row(const floa
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const int at = threadIdx.x + i * THREADS;
-        if (at >= ld(cols) / 4) break;
+        if (at >= cols / 4) break;
         const float4& x = held[i];
         const u32 word = code_of(x.x, scale, reciprocal) | code_of(x.y, scale, reciprocal) << 8 | code_of(x.z, scale, reciprocal) << 16 | code_of(x.w, scale, reciprocal) << 24;
         *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = scale > 0.0f ? word : 0;
@@ -129,6 +131,8 @@ template <int THREADS, bool PAIRED, int COUNT> DEVICE float round_row(const floa
 template <int THREADS, bool PAIRED> DEVICE Codes front_codes(u8* shared, int cols, CODES_PARAMETERS, FRONT_PARAMETERS) {
     const Scratch scratch(shared);
     u8* to = shared + SCRATCH;
+    const int words = (row ? cols : ld(cols)) / 4;
+    for (int at = threadIdx.x + words; at < divide_up(cols, ROW_CODES) * (ROW_CODES / 4); at += THREADS) *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = 0;
     float scale;
     if (weight) {
         float4 held[HELD];
@@ -141,8 +145,8 @@ template <int THREADS, bool PAIRED> DEVICE Codes front_codes(u8* shared, int col
     } else {
         wait_previous();
         scale = *scales;
-        for (int at = threadIdx.x; at < ld(cols) / 16; at += THREADS)
-            *reinterpret_cast<uint4*>(to + code_place<PAIRED>(16 * at)) = *reinterpret_cast<const uint4*>(codes + 16 * at);
+        for (int at = threadIdx.x; at < words; at += THREADS)
+            *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = *reinterpret_cast<const u32*>(codes + 4 * at);
     }
     group_wait(FRONT_BARRIER, THREADS);
     return {reinterpret_cast<const i8*>(to), scale};

@@ -26,7 +26,7 @@ struct Stages {
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; ++i) {
                 barrier_start(full + i, 2 * ROWS);  // for a row's weights and for its scales
-                barrier_start(empty + i, readers);
+                barrier_start(empty + i, 32 * readers);
             }
             barriers_ready();
         }
@@ -41,10 +41,10 @@ struct Stages {
     void next() {
         if (++at == count) at = 0, parity ^= 1;
     }
-    // By each warp that has read one.
+    // By each lane that has read one: racecheck does not follow one that arrives for its warp.
     void release() {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + at);
+        barrier_arrive(empty + at);
         next();
     }
 };

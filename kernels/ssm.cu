@@ -55,6 +55,9 @@ struct Floats {
     const float *xbc, *projected;
     int channels, stride, dt_offset;
     static constexpr bool INTEGER = false;
+    // dt and the states are read while the launch in front still runs: that one runs since `conv_step`, which lets nothing begin before all in
+    // front of itself is done, wrote neither.
+    static constexpr bool AHEAD = true;
     float x(int slot, int c, int) const { return xbc[static_cast<i64>(slot) * channels + c]; }
     Four four(int slot, int c, int) const { return read(xbc + static_cast<i64>(slot) * channels + c, 1.0f); }
     float dt(int slot, int head) const { return projected[static_cast<i64>(slot) * stride + dt_offset + head]; }
@@ -68,6 +71,7 @@ struct Codes {
     int channels, stride, dt_offset, spans, dt_scale_stride;
     const float *scales, *fixed, *dt_scales, *dt_fixed;
     static constexpr bool INTEGER = true;
+    static constexpr bool AHEAD = false;
     float scale(int slot, int c, int span) const { return fixed ? fixed[c] : scales[slot * spans + span]; }
     float x(int slot, int c, int span) const { return __fmul_rn(static_cast<float>(xbc[static_cast<i64>(slot) * channels + c]), scale(slot, c, span)); }
     Four four(int slot, int c, int span) const { return read(xbc + static_cast<i64>(slot) * channels + c, scale(slot, c, span)); }
@@ -96,17 +100,25 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     Four s[OWN][CHUNKS], b[CHUNKS], c[CHUNKS];
     float x[OWN];
     int product = 0;
+    if (!Input::AHEAD) wait_previous();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
         const int p = blockIdx.y * ROWS + own * WARPS + warp;
         if (p >= m.head_dim) continue;
-        x[own] = in.x(slot, head * m.head_dim + p, head);
         const float scale = scaled<State> ? state_scales[first + p] : 1.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const int n = chunk * 128 + lane * 4;
             if (n < size) s[own][chunk] = read(state + (first + p) * size + n, scale);
         }
+    }
+    const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
+    const float decay = expf(dt * m.a[head]);
+    if (Input::AHEAD) wait_previous();
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        if (p < m.head_dim) x[own] = in.x(slot, head * m.head_dim + p, head);
     }
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -121,8 +133,6 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         for (int mask = 16; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
         share = static_cast<float>(product) * (in.scale(slot, c_offset, m.heads + m.groups + group) * in.scale(slot, b_offset, m.heads + group));
     }
-    const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
-    const float decay = expf(dt * m.a[head]);
     launch_next();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
@@ -160,7 +170,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
 
 #define STEP(name, int8_name, State)                                                                                                            \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
-                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { wait_previous(); \
+                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
         const Floats in = {xbc, projected, channels, stride, heads * head_dim + channels};                                                      \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
@@ -168,7 +178,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         else step<State, 2>(in, mixer, state, state_scales, y);                                                                                 \
     }                                                                                                                                           \
     KERNEL(128, int8_name, (const i8* xbc, const float* scales, const float* fixed, const i8* projected, int stride, const float* dt_scales, int dt_scale_stride, const float* dt_fixed, \
-                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { wait_previous(); \
+                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
         const Codes in = {xbc, projected, channels, stride, heads * head_dim + channels, heads + 2 * groups, dt_scale_stride, scales, fixed, dt_scales, dt_fixed}; \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \

@@ -48,23 +48,26 @@ DEVICE void multiply_bf16(Stages& ring, Tiles tiles, const float* x, int rows, i
     }
 }
 
-// Sixteen inputs a lane at a time. PAIRED: as the codes lie.
+// Sixteen inputs a lane at a time. PAIRED: as the codes lie. Behind the last input codes are zeros, so that what stages hold there is
+// multiplied as well.
 template <bool PAIRED> DEVICE void multiply_int8(Stages& ring, Tiles tiles, const i8* x, float x_scale, const float* w_scales, int rows, int width, TAIL_PARAMETERS) {
+    constexpr int STEPS = PIECE / 512;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (; tiles.more(); tiles.next()) {
         const Own own(tiles, rows, TAIL_ARGUMENTS);
         const float scale = own.stores ? __fmul_rn(x_scale, w_scales[own.row]) : 0.0f;
         int first_sum = 0, second_sum = 0;
         for (int at = 0; at < width; at += PIECE) {
+            const i8* inputs = x + at;
             ring.wait_full();
             const u8* weights = ring.stage() + warp * PITCH + lane * 16;
+            uint4 w[STEPS], v[STEPS];
 #pragma unroll
-            for (int i = 0; i < PIECE / 512; ++i) {
-                const int first = at + i * 512 + lane * 16;
-                if (first >= width) break;
-                const uint4 w = load(weights + i * 512), v = load(x + code_place<PAIRED>(first));
-                first_sum = dot4(w.x, v.x, first_sum), second_sum = dot4(w.y, v.y, second_sum);
-                first_sum = dot4(w.z, v.z, first_sum), second_sum = dot4(w.w, v.w, second_sum);
+            for (int i = 0; i < STEPS; ++i) w[i] = load(weights + i * 512), v[i] = load(inputs + code_place<PAIRED>(i * 512 + lane * 16));
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i) {
+                first_sum = dot4(w[i].x, v[i].x, first_sum), second_sum = dot4(w[i].y, v[i].y, second_sum);
+                first_sum = dot4(w[i].z, v[i].z, first_sum), second_sum = dot4(w[i].w, v[i].w, second_sum);
             }
             ring.release();
         }
@@ -73,9 +76,38 @@ template <bool PAIRED> DEVICE void multiply_int8(Stages& ring, Tiles tiles, cons
     }
 }
 
-// 32 inputs a lane at a time, PARTS groups in 128; `products`: room for acc_g·s_w[g] of two windows of each warp.
+// Of COUNT sums of each of COUNT lanes next to each other: lane i gets the i-th sum over them.
+template <int COUNT> DEVICE int exchange_sums(int (&sums)[COUNT], int lane) {
+#pragma unroll
+    for (int half = COUNT / 2; half > 0; half /= 2) {
+        const bool upper = lane & half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const int kept = upper ? sums[i + half] : sums[i], given = upper ? sums[i] : sums[i + half];
+            sums[i] = kept + shuffle_xor(given, half);
+        }
+    }
+    return sums[0];
+}
+
+// Adds the products of a window to `total` in ascending order; all lanes do the same.
+DEVICE void add_window(float& total, const float* products, int count) {
+    const float4* fours = reinterpret_cast<const float4*>(products);
+    if (count >= WINDOW) {
+        float4 held[WINDOW / 4];
+#pragma unroll
+        for (int i = 0; i < WINDOW / 4; ++i) held[i] = fours[i];
+#pragma unroll
+        for (int i = 0; i < WINDOW / 4; ++i) total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, held[i].x), held[i].y), held[i].z), held[i].w);
+    } else {
+        for (int i = 0; i < count; ++i) total = __fadd_rn(total, products[i]);
+    }
+}
+
+// 32 inputs a lane at a time, PARTS groups in 128; `products`: room for acc_g·s_w[g] of two windows of each warp. A window is added up while the
+// next is multiplied.
 template <int PARTS> DEVICE void multiply_int4(Stages& ring, Tiles tiles, const i8* x, float x_scale, float* products, int rows, int cols, TAIL_PARAMETERS) {
-    constexpr int STEPS = 4 / PARTS, SHARING = 4 / PARTS;  // lanes that share a group
+    constexpr int STEPS = 4 / PARTS;  // of a lane in a stage, and lanes that share a group
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = ld(cols), groups = cols / (128 / PARTS);
     products += warp * 2 * WINDOW;
     int slot = 0;
@@ -83,44 +115,34 @@ template <int PARTS> DEVICE void multiply_int4(Stages& ring, Tiles tiles, const 
         const Own own(tiles, rows, TAIL_ARGUMENTS);
         i64 group = static_cast<i64>(minimum(own.row, rows - 1)) * groups;
         float total = 0.0f;
-        for (int at = 0, left = groups; at < width; at += STEPS * 1024, left -= WINDOW, group += WINDOW, slot ^= 1) {
+        int handed = 0, left = groups;  // groups of the window before, and from this one on
+        for (int at = 0; at < width; at += STEPS * 1024, left -= WINDOW, group += WINDOW, slot ^= 1) {
+            const i8* inputs = x + at + lane * 16;
             ring.wait_full();
             const u8* weights = ring.stage() + warp * PITCH + lane * 16;
-            const bf16* scales = scales_of(ring.stage(), warp, group);
-            float* handed = products + slot * WINDOW;
+            uint4 w[STEPS], low[STEPS], high[STEPS];
+            int sums[STEPS];
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i) w[i] = load(weights + i * 512), low[i] = load(inputs + i * 1024), high[i] = load(inputs + i * 1024 + 512);
+            // After the exchange a lane has the group with this place in the window.
+            const int place = lane % STEPS * (32 / STEPS) + lane / STEPS;
+            const float scale = widen(scales_of(ring.stage(), warp, group)[place]);
+            add_window(total, products + (slot ^ 1) * WINDOW, handed);
 #pragma unroll
             for (int i = 0; i < STEPS; ++i) {
-                const int first = at + i * 1024;
-                int low_sum = 0, high_sum = 0;
-                if (first + lane * 32 < width) {
-                    // Codes in the high half of a byte are 16 times themselves, which is divided out below.
-                    const uint4 w = load(weights + i * 512), low = load(x + first + lane * 16), high = load(x + first + 512 + lane * 16);
-                    low_sum = dot4(w.x << 4 & 0xf0f0f0f0u, low.x, low_sum), high_sum = dot4(w.x & 0xf0f0f0f0u, high.x, high_sum);
-                    low_sum = dot4(w.y << 4 & 0xf0f0f0f0u, low.y, low_sum), high_sum = dot4(w.y & 0xf0f0f0f0u, high.y, high_sum);
-                    low_sum = dot4(w.z << 4 & 0xf0f0f0f0u, low.z, low_sum), high_sum = dot4(w.z & 0xf0f0f0f0u, high.z, high_sum);
-                    low_sum = dot4(w.w << 4 & 0xf0f0f0f0u, low.w, low_sum), high_sum = dot4(w.w & 0xf0f0f0f0u, high.w, high_sum);
-                }
-                int sum = low_sum + high_sum;
-#pragma unroll
-                for (int mask = 1; mask < SHARING; mask *= 2) sum += shuffle_xor(sum, mask);
-                // Nobody adds up what lies behind the last group.
-                const int index = i * (32 / SHARING) + lane / SHARING;
-                if (lane % SHARING == 0) handed[index] = __fmul_rn(static_cast<float>(sum >> 4), widen(scales[index]));
+                // Codes in the high half of a byte are 16 times themselves, which is divided out below.
+                int low_sum = dot4(w[i].x << 4 & 0xf0f0f0f0u, low[i].x, 0), high_sum = dot4(w[i].x & 0xf0f0f0f0u, high[i].x, 0);
+                low_sum = dot4(w[i].y << 4 & 0xf0f0f0f0u, low[i].y, low_sum), high_sum = dot4(w[i].y & 0xf0f0f0f0u, high[i].y, high_sum);
+                low_sum = dot4(w[i].z << 4 & 0xf0f0f0f0u, low[i].z, low_sum), high_sum = dot4(w[i].z & 0xf0f0f0f0u, high[i].z, high_sum);
+                low_sum = dot4(w[i].w << 4 & 0xf0f0f0f0u, low[i].w, low_sum), high_sum = dot4(w[i].w & 0xf0f0f0f0u, high[i].w, high_sum);
+                sums[i] = low_sum + high_sum;
             }
+            // Nobody adds up what lies behind the last group.
+            products[slot * WINDOW + place] = __fmul_rn(static_cast<float>(exchange_sums(sums, lane) >> 4), scale);
             ring.release();
-            if (lane > 0) continue;
-            // In ascending order; what is read here is overwritten two windows later, behind the next release.
-            const float4* fours = reinterpret_cast<const float4*>(handed);
-            if (left >= WINDOW) {
-                float4 held[WINDOW / 4];
-#pragma unroll
-                for (int i = 0; i < WINDOW / 4; ++i) held[i] = fours[i];
-#pragma unroll
-                for (int i = 0; i < WINDOW / 4; ++i) total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, held[i].x), held[i].y), held[i].z), held[i].w);
-            } else {
-                for (int i = 0; i < left; ++i) total = __fadd_rn(total, handed[i]);
-            }
+            handed = minimum(WINDOW, left);
         }
+        add_window(total, products + (slot ^ 1) * WINDOW, handed);
         if (own.stores) finish(__fmul_rn(total, x_scale), own.to, TAIL_ARGUMENTS);
     }
 }

@@ -180,9 +180,10 @@ impl Cuda {
         let places = slots.places(cache.format);
         let arguments = Arguments::default().with(k.buffer()).with(v.buffer()).with(cache.kv_heads).with(cache.head_dim);
         let arguments = places.arguments(arguments.with(table.as_ref()).with(&slots.lengths).with(capacity));
-        self.launch(&format!("kv_append_{}", suffix(cache.format)), [longest, count, 1], 128, 0, arguments)?;
-        let arguments = Arguments::default().with(&slots.lengths).with(table.as_ref()).with(count);
-        self.launch("advance", [1, 1, 1], 256, 0, arguments)?;
+        self.launch(&format!("kv_append_{}", suffix(cache.format)), [longest, count, 1], 256, 0, arguments)?;
+        if let Some(table) = &table {
+            self.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&slots.lengths).with(table).with(count))?;
+        }
         for (length, range) in positions.lengths.iter_mut().zip(&ranges) {
             *length += range.len();
         }

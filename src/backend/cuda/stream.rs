@@ -50,8 +50,8 @@ impl Launch {
         // int4 weights hand over two windows of products of each row.
         let (kernel, handed, row) = match weights {
             Weights::Bf16 => ("one_bf16", 0, 4 * cols.next_multiple_of(256)),
-            Weights::Int8 => ("one_w8a8", 0, cols.next_multiple_of(1024)),
-            Weights::Int4 => ("one_w4a8", OUTPUTS * 2 * 32 * 4, cols.next_multiple_of(1024)),
+            Weights::Int8 => ("one_w8a8", 0, cols.next_multiple_of(4096)),
+            Weights::Int4 => ("one_w4a8", OUTPUTS * 2 * 32 * 4, cols.next_multiple_of(4096)),
         };
         Self::with_ring(kernel, 640, handed + SCRATCH + row, arch)
     }

@@ -184,8 +184,10 @@ fn append(lab: &Lab, kernel: &str, steps: bool) -> Result<f64> {
     let values = Stored::new(lab, &lab.normal(69, size), kernel, head_dim)?;
     let arguments = Arguments::default().with(&new_keys).with(&new_values).with(heads).with(head_dim).with(sequences.as_ref());
     let (blocks, count) = if steps { ([1, slots, 1], slots) } else { ([3, 2, 1], 2) };
-    lab.launch(kernel, blocks, 128, 0, places(arguments.with(&lengths).with(capacity), &keys, &values))?;
-    lab.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&lengths).with(sequences.as_ref()).with(count))?;
+    lab.launch(kernel, blocks, 256, 0, places(arguments.with(&lengths).with(capacity), &keys, &values))?;
+    if let Some(sequences) = &sequences {
+        lab.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&lengths).with(sequences).with(count))?;
+    }
     let rows: Vec<(usize, usize)> = if steps { vec![(0, 4), (1, 0), (2, 7)] } else { vec![(2, 7), (2, 8), (2, 9), (0, 4), (0, 5)] };
     let (k, v) = (Stored::new(lab, &k, kernel, head_dim)?.floats, Stored::new(lab, &v, kernel, head_dim)?.floats);
     let (mut expected_keys, mut expected_values) = (keys.floats.clone(), values.floats.clone());
