@@ -72,7 +72,9 @@ KERNEL(128, conv_window, (const float* projected, int stride, int inner, int cha
 }
 
 KERNEL(128, conv_step, (const float* projected, int stride, int inner, const float* weight, const float* bias, int channels, int kernel, float* windows, float* out)) {
+    // In this order: `ssm_step_*` reads ahead what is written before this launch.
     wait_previous();
+    launch_next();
     const int c = blockIdx.x * blockDim.x + threadIdx.x, slot = blockIdx.y;
     if (c >= channels) return;
     float* window = windows + static_cast<i64>(slot) * (kernel - 1) * channels + c;
@@ -84,7 +86,6 @@ KERNEL(128, conv_step, (const float* projected, int stride, int inner, const flo
         values[k] = k < kernel - 1 ? window[static_cast<i64>(k) * channels] : projected[static_cast<i64>(slot) * stride + inner + c];
     }
     float sum = bias[c];
-    launch_next();
 #pragma unroll
     for (int k = 0; k < MAX_KERNEL; ++k) {
         if (k >= kernel) break;

@@ -114,6 +114,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     }
     const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
     const float decay = expf(dt * m.a[head]);
+    launch_next();
     if (Input::AHEAD) wait_previous();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
@@ -133,7 +134,6 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         for (int mask = 16; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
         share = static_cast<float>(product) * (in.scale(slot, c_offset, m.heads + m.groups + group) * in.scale(slot, b_offset, m.heads + group));
     }
-    launch_next();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
         const int p = blockIdx.y * ROWS + own * WARPS + warp;
