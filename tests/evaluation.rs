@@ -8,9 +8,11 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use strata::backend::cpu::Cpu;
+use strata::backend::{Backend, Sequences};
+use strata::checkpoint::DEMO_HELDOUT;
 use strata::error::ErrorKind;
 use strata::eval::{EvaluateRequest, Evaluated, ModelToEvaluate, ResultSet, Task, evaluate};
-use strata::model::MemoryNeed;
+use strata::model::{Hybrid, MemoryNeed};
 use strata::monitor::{CancelToken, Monitor, Report};
 
 fn request() -> EvaluateRequest {
@@ -79,10 +81,30 @@ fn a_model_against_itself_has_no_flips_and_no_divergence() {
     assert_eq!((kld.max, kld.top1, kld.rms_probability, kld.tokens), (0.0, 1.0, Some(0.0), 128));
     let perplexity = set.results[0].perplexities.unwrap();
     assert_eq!(set.results[0].perplexity, perplexity.gptq);
-    assert!(perplexity.llama_cpp < perplexity.gptq.unwrap(), "more context, fewer surprises: {perplexity:?}");
+    assert!((perplexity.llama_cpp.ln() - llama_cpp(2, 64)).abs() < 1e-4, "{perplexity:?}");
     let json = serde_json::to_value(&set).unwrap();
     assert_eq!(json["schema"], "strata.results/1");
     assert_eq!(json["comparisons"][0]["tasks"]["piqa"]["test"], "exact");
+}
+
+/// The logarithm of the demo's perplexity as `llama-perplexity` computes it (`tools/perplexity/perplexity.cpp`): one stream of
+/// tokens, the beginning of sequence in place of the first token of each chunk, the negative log-likelihood of what the logits
+/// `n_ctx / 2` … `n_ctx - 2` predict.
+fn llama_cpp(chunks: usize, n_ctx: usize) -> f64 {
+    let demo = strata::checkpoint::open("demo").unwrap();
+    let (tokenizer, model) = (demo.tokenizer().unwrap(), Hybrid::load(Cpu, &demo).unwrap());
+    let tokens = tokenizer.encode(DEMO_HELDOUT.trim_end_matches('\n'), true).unwrap().get_ids().to_vec();
+    let mut scores = Vec::new();
+    for chunk in tokens.chunks(n_ctx).take(chunks) {
+        let chunk: Vec<u32> = std::iter::once(tokens[0]).chain(chunk[1..].iter().copied()).collect();
+        let logits = Cpu.download(&model.logits(&chunk, &Sequences::new(vec![n_ctx]), None).unwrap()).unwrap();
+        for position in n_ctx / 2..n_ctx - 1 {
+            let row: Vec<f64> = logits[position * model.vocabulary()..][..model.vocabulary()].iter().map(|x| f64::from(*x)).collect();
+            scores.push(row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[chunk[position + 1] as usize]);
+        }
+    }
+    assert_eq!(scores.len(), chunks * (n_ctx - 1 - n_ctx / 2));
+    scores.iter().sum::<f64>() / scores.len() as f64
 }
 
 /// What `monitor` logged while `request` ran, and the results.
