@@ -1,7 +1,7 @@
-//! Files that are either absent (or old) or whole.
+//! Files that are either absent (or old) or whole, and files that only grow, line by line.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -16,4 +16,26 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         fs::rename(&temporary, path)
     };
     write().map_err(|error| Error::io("writing", path, &error))
+}
+
+/// Adds `line` to the file at `path`, which need not exist, in one write: to a file that is opened for appending and locked
+/// for it, so that several processes may do so at once.
+pub fn append_line(path: &Path, line: &str) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+        // A file system without locks leaves the one write, which others do not come between either.
+        drop(file.lock());
+        // A writer that was killed may have left half a line, which must not swallow this one.
+        let mut last = [b'\n'];
+        if file.seek(SeekFrom::End(-1)).is_ok() {
+            file.read_exact(&mut last)?;
+        }
+        let begin = if last == [b'\n'] { "" } else { "\n" };
+        file.write_all(format!("{begin}{line}\n").as_bytes())?;
+        file.sync_data()
+    };
+    write().map_err(|error| Error::io("appending to", path, &error))
 }

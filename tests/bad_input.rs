@@ -288,26 +288,60 @@ const SHORT: [&str; 5] = ["--no-speed", "--window-tokens", "32", "--limit", "6"]
 fn bad_rows_name_file_and_line_or_are_counted() {
     let folder = TempDir::new().unwrap();
     let data = folder.path().to_str().unwrap();
-    let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
-    let rows: [(&[u8], &str); 5] = [
-        (br#"{"goal": "g", "sol1": "a", "label": 0}"#, "missing field `sol2`"),
-        (br#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}"#, "there are 2"),
-        (br#"{"goal": "g", "sol1": "", "sol2": "b", "label": 0}"#, "choice 0 is empty"),
-        (b"\xff\xfe", "not UTF-8"),
-        (b"{]", "column 2"),
+    let piqa = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
+    let arc = r#"{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}"#;
+    let winogrande = r#"{"sentence": "The _ is red.", "option1": "a", "option2": "b", "answer": "2"}"#;
+    let bad = |good: &str, from: &str, to: &str| good.replace(from, to).into_bytes();
+    let rows: [(&str, &str, Vec<u8>, &str); 9] = [
+        ("piqa", piqa, bad(piqa, r#""sol2": "b", "#, ""), "missing field `sol2`"),
+        ("piqa", piqa, bad(piqa, r#""label": 0"#, r#""label": 2"#), "there are 2"),
+        ("piqa", piqa, bad(piqa, r#""a""#, r#""""#), "choice 0 is empty"),
+        ("piqa", piqa, b"\xff\xfe".to_vec(), "not UTF-8"),
+        ("piqa", piqa, b"{]".to_vec(), "column 2"),
+        ("arc_easy", arc, bad(arc, r#"["a", "b"]"#, r#"["a", "b", "c"]"#), "3 texts of choices and 2 labels"),
+        ("arc_challenge", arc, bad(arc, r#""answerKey": "B""#, r#""answerKey": "C""#), "answerKey `C` is not among the labels"),
+        ("winogrande", winogrande, bad(winogrande, "_", "it"), "the sentence has no `_`"),
+        ("winogrande", winogrande, bad(winogrande, r#""answer": "2""#, r#""answer": "3""#), "answer is `3`"),
     ];
-    for (row, expected) in rows {
-        std::fs::write(folder.path().join("piqa.jsonl"), [good.as_bytes(), row, good.as_bytes()].join(&b'\n')).unwrap();
-        let arguments = [&["eval", "demo", "--tasks", "piqa", "--data", data, "--windows", "0"][..], &SHORT].concat();
-        refused(&arguments, &["piqa.jsonl, line 2", expected]);
+    for (task, good, row, expected) in rows {
+        let file = format!("{task}.jsonl");
+        std::fs::write(folder.path().join(&file), [good.as_bytes(), &row, good.as_bytes()].join(&b'\n')).unwrap();
+        let arguments = [&["eval", "demo", "--tasks", task, "--data", data, "--windows", "0"][..], &SHORT].concat();
+        refused(&arguments, &[&format!("{file}, line 2"), expected]);
         let skipping = strata(folder.path()).args(arguments).args(["--skip-bad-rows", "--json"]).output().unwrap();
         let results: serde_json::Value = serde_json::from_str(&common::succeeded(&skipping)).unwrap();
         assert_eq!(
-            (&results["results"][0]["tasks"]["piqa"]["rows"], &results["results"][0]["tasks"]["piqa"]["skipped"]),
+            (&results["results"][0]["tasks"][task]["rows"], &results["results"][0]["tasks"][task]["skipped"]),
             (&2.into(), &1.into())
         );
         assert!(text(&skipping.stderr).contains("1 bad rows were left out"));
     }
+}
+
+#[test]
+fn a_session_leaves_bad_rows_out_when_it_says_so() {
+    let folder = TempDir::new().unwrap();
+    let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
+    std::fs::write(folder.path().join("piqa.jsonl"), format!("{good}\n{{}}\n{good}\n")).unwrap();
+    let session = folder.path().join("s.toml");
+    let text = format!(
+        "schema = \"strata.session/1\"\n[model]\nid = \"demo\"\n[evaluate]\ntasks = [\"piqa\"]\ndata = {:?}\nwindows = 0\nspeed = false\n",
+        folder.path()
+    );
+    std::fs::write(&session, &text).unwrap();
+    refused(&["replay", session.to_str().unwrap()], &["piqa.jsonl, line 2", "missing field"]);
+    std::fs::write(&session, text + "skip_bad_rows = true\n").unwrap();
+    let run = strata(folder.path()).args(["replay", session.to_str().unwrap(), "--json"]).output().unwrap();
+    let results: serde_json::Value = serde_json::from_str(&common::succeeded(&run)).unwrap();
+    let task = &results["results"][0]["tasks"]["piqa"];
+    assert_eq!((&task["rows"], &task["skipped"]), (&2.into(), &1.into()));
+}
+
+#[test]
+fn nothing_to_measure_and_tasks_named_twice() {
+    refused(&["eval", "demo", "--tasks", "piqa", "--limit", "0"], &["a limit of 0 rows"]);
+    refused(&["eval", "demo", "--tasks", "piqa,arc_easy,piqa"], &["task `piqa` is named twice"]);
+    refused(&["eval", "demo", "--window-tokens", "1"], &["half of a window of fewer than 3 tokens"]);
 }
 
 #[test]
@@ -350,8 +384,10 @@ fn a_reference_with_another_tokenizer() {
     let folder = TempDir::new().unwrap();
     // The same tokens, spelt in another file: nothing says that it is the same tokenizer.
     let model = demo_copy(folder.path(), |file, text| if file == "tokenizer.json" { format!("{text}\n") } else { text });
-    let arguments = [&["compare", "demo", &model, "--tasks", "none", "--windows", "1"][..], &SHORT].concat();
+    let arguments = [&["compare", "demo", &model, "--tasks", "piqa", "--windows", "1"][..], &SHORT].concat();
     refused(&arguments, &["another tokenizer"]);
+    let run = strata(folder.path()).args(arguments).output().unwrap();
+    assert!(!text(&run.stderr).contains("steps in"), "nothing is computed before it is noticed: {}", text(&run.stderr));
 }
 
 #[test]

@@ -148,7 +148,8 @@ fn damaged_bad_and_missing_rows_are_said() {
     let error = server.rows(home.path(), Task::ArcChallenge).unwrap_err();
     assert!(error.message.contains("test-00000-of-00001.parquet cannot be read as Parquet"), "{error}");
     let error = server.rows(home.path(), Task::Hellaswag).unwrap_err();
-    assert!(error.message.starts_with("Rowan/hellaswag, split validation, line 6: missing field"), "{error}");
+    let place = "/data/val.jsonl, line 6: missing field";
+    assert!(error.message.starts_with("Rowan/hellaswag, split validation: /") && error.message.contains(place), "{error}");
     let rows = from_hub(&server.hub(home.path(), false), Task::Hellaswag, true, &Monitor::silent()).unwrap();
     assert_eq!((rows.questions.len(), rows.skipped), (5, 1));
     let error = server.rows(home.path(), Task::Winogrande).unwrap_err();

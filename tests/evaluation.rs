@@ -8,9 +8,11 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use strata::backend::cpu::Cpu;
+use strata::backend::{Backend, Sequences};
+use strata::checkpoint::DEMO_HELDOUT;
 use strata::error::ErrorKind;
 use strata::eval::{EvaluateRequest, Evaluated, ModelToEvaluate, ResultSet, Task, evaluate};
-use strata::model::MemoryNeed;
+use strata::model::{Hybrid, MemoryNeed};
 use strata::monitor::{CancelToken, Monitor, Report};
 
 fn request() -> EvaluateRequest {
@@ -79,10 +81,30 @@ fn a_model_against_itself_has_no_flips_and_no_divergence() {
     assert_eq!((kld.max, kld.top1, kld.rms_probability, kld.tokens), (0.0, 1.0, Some(0.0), 128));
     let perplexity = set.results[0].perplexities.unwrap();
     assert_eq!(set.results[0].perplexity, perplexity.gptq);
-    assert!(perplexity.llama_cpp < perplexity.gptq.unwrap(), "more context, fewer surprises: {perplexity:?}");
+    assert!((perplexity.llama_cpp.ln() - llama_cpp(2, 64)).abs() < 1e-4, "{perplexity:?}");
     let json = serde_json::to_value(&set).unwrap();
     assert_eq!(json["schema"], "strata.results/1");
     assert_eq!(json["comparisons"][0]["tasks"]["piqa"]["test"], "exact");
+}
+
+/// The logarithm of the demo's perplexity as `llama-perplexity` computes it (`tools/perplexity/perplexity.cpp`): one stream of
+/// tokens, the beginning of sequence in place of the first token of each chunk, the negative log-likelihood of what the logits
+/// `n_ctx / 2` … `n_ctx - 2` predict.
+fn llama_cpp(chunks: usize, n_ctx: usize) -> f64 {
+    let demo = strata::checkpoint::open("demo").unwrap();
+    let (tokenizer, model) = (demo.tokenizer().unwrap(), Hybrid::load(Cpu, &demo).unwrap());
+    let tokens = tokenizer.encode(DEMO_HELDOUT.trim_end_matches('\n'), true).unwrap().get_ids().to_vec();
+    let mut scores = Vec::new();
+    for chunk in tokens.chunks(n_ctx).take(chunks) {
+        let chunk: Vec<u32> = std::iter::once(tokens[0]).chain(chunk[1..].iter().copied()).collect();
+        let logits = Cpu.download(&model.logits(&chunk, &Sequences::new(vec![n_ctx]), None).unwrap()).unwrap();
+        for position in n_ctx / 2..n_ctx - 1 {
+            let row: Vec<f64> = logits[position * model.vocabulary()..][..model.vocabulary()].iter().map(|x| f64::from(*x)).collect();
+            scores.push(row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[chunk[position + 1] as usize]);
+        }
+    }
+    assert_eq!(scores.len(), chunks * (n_ctx - 1 - n_ctx / 2));
+    scores.iter().sum::<f64>() / scores.len() as f64
 }
 
 /// What `monitor` logged while `request` ran, and the results.
@@ -217,10 +239,51 @@ fn results_are_kept_listed_imported_and_exported() {
     let table = run(&["results", "--import", harness.to_str().unwrap(), "--import", harness.to_str().unwrap()]);
     assert_eq!(table.lines().count(), 3, "{table}");
     let found = run(&["results", "--variant", "other", "--format", "csv"]);
-    assert!(found.ends_with('\n') && found.contains("lm-evaluation-harness,-,org/other,other,-,-,62.5,62.50,"), "{found}");
+    assert!(found.starts_with("time,source,session,model,variant,recipe,weight_bytes,") && found.ends_with('\n'), "{found}");
+    assert!(found.contains("lm-evaluation-harness,,org/other,other,,,,,0.625,"), "{found}");
     let records: serde_json::Value = serde_json::from_str(&run(&["results", "--json", "--model", "demo"])).unwrap();
     assert_eq!((records["schema"].as_str(), records["records"][0]["schema"].as_str()), (Some("strata.records/1"), Some("strata.record/1")));
     assert_eq!(records["records"][0]["result"]["tasks"]["piqa"]["rows"], 8);
+}
+
+/// Rows of the tables of `printed`, cell by cell.
+fn cells(printed: &str) -> Vec<Vec<&str>> {
+    let tables = printed.split("\n\n").filter(|paragraph| paragraph.starts_with("variant  ") || paragraph.starts_with("time  "));
+    tables.flat_map(str::lines).map(|line| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect()).collect()
+}
+
+#[test]
+fn pages_have_the_figures_of_the_terminal_and_flips_are_listed() {
+    let data = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| stdout(&strata(data.path(), arguments).output().unwrap());
+    let (variant, page) = (data.path().join("rounded"), data.path().join("page.html"));
+    let (variant, page) = (variant.to_str().unwrap(), page.to_str().unwrap());
+    run(&["quantize", "demo", "-r", "rtn", "-o", variant]);
+    let measure = ["--tasks", "arc_easy,winogrande", "--limit", "100", "--windows", "2", "--window-tokens", "64", "--no-speed"];
+    let same_page = |printed: &str| {
+        let html = std::fs::read_to_string(page).unwrap();
+        let cells = cells(printed);
+        for cell in cells.iter().flatten() {
+            assert!(html.contains(&format!(">{cell}</t")), "`{cell}` is not on the page\n{printed}");
+        }
+        (html, cells.len())
+    };
+    let printed = run(&[&["compare", "demo", variant, "--flips", "--html", page][..], &measure].concat());
+    let (html, _) = same_page(&printed);
+    let rows = cells(&printed);
+    // The plot's points are the table's.
+    let scores = &rows[2];
+    assert_eq!(rows[0][4..6], ["arc_easy", "winogrande"]);
+    let accuracy = scores[4].split(' ').next().unwrap();
+    assert!(scores[0] == "rounded" && html.contains(&format!("<title>rounded: {accuracy} % (")), "{scores:?}");
+    assert!(html.contains(&format!(", KLD {}</title>", scores[7])), "{scores:?}");
+    let changes = rows.iter().filter(|row| ["lost", "gained"].contains(row.get(3).unwrap_or(&""))).count();
+    let all = rows.iter().find(|row| row.get(1) == Some(&"all")).unwrap();
+    assert_eq!(changes, all[4].parse::<usize>().unwrap() + all[5].parse::<usize>().unwrap());
+    assert!(changes > 0, "{printed}");
+
+    let (html, rows) = same_page(&run(&["results", "--html", page]));
+    assert!(rows == 3 && html.contains("<h2>Size against divergence from demo on 2 x 64 tokens of demo held-out text</h2>"), "{rows}");
 }
 
 #[test]
@@ -236,7 +299,8 @@ fn files_of_other_engines_are_imported_by_several_processes_at_once() {
         write("out/org__model/samples_piqa_2026-01-01T00-00-00.1.jsonl", "{\"doc_id\": 0, \"acc\": 1.0, \"acc_norm\": 0.0}\n"),
         write(
             "ppl.txt",
-            "perplexity: calculating perplexity over 4 chunks, n_ctx=512, batch_size=512, n_seq=1\nFinal estimate: PPL = 7.5 +/- 0.1\n",
+            "print_info: file size   = 3.50 GiB (4.54 BPW)\n\
+             perplexity: calculating perplexity over 4 chunks, n_ctx=512, batch_size=512, n_seq=1\nFinal estimate: PPL = 7.5 +/- 0.1\n",
         ),
     ];
     for index in 0..22 {
@@ -265,4 +329,5 @@ fn files_of_other_engines_are_imported_by_several_processes_at_once() {
     assert_eq!((count(&["--last", "3"]), count(&["--since", "2100-01-01"]), count(&["--session", "none"])), (3, 0, 0));
     let table = run(&["results", "--variant", "ppl.txt", "--format", "markdown"]);
     assert!(table.contains("| llama-perplexity |") && table.contains("| 7.5000 |"), "{table}");
+    assert!(table.contains("| 3.76 GB (file) | 4.54 |"), "an engine that tells the file's size alone: {table}");
 }

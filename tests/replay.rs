@@ -61,7 +61,10 @@ fn the_demo_session_keeps_its_promises() {
 fn a_replay_prints_a_table_and_reuses_its_variants() {
     let data = TempDir::new().unwrap();
     let session = quick_session(data.path());
-    let first = strata(data.path()).args(["replay", &session]).output().unwrap();
+    let page = data.path().join("page.html");
+    let first = strata(data.path()).args(["replay", &session, "--html", page.to_str().unwrap()]).output().unwrap();
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("<td>phase2</td>") && page.contains("<h2>Row by row against the base</h2>") && page.contains("<svg"));
     let table = without_memory(&succeeded(&first));
     for name in ["variant", "base", "phase1", "phase2", "arc_easy"] {
         assert!(table.contains(name), "{table}");

@@ -81,11 +81,21 @@ fn rounded_caches_are_recorded_and_their_divergence_shows_in_decoding_only() {
     let paths = ["coarse-caches", "exact-caches"].map(|name| folder.join(name).to_str().unwrap().to_owned());
     let mut arguments = vec!["compare", "demo", &paths[0], &paths[1], "--tasks", "none", "--no-speed", "--json"];
     arguments.extend(["--windows", "4", "--decode-tokens", "512"]);
-    let json: serde_json::Value = serde_json::from_str(&succeeded(&strata(folder).args(arguments).output().unwrap())).unwrap();
+    let run = || {
+        let output = strata(folder).args(&arguments).output().unwrap();
+        let json: serde_json::Value = serde_json::from_str(&succeeded(&output)).unwrap();
+        (json, String::from_utf8(output.stderr).unwrap().matches("says was found in").count())
+    };
+    let ((json, found), (again, found_again)) = (run(), run());
     let [base, coarse, exact] = [0, 1, 2].map(|index| json["results"][index].clone());
+    assert_eq!((found, found_again), (0, 2), "what windows and decoding are compared with is kept");
+    assert_eq!(again["results"][1]["kld_decode"], coarse["kld_decode"]);
     assert!(base["kld_decode"].is_null() && exact["kld_decode"].is_null());
     assert_eq!(coarse["kld"]["mean"], exact["kld"]["mean"], "a whole window never reads a cache");
     assert_eq!(coarse["kld_decode"]["tokens"], 512);
+    let figure = |name: &str| coarse["kld_decode"][name].as_f64().unwrap();
+    let order = ["median", "p90", "p95", "p99", "p999", "max"].map(figure);
+    assert!(order.is_sorted() && order[0] > 0.0 && figure("rms_probability") > 0.0, "{order:?}");
     let (decoding, whole) = (coarse["kld_decode"]["mean"].as_f64().unwrap(), coarse["kld"]["mean"].as_f64().unwrap());
     assert!(decoding > whole && decoding < 0.1, "{decoding} against {whole}");
     let bytes = |result: &serde_json::Value, part: &str| result["caches"][0][part].as_u64().unwrap();

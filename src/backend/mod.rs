@@ -312,6 +312,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// What the results are computed by, for provenance: `cpu avx512-vnni`.
     fn name(&self) -> String;
+    /// Names and versions of what computes on the device and is not built into this program.
+    fn libraries(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
 
     /// Moves `values` `[rows, cols]` to the device.
     fn upload(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;

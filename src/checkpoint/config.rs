@@ -8,6 +8,10 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::format::BlockKind;
 
+/// Longest sequence of a model that names none: the default of transformers' `NemotronHConfig`, where lm-evaluation-harness
+/// finds it.
+const DEFAULT_POSITIONS: usize = 4096;
+
 /// Shape and constants of a model. See DESIGN 3 for what each field does in the equations.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -15,6 +19,7 @@ pub struct Config {
     pub vocab_size: usize,
     pub blocks: Vec<BlockKind>,
     pub norm_eps: f32,
+    /// Longest sequence that the model is made for.
     pub max_positions: usize,
     pub tie_embeddings: bool,
     pub bos_token: Option<u32>,
@@ -248,7 +253,7 @@ impl Raw {
             vocab_size: self.vocab_size,
             #[allow(clippy::cast_possible_truncation, reason = "the model computes in f32")]
             norm_eps: self.layer_norm_epsilon.unwrap_or(1e-5) as f32,
-            max_positions: self.max_position_embeddings.unwrap_or(usize::MAX),
+            max_positions: self.max_position_embeddings.unwrap_or(DEFAULT_POSITIONS),
             tie_embeddings: self.tie_word_embeddings,
             bos_token: self.bos_token_id,
             eos_token: first_token(self.eos_token_id.as_ref()),
@@ -353,6 +358,7 @@ mod tests {
         assert!(config.mamba.dt_max.is_infinite());
         assert_eq!(config.attention.head_dim, 4);
         assert_eq!(config.blocks, [BlockKind::Ssm, BlockKind::Attention, BlockKind::Mlp]);
+        assert_eq!(config.max_positions, 4096);
     }
 
     #[test]

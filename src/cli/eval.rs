@@ -66,6 +66,9 @@ pub struct Measure {
     /// Score all rows again, though an evaluation that did not end has scored some.
     #[arg(long)]
     fresh: bool,
+    /// Size that the folder of what reference models said may have; those used longest ago are removed.
+    #[arg(long, value_name = "SIZE", default_value = "8GiB", value_parser = strata::size::parse)]
+    reference_cache: u64,
     /// Do not measure speed.
     #[arg(long)]
     no_speed: bool,
@@ -94,14 +97,6 @@ impl Eval {
 impl Measure {
     /// The engine's request, models yet to be named.
     pub fn request(&self, host_memory: Option<u64>) -> Result<EvaluateRequest> {
-        if self.speed_prompts.iter().chain(&self.speed_batches).any(|count| *count == 0) {
-            return Err(Error::input("speed cannot be measured on 0 tokens or sequences").hint("give counts of 1 or more"));
-        }
-        if self.windows > 0 && self.window_tokens < 2 {
-            return Err(
-                Error::input("a window of fewer than 2 tokens predicts nothing").hint("give --window-tokens 2 or more, or --windows 0")
-            );
-        }
         let tasks = match &self.tasks {
             None => Task::ALL.to_vec(),
             Some(names) if names.as_slice() == ["none"] => Vec::new(),
@@ -122,6 +117,7 @@ impl Measure {
             journal: Some(paths::evaluations_directory()),
             fresh: self.fresh,
             references: Some(paths::references_directory()),
+            reference_bytes: self.reference_cache,
             host_memory,
         })
     }

@@ -38,14 +38,15 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
     if let Some(result) = set.results.first() {
         let evidence = &result.provenance;
         line("")?;
-        line("accuracy in percent: acc_norm for arc_challenge and hellaswag, acc for the others; KLD in nats a token from the first row")?;
+        line("accuracy in percent ± standard error: acc_norm for arc_challenge and hellaswag, acc for the others")?;
+        line("KLD in nats a token from the first row")?;
         line(&report::evidence(evidence))?;
     }
     if set.results.iter().any(|result| result.perplexities.is_some()) {
         line("")?;
         table(&report::divergence(&set.results))?;
         line("")?;
-        line("ppl (gptq): every token of a window but its first; ppl (llama.cpp): the second half of each window")?;
+        line("ppl (gptq): every token of a window but its first; ppl (llama.cpp): the second half of each window, of its own windows")?;
         line("RMS dp: root mean square difference of the probability of the token that follows")?;
         if let Some(floor) = set.results.iter().find_map(|result| result.noise_floor.as_ref()) {
             line(&format!("rounded: from itself with {}; divergences near or below it say nothing about a variant", floor.rounding))?;
@@ -68,9 +69,9 @@ pub fn results(set: &ResultSet, flips: bool, common: &Common) -> Result<()> {
     line("")?;
     table(&report::memory(&set.results))?;
     line("")?;
-    line(
-        "weights: as the backend holds them; peak: of the process, with what was evaluated before; SSM, conv and KV: predicted, a sequence",
-    )?;
+    let alone = set.results.iter().all(|result| result.memory.peak_of_model);
+    let peak = if alone { "while the model was there" } else { "with what was evaluated before" };
+    line(&format!("weights: as the backend holds them; peak: of the process, {peak}; SSM, conv and KV: predicted, a sequence"))?;
     if !set.comparisons.is_empty() {
         line("")?;
         table(&report::paired(&set.comparisons))?;

@@ -20,7 +20,7 @@ pub struct Replay {
     #[arg(required_unless_present = "resume")]
     session: Option<PathBuf>,
     /// Go on with a run that was interrupted, cancelled or failed; several one after another. See `strata runs`.
-    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["session", "variant", "fresh", "output", "no_eval"])]
+    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["session", "variant", "fresh", "output", "no_eval", "reference_cache"])]
     resume: Vec<String>,
     /// Lead a session of one's own, which a terminal's end does not reach.
     #[arg(long, hide = true)]
@@ -37,6 +37,12 @@ pub struct Replay {
     /// Quantize only.
     #[arg(long)]
     no_eval: bool,
+    /// Write a page with tables and plots that needs no network.
+    #[arg(long, value_name = "FILE", conflicts_with = "no_eval")]
+    html: Option<PathBuf>,
+    /// Size that the folder of what reference models said may have, 8GiB unless given; those used longest ago are removed.
+    #[arg(long, value_name = "SIZE", value_parser = strata::size::parse)]
+    reference_cache: Option<u64>,
 }
 
 impl Replay {
@@ -45,7 +51,8 @@ impl Replay {
             rustix::process::setsid().map_err(|error| Error::run(format!("a session of its own is refused: {error}")))?;
         }
         for name in &self.resume {
-            resume(&runs::find(name)?, common)?;
+            let results = resume(&runs::find(name)?, common)?;
+            self.print(results, common)?;
         }
         let Some(path) = &self.session else { return Ok(()) };
         let session = Session::read(path)?;
@@ -60,14 +67,23 @@ impl Replay {
             output,
             skip_evaluation: self.no_eval,
             host_memory: common.host_memory,
+            reference_bytes: self.reference_cache,
             ..ReplayOptions::default()
         };
-        headless(&session, Some(path), options, common)
+        self.print(run(&session, Some(path), options, common)?, common)
+    }
+
+    fn print(&self, results: Vec<Evaluated>, common: &Common) -> Result<()> {
+        print(results, self.html.as_deref(), common)
     }
 }
 
 /// Replays `session`, read from `path` unless it is compiled in, with progress on stderr and its table on stdout.
 pub fn headless(session: &Session, path: Option<&Path>, options: ReplayOptions, common: &Common) -> Result<()> {
+    print(run(session, path, options, common)?, None, common)
+}
+
+fn run(session: &Session, path: Option<&Path>, options: ReplayOptions, common: &Common) -> Result<Vec<Evaluated>> {
     let mut session = session.clone();
     session.calibration.seed = common.seed.unwrap_or(session.calibration.seed);
     let title = path.and_then(Path::file_stem).map_or_else(|| "demo".into(), |stem| stem.to_string_lossy().into_owned());
@@ -83,7 +99,7 @@ pub fn headless(session: &Session, path: Option<&Path>, options: ReplayOptions, 
 }
 
 /// Goes on with `run` where its last process stopped.
-fn resume(run: &Run, common: &Common) -> Result<()> {
+fn resume(run: &Run, common: &Common) -> Result<Vec<Evaluated>> {
     let (session, request, made) = (run.session()?, run.request()?, run.made());
     let mut options = request.options;
     if made.evaluation_begun {
@@ -92,7 +108,14 @@ fn resume(run: &Run, common: &Common) -> Result<()> {
     replay(&session, options, Some(run.clone()), made, runs::TAKE_OVER, common)
 }
 
-fn replay(session: &Session, options: ReplayOptions, run: Option<Run>, made: Made, patience: Duration, common: &Common) -> Result<()> {
+fn replay(
+    session: &Session,
+    options: ReplayOptions,
+    run: Option<Run>,
+    made: Made,
+    patience: Duration,
+    common: &Common,
+) -> Result<Vec<Evaluated>> {
     let (engine, mut events) = common.engine()?;
     let cancel = CancelToken::default();
     let writer = match run {
@@ -121,9 +144,17 @@ fn replay(session: &Session, options: ReplayOptions, run: Option<Run>, made: Mad
     if let Some(writer) = writer {
         writer.end(Ending::of(&outcome));
     }
-    print(outcome?, common)
+    outcome
 }
 
-fn print(results: Vec<Evaluated>, common: &Common) -> Result<()> {
-    if results.is_empty() { Ok(()) } else { output::results(&ResultSet::new(results), false, common) }
+/// Prints `results`, of which there are none where nothing was evaluated, and writes their page to `html`.
+fn print(results: Vec<Evaluated>, html: Option<&Path>, common: &Common) -> Result<()> {
+    if results.is_empty() {
+        return Ok(());
+    }
+    let set = ResultSet::new(results);
+    if let Some(path) = html {
+        strata::files::write_atomically(path, output::page(&set).as_bytes())?;
+    }
+    output::results(&set, false, common)
 }

@@ -9,7 +9,7 @@ use strata::engine::Event;
 use strata::error::Result;
 use strata::eval::ModelResult;
 use strata::session::store::{Record, Store};
-use strata::session::{html, import, report};
+use strata::session::{figures, html, import, report};
 
 use super::{Common, output};
 
@@ -21,7 +21,7 @@ pub struct Results {
     /// Only variants whose name holds this.
     #[arg(long, value_name = "TEXT")]
     variant: Option<String>,
-    /// How to print them.
+    /// How to print them: csv has numbers alone, for other programs.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
     /// Write a page with tables and plots that needs no network.
@@ -88,7 +88,7 @@ impl Results {
         let table = report::records(&records);
         match if common.json { Format::Json } else { self.format } {
             Format::Json => output::json(&json!({ "schema": "strata.records/1", "records": records })),
-            Format::Csv => output::text(&table.csv()),
+            Format::Csv => output::text(&figures::records(&records).csv()),
             Format::Markdown => output::text(&table.markdown()),
             Format::Table if records.is_empty() => output::line(&format!("no results in {}", store.path().display())),
             Format::Table => output::table(&table),

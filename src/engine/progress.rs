@@ -138,7 +138,9 @@ impl Progress {
     }
 
     fn enter(&mut self, name: &str, total: usize, now: Duration) {
-        let from = if self.stage == "starting" { 0 } else { self.at + 1 };
+        // A stage goes on after one inside it that was not announced: a pass through the blocks of a model that is streamed.
+        let again = self.stage != name && self.plan.get(self.at).is_some_and(|(stage, _)| stage == name);
+        let from = if self.stage == "starting" || again { self.at } else { self.at + 1 };
         if let Some(ahead) = self.plan.iter().skip(from).position(|(stage, _)| stage == name) {
             self.at = from + ahead;
             self.before = self.plan[..self.at].iter().map(|(_, work)| work).sum();
@@ -281,6 +283,22 @@ mod tests {
         }
         let left = progress.remaining(at(now)).unwrap().as_secs_f64();
         assert!((5.0..8.0).contains(&left), "ten steps of half a second are left, and {left} s are said");
+    }
+
+    #[test]
+    fn a_stage_goes_on_after_one_that_was_not_announced() {
+        let mut progress = Progress::begin("job".into(), at(0.0));
+        let plan = ["load", "a", "load", "a"].map(|name| (name.to_owned(), 1.0));
+        progress.report(&Report::Plan(plan.to_vec()), at(0.0));
+        for name in ["load", "a", "a, streamed", "a", "a, streamed", "a"] {
+            progress.report(&stage(name, 10), at(1.0));
+        }
+        progress.report(&step(5), at(2.0));
+        assert_eq!(progress.share(), Some(0.375));
+        for name in ["load", "a"] {
+            progress.report(&stage(name, 10), at(3.0));
+        }
+        assert_eq!(progress.share(), Some(0.75));
     }
 
     #[test]

@@ -62,23 +62,20 @@ pub fn from_hub(hub: &Hub, task: Task, skip_bad_rows: bool, monitor: &Monitor) -
     let split = split(task);
     let found = hub.fetch_dataset(&split, monitor)?;
     monitor.log(format!("{task}: {split} at commit {}", found.commit));
-    let mut lines = Vec::new();
+    let mut rows = Rows::default();
     for file in &found.files {
-        lines.extend(json_lines(file)?);
+        // Parquet has no lines, so that its rows are counted.
+        let (lines, unit) = if file.extension().is_some_and(|extension| extension == "parquet") {
+            (parquet_lines(file)?, "row")
+        } else {
+            (std::fs::read(file).map_err(|error| Error::io("reading", file, &error))?, "line")
+        };
+        rows.add(task, &lines, &format!("{split}: {}, {unit}", file.display()), skip_bad_rows)?;
     }
-    task.rows(&lines, &split.to_string(), skip_bad_rows)
+    rows.some(&split.to_string())
 }
 
-/// A file's rows as JSON lines: Parquet's converted, others as they are.
-fn json_lines(file: &Path) -> Result<Vec<u8>> {
-    if file.extension().is_some_and(|extension| extension == "parquet") {
-        return parquet_lines(file);
-    }
-    let mut lines = std::fs::read(file).map_err(|error| Error::io("reading", file, &error))?;
-    lines.push(b'\n');
-    Ok(lines)
-}
-
+/// The rows of a Parquet file as JSON lines.
 fn parquet_lines(file: &Path) -> Result<Vec<u8>> {
     let damaged = |error: parquet::errors::ParquetError| {
         Error::input(format!("{} cannot be read as Parquet: {error}", file.display()))

@@ -1,7 +1,7 @@
 //! What a model says about the windows of a text, and how far that is from what the unquantized model said.
 //! Both read whole windows; what a quantized cache costs shows in decoding only and is not in these figures.
 
-use super::reference::{Reference, References};
+use super::reference::{Beside, Reading, Reference, References};
 use super::statistics::{self, DivergenceSummary, NoiseFloor};
 use crate::backend::{Backend, Divergence, Sequences};
 use crate::checkpoint::Checkpoint;
@@ -21,6 +21,8 @@ pub struct TextReader<'a, B: Backend> {
     /// Hash of its weights.
     pub sha256: &'a str,
     pub windows: &'a [Vec<u32>],
+    /// The same text as `llama-perplexity` reads it.
+    pub chunks: &'a [Vec<u32>],
 }
 
 /// What a model says about the text's windows.
@@ -28,6 +30,8 @@ pub struct TextReader<'a, B: Backend> {
 pub struct TextReading {
     /// Log-probability of every token but the first, by window.
     pub scores: Vec<Vec<f64>>,
+    /// Perplexity as in llama.cpp.
+    pub llama_cpp: Option<f64>,
     /// From the reference.
     pub divergence: Option<DivergenceSummary>,
     /// Of the reference from itself.
@@ -36,7 +40,6 @@ pub struct TextReading {
 
 /// The unquantized model's reading, which variants are compared with.
 pub struct Compared {
-    tokenizer: Option<Vec<u8>>,
     reference: Reference,
     scores: Vec<Vec<f64>>,
 }
@@ -48,12 +51,9 @@ impl<B: Backend> TextReader<'_, B> {
         if self.windows.is_empty() {
             return Ok(reading);
         }
-        if let Some(compared) = &compared {
-            self.check_vocabulary(compared)?;
-        }
         let backend = self.reader.backend();
-        let sequences = self.sequences();
-        let batches = self.batches(&sequences);
+        let sequences = sequences(self.windows);
+        let batches = batches(self.windows, &sequences);
         let mut pass = self.reader.pass(&batches, Rounding::None, "text", monitor)?;
         let mut compared = compared;
         let mut rows = Vec::new();
@@ -69,6 +69,7 @@ impl<B: Backend> TextReader<'_, B> {
             monitor.step(index + 1, format!("window {}", index + 1))?;
         }
         reading.divergence = compared.map(|compared| summarize(&rows, &compared.scores, &reading.scores));
+        reading.llama_cpp = Some(self.llama_cpp(monitor)?);
         Ok(reading)
     }
 
@@ -77,17 +78,11 @@ impl<B: Backend> TextReader<'_, B> {
         if self.windows.is_empty() {
             return Ok((TextReading::default(), None));
         }
-        let name = self.reader.backend().name();
-        let found = references.find(self.sha256, &name, self.windows).unwrap_or_else(|error| {
-            monitor.warn(format!("{error}: it is computed again"));
-            None
-        });
-        let mut reference = match found {
-            Some(found) => {
-                monitor.log(format!("text: what {} says was found in {}", self.name, found.path().display()));
-                found
-            }
-            None => self.write_reference(references, monitor)?,
+        let backend = self.reader.backend().name();
+        let reading = Reading { how: "windows", model: self.sha256, backend: &backend, windows: &[self.windows, self.chunks].concat() };
+        let mut reference = match references.find_or_warn(&reading, self.name, monitor) {
+            Some(found) => found,
+            None => self.write_reference(&reading, references, monitor)?,
         };
         let mut scores = Vec::new();
         for index in 0..self.windows.len() {
@@ -95,16 +90,17 @@ impl<B: Backend> TextReader<'_, B> {
             let logits = self.reader.backend().upload(reference.logits(index)?, reference.vocabulary())?;
             scores.push(self.scores(index, &logits)?);
         }
-        let reading = TextReading { scores: scores.clone(), divergence: None, noise_floor: reference.noise() };
-        Ok((reading, Some(Compared { tokenizer: self.checkpoint.companion("tokenizer.json")?, reference, scores })))
+        let (noise_floor, llama_cpp) = reference.beside().cloned().map(|beside| (beside.noise, beside.llama_cpp)).unzip();
+        let reading = TextReading { scores: scores.clone(), llama_cpp, divergence: None, noise_floor };
+        Ok((reading, Some(Compared { reference, scores })))
     }
 
     /// One pass as the model is and one rounded, window by window.
-    fn write_reference(&self, references: &References, monitor: &Monitor) -> Result<Reference> {
+    fn write_reference(&self, reading: &Reading, references: &References, monitor: &Monitor) -> Result<Reference> {
         let backend = self.reader.backend();
-        let sequences = self.sequences();
-        let batches = self.batches(&sequences);
-        let mut writer = references.write(self.sha256, &backend.name(), self.windows, self.checkpoint.config.vocab_size)?;
+        let sequences = sequences(self.windows);
+        let batches = batches(self.windows, &sequences);
+        let mut writer = references.write(reading, self.checkpoint.config.vocab_size)?;
         let mut exact = self.reader.pass(&batches, Rounding::None, "text", monitor)?;
         let mut rounded = self.reader.pass(&batches, Rounding::Bf16, "text in bf16", monitor)?;
         let (mut rows, mut exact_scores, mut rounded_scores) = (Vec::new(), Vec::new(), Vec::new());
@@ -118,15 +114,28 @@ impl<B: Backend> TextReader<'_, B> {
             writer.push(&backend.download(&logits)?)?;
             monitor.step(index + 1, format!("window {}", index + 1))?;
         }
-        writer.finish(Some(NoiseFloor { rounding: BF16_STREAM.into(), kld: summarize(&rows, &exact_scores, &rounded_scores) }))
+        let kld = summarize(&rows, &exact_scores, &rounded_scores);
+        let noise = NoiseFloor { rounding: BF16_STREAM.into(), kld };
+        writer.finish(Some(Beside { noise, llama_cpp: self.llama_cpp(monitor)? }), monitor)
     }
 
-    fn sequences(&self) -> Vec<Sequences> {
-        self.windows.iter().map(|window| Sequences::new(vec![window.len()])).collect()
-    }
-
-    fn batches<'b>(&'b self, sequences: &'b [Sequences]) -> Vec<Batch<'b>> {
-        self.windows.iter().zip(sequences).map(|(ids, sequences)| Batch { ids, sequences }).collect()
+    /// Perplexity of the tokens n/2 + 1 … n − 1 of every chunk of n, in a pass of its own.
+    fn llama_cpp(&self, monitor: &Monitor) -> Result<f64> {
+        let backend = self.reader.backend();
+        let sequences = sequences(self.chunks);
+        let batches = batches(self.chunks, &sequences);
+        let mut pass = self.reader.pass(&batches, Rounding::None, "perplexity", monitor)?;
+        let mut scores = Vec::new();
+        monitor.stage("perplexity", self.chunks.len());
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            let half = chunk.len() / 2;
+            let rows: Vec<usize> = (half..chunk.len() - 1).collect();
+            let logits = pass.outputs(index)?.logits_at(&rows)?;
+            let targets: Vec<(usize, u32)> = chunk[half + 1..].iter().copied().enumerate().collect();
+            scores.extend(backend.log_probabilities(&logits, &targets)?.into_iter().map(|(score, _)| score));
+            monitor.step(index + 1, format!("window {}", index + 1))?;
+        }
+        Ok(statistics::perplexity(&scores))
     }
 
     /// Log-probabilities of the tokens of window `index` but the first.
@@ -134,19 +143,27 @@ impl<B: Backend> TextReader<'_, B> {
         let targets: Vec<(usize, u32)> = self.windows[index][1..].iter().copied().enumerate().collect();
         Ok(self.reader.backend().log_probabilities(logits, &targets)?.into_iter().map(|(score, _)| score).collect())
     }
+}
 
-    fn check_vocabulary(&self, compared: &Compared) -> Result<()> {
-        if compared.tokenizer != self.checkpoint.companion("tokenizer.json")? {
-            return Err(Error::input(format!("{} has another tokenizer than the model it is compared with", self.name))
-                .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
-        }
-        let (own, other) = (self.checkpoint.config.vocab_size, compared.reference.vocabulary());
-        if own != other {
-            return Err(Error::input(format!("{} has a vocabulary of {own}, and the model it is compared with one of {other}", self.name))
-                .hint("divergence is defined between models of one vocabulary: compare variants of the same model"));
-        }
-        Ok(())
+fn sequences(windows: &[Vec<u32>]) -> Vec<Sequences> {
+    windows.iter().map(|window| Sequences::new(vec![window.len()])).collect()
+}
+
+fn batches<'b>(windows: &'b [Vec<u32>], sequences: &'b [Sequences]) -> Vec<Batch<'b>> {
+    windows.iter().zip(sequences).map(|(ids, sequences)| Batch { ids, sequences }).collect()
+}
+
+/// An error when divergence between `model`, called `name`, and `reference` means nothing: they do not speak of the same tokens.
+pub fn check_vocabulary(reference: &Checkpoint, model: &Checkpoint, name: &str) -> Result<()> {
+    let hint = "divergence is defined between models of one vocabulary: compare variants of the same model";
+    if reference.companion("tokenizer.json")? != model.companion("tokenizer.json")? {
+        return Err(Error::input(format!("{name} has another tokenizer than the model it is compared with")).hint(hint));
     }
+    let (own, other) = (model.config.vocab_size, reference.config.vocab_size);
+    if own != other {
+        return Err(Error::input(format!("{name} has a vocabulary of {own}, and the model it is compared with one of {other}")).hint(hint));
+    }
+    Ok(())
 }
 
 fn summarize(rows: &[Divergence], reference: &[Vec<f64>], own: &[Vec<f64>]) -> DivergenceSummary {

@@ -62,8 +62,8 @@ impl Journal {
     }
 
     /// Adds the scores of a batch, in one write.
-    pub fn put(&mut self, key: String, scores: &[f64]) -> Result<()> {
-        let line = serde_json::to_string(&Line { batch: key, scores: scores.to_vec() });
+    pub fn put(&mut self, key: &str, scores: &[f64]) -> Result<()> {
+        let line = serde_json::to_string(&Line { batch: key.to_owned(), scores: scores.to_vec() });
         let mut line = line.map_err(|error| Error::run(format!("scores cannot be written: {error}")))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(|error| Error::io("writing the journal", &self.path, &error))
@@ -86,12 +86,12 @@ mod tests {
         let key = Journal::key([(&[1, 2][..], &[3][..])].into_iter());
         assert_ne!(key, Journal::key([(&[1][..], &[2, 3][..])].into_iter()));
         let mut journal = open("a", false);
-        journal.put(key.clone(), &[-1.5, -0.25]).unwrap();
+        journal.put(&key, &[-1.5, -0.25]).unwrap();
         journal.file.write_all(b"{\"batch\": \"torn").unwrap();
         let mut journal = open("a", false);
         assert_eq!(journal.get(&key, 2), Some(&[-1.5, -0.25][..]));
         assert_eq!((journal.get(&key, 3), journal.get("torn", 2)), (None, None));
-        journal.put("next".into(), &[0.5]).unwrap();
+        journal.put("next", &[0.5]).unwrap();
         assert_eq!(open("a", false).get("next", 1), Some(&[0.5][..]));
         assert_eq!(open("b", false).get(&key, 2), None);
         assert_eq!(open("a", true).get(&key, 2), None);

@@ -4,6 +4,7 @@
 pub mod dataset;
 pub mod decode;
 mod divergence;
+mod encoded;
 pub mod hardware;
 mod journal;
 pub mod memory;

@@ -1,8 +1,8 @@
 //! What the unquantized model says about a text, kept on disk so that one pass of it serves many variants.
 //!
 //! A file holds the logits of every window, losslessly compressed (the bytes of f32 values sorted by significance, then
-//! zstd), so that figures are the same to the bit whether they were computed now or found. Its name is the hash of the
-//! model's weights, the windows' tokens, the backend and the tool. It appears by rename, every window carries a hash, and
+//! zstd), so that figures are the same to the bit whether they were computed now or found. Its name is the hash of a
+//! [`Reading`] and the tool. It appears by rename, every window carries a hash, and
 //! [`References`] keeps the folder below a size by removing those used longest ago.
 
 use std::fs::{self, File};
@@ -15,11 +15,12 @@ use serde::{Deserialize, Serialize};
 use super::statistics::NoiseFloor;
 use crate::checkpoint::{TOOL, sha256_hex};
 use crate::error::{Error, Result};
+use crate::monitor::Monitor;
 
 /// Schema of a file's head.
-const SCHEMA: &str = "strata.reference/1";
+const SCHEMA: &str = "strata.reference/2";
 
-/// Bytes that a folder of references may hold.
+/// Bytes that a folder of references may hold unless something else is asked for.
 pub const FOLDER_BYTES: u64 = 8 << 30;
 
 /// Fast, and close to what higher levels reach on floats.
@@ -29,6 +30,16 @@ const ZSTD_LEVEL: i32 = 1;
 pub struct References {
     folder: PathBuf,
     most: u64,
+}
+
+/// What a reference is of.
+pub struct Reading<'a> {
+    /// How the windows are read: `windows`, or `decode` for positions of a single one.
+    pub how: &'a str,
+    /// Hash of the model's weights.
+    pub model: &'a str,
+    pub backend: &'a str,
+    pub windows: &'a [Vec<u32>],
 }
 
 /// Logits of one model on one text, in a file.
@@ -45,8 +56,16 @@ struct Index {
     /// Columns of the logits.
     vocabulary: usize,
     windows: Vec<Window>,
+    beside: Option<Beside>,
+}
+
+/// What was found beside the logits of whole windows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Beside {
     /// What the reference is from itself in its own lower precision.
-    noise: Option<NoiseFloor>,
+    pub noise: NoiseFloor,
+    /// Perplexity as in llama.cpp, whose windows are others.
+    pub llama_cpp: f64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -73,20 +92,33 @@ impl References {
         Self { folder, most }
     }
 
-    /// The file for a model with hash `model` on `backend` that reads `windows`.
-    fn path(&self, model: &str, backend: &str, windows: &[Vec<u32>]) -> PathBuf {
-        let mut key = format!("{SCHEMA}\n{model}\n{backend}\n{TOOL}\n").into_bytes();
-        for window in windows {
+    fn path(&self, Reading { how, model, backend, windows }: &Reading) -> PathBuf {
+        let mut key = format!("{SCHEMA}\n{how}\n{model}\n{backend}\n{TOOL}\n").into_bytes();
+        for window in *windows {
             key.extend((window.len() as u64).to_le_bytes());
             key.extend(window.iter().flat_map(|token| token.to_le_bytes()));
         }
         self.folder.join(format!("{}.ref", &sha256_hex(&key)[..32]))
     }
 
-    /// The reference of a model with hash `model` on `backend` for `windows`, when it is there and undamaged. One that is
-    /// damaged is an error with its path.
-    pub fn find(&self, model: &str, backend: &str, windows: &[Vec<u32>]) -> Result<Option<Reference>> {
-        let path = self.path(model, backend, windows);
+    /// The reference of `reading`, whose model is called `name`, when it is there and undamaged.
+    pub fn find_or_warn(&self, reading: &Reading, name: &str, monitor: &Monitor) -> Option<Reference> {
+        match self.find(reading) {
+            Ok(Some(found)) => {
+                monitor.log(format!("text: what {name} says was found in {}", found.path.display()));
+                Some(found)
+            }
+            Ok(None) => None,
+            Err(error) => {
+                monitor.warn(format!("{error}: it is computed again"));
+                None
+            }
+        }
+    }
+
+    /// The reference of `reading`, when it is there. One that is damaged is an error with its path.
+    fn find(&self, reading: &Reading) -> Result<Option<Reference>> {
+        let path = self.path(reading);
         if !path.exists() {
             return Ok(None);
         }
@@ -99,12 +131,12 @@ impl References {
         Ok(Some(reference))
     }
 
-    /// Begins the file for what [`References::find`] looks for.
-    pub fn write(&self, model: &str, backend: &str, windows: &[Vec<u32>], vocabulary: usize) -> Result<Writer> {
-        let path = self.path(model, backend, windows);
+    /// Begins the file for what [`References::find_or_warn`] looks for.
+    pub fn write(&self, reading: &Reading, vocabulary: usize) -> Result<Writer> {
+        let path = self.path(reading);
         fs::create_dir_all(&self.folder).map_err(|error| Error::io("creating", &self.folder, &error))?;
         let file = tempfile::NamedTempFile::new_in(&self.folder).map_err(|error| Error::io("making a file in", &self.folder, &error))?;
-        let index = Index { schema: SCHEMA.into(), vocabulary, windows: Vec::new(), noise: None };
+        let index = Index { schema: SCHEMA.into(), vocabulary, windows: Vec::new(), beside: None };
         Ok(Writer { file: BufWriter::new(file), index, end: 0, path, most: self.most })
     }
 }
@@ -134,14 +166,9 @@ impl Reference {
         self.index.vocabulary
     }
 
-    /// What the reference is from itself in its own lower precision.
-    pub fn noise(&self) -> Option<NoiseFloor> {
-        self.index.noise.clone()
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// What was found beside the logits.
+    pub fn beside(&self) -> Option<&Beside> {
+        self.index.beside.as_ref()
     }
 
     fn compressed(&mut self, index: usize) -> Result<Vec<u8>> {
@@ -175,9 +202,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Ends the file, lets it appear and makes room for it in its folder.
-    pub fn finish(mut self, noise: Option<NoiseFloor>) -> Result<Reference> {
-        self.index.noise = noise;
+    /// Ends the file, lets it appear and makes room for it in its folder. Warns when the folder is too small for it, since every
+    /// later evaluation computes it again then.
+    pub fn finish(mut self, beside: Option<Beside>, monitor: &Monitor) -> Result<Reference> {
+        self.index.beside = beside;
         let fail = |error: &std::io::Error| Error::io("writing", &self.path, error);
         let index = serde_json::to_vec(&self.index).map_err(|error| Error::run(format!("an index cannot be written: {error}")))?;
         self.file.write_all(&index).and_then(|()| self.file.write_all(&(index.len() as u64).to_le_bytes())).map_err(|e| fail(&e))?;
@@ -185,7 +213,14 @@ impl Writer {
         file.as_file().sync_all().map_err(|error| fail(&error))?;
         // The name may go at once where the folder is too small for it: the open file stays readable.
         let file = file.persist(&self.path).map_err(|error| fail(&error.error))?;
+        let bytes = file.metadata().map_or(0, |metadata| metadata.len());
         make_room(&self.path, self.most);
+        if bytes > self.most {
+            monitor.warn(format!(
+                "what the reference says takes {bytes} bytes, and {} may be kept: it serves this evaluation only (--reference-cache raises that)",
+                self.most
+            ));
+        }
         Ok(Reference { path: self.path, file, index: self.index })
     }
 }
@@ -220,12 +255,20 @@ fn damaged(path: &Path, what: &str) -> Error {
 mod tests {
     use super::*;
 
+    fn reading<'a>(model: &'a str, windows: &'a [Vec<u32>]) -> Reading<'a> {
+        Reading { how: "windows", model, backend: "cpu", windows }
+    }
+
     fn written(references: &References, model: &str, windows: &[Vec<u32>]) -> Reference {
-        let mut writer = references.write(model, "cpu", windows, 4).unwrap();
+        written_with(references, model, windows, &Monitor::silent())
+    }
+
+    fn written_with(references: &References, model: &str, windows: &[Vec<u32>], monitor: &Monitor) -> Reference {
+        let mut writer = references.write(&reading(model, windows), 4).unwrap();
         for (index, window) in windows.iter().enumerate() {
             writer.push(&logits(index, window.len())).unwrap();
         }
-        writer.finish(None).unwrap()
+        writer.finish(None, monitor).unwrap()
     }
 
     fn logits(index: usize, tokens: usize) -> Vec<f32> {
@@ -237,20 +280,21 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let references = References::new(folder.path().join("new"), FOLDER_BYTES);
         let windows = [vec![1, 2, 3], vec![4, 5, 6, 7]];
-        assert!(references.find("m", "cpu", &windows).unwrap().is_none());
+        assert!(references.find(&reading("m", &windows)).unwrap().is_none());
         drop(written(&references, "m", &windows));
-        let mut found = references.find("m", "cpu", &windows).unwrap().unwrap();
+        let mut found = references.find(&reading("m", &windows)).unwrap().unwrap();
         assert_eq!((found.index.windows.len(), found.vocabulary()), (2, 4));
         for (index, window) in windows.iter().enumerate() {
             assert_eq!(found.logits(index).unwrap(), logits(index, window.len()));
         }
-        for (model, backend, windows) in [
-            ("n", "cpu", &windows[..]),
-            ("m", "cuda", &windows),
-            ("m", "cpu", &windows[..1]),
-            ("m", "cpu", &[vec![1, 2, 3, 4], vec![5, 6, 7]]),
+        for other in [
+            reading("n", &windows),
+            Reading { backend: "cuda", ..reading("m", &windows) },
+            Reading { how: "decode", ..reading("m", &windows) },
+            reading("m", &windows[..1]),
+            reading("m", &[vec![1, 2, 3, 4], vec![5, 6, 7]]),
         ] {
-            assert!(references.find(model, backend, windows).unwrap().is_none());
+            assert!(references.find(&other).unwrap().is_none());
         }
     }
 
@@ -259,15 +303,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let references = References::new(folder.path().into(), FOLDER_BYTES);
         let windows = [vec![1, 2, 3, 4, 5]];
-        drop(references.write("m", "cpu", &windows, 4).unwrap());
+        drop(references.write(&reading("m", &windows), 4).unwrap());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-        let path = written(&references, "m", &windows).path().to_owned();
+        let path = written(&references, "m", &windows).path.clone();
         let whole = fs::read(&path).unwrap();
         let mut flipped = whole.clone();
         flipped[20] ^= 1;
         for bytes in [&flipped[..], &whole[..whole.len() - 3], b"short"] {
             fs::write(&path, bytes).unwrap();
-            assert!(references.find("m", "cpu", &windows).err().unwrap().message.contains("is damaged"));
+            assert!(references.find(&reading("m", &windows)).err().unwrap().message.contains("is damaged"));
         }
     }
 
@@ -275,21 +319,30 @@ mod tests {
     fn the_folder_stays_within_its_bounds() {
         let folder = tempfile::tempdir().unwrap();
         let windows = [vec![0; 64]];
-        let size = fs::metadata(written(&References::new(folder.path().into(), FOLDER_BYTES), "a", &windows).path()).unwrap().len();
+        let size = fs::metadata(written(&References::new(folder.path().into(), FOLDER_BYTES), "a", &windows).path).unwrap().len();
         let references = References::new(folder.path().into(), size * 5 / 2);
         let age = |model: &str, seconds| {
-            let file = references.find(model, "cpu", &windows).unwrap().unwrap().file;
+            let file = references.find(&reading(model, &windows)).unwrap().unwrap().file;
             file.set_modified(SystemTime::now() - std::time::Duration::from_secs(seconds)).unwrap();
         };
         written(&references, "b", &windows);
         age("a", 10);
         age("b", 100);
         written(&references, "c", &windows);
-        let found = ["a", "b", "c"].map(|model| references.find(model, "cpu", &windows).unwrap().is_some());
+        let found = ["a", "b", "c"].map(|model| references.find(&reading(model, &windows)).unwrap().is_some());
         assert_eq!(found, [true, false, true], "b was used longest ago");
         // One that is larger than the folder may be serves this evaluation and is not kept.
-        let mut large = written(&References::new(folder.path().into(), 10), "d", &windows);
+        let log = std::sync::Mutex::new(String::new());
+        let listen = |report| {
+            if let crate::monitor::Report::Warning(line) = report {
+                log.lock().unwrap().push_str(&line);
+            }
+        };
+        let monitor = Monitor::new(listen, crate::monitor::CancelToken::default());
+        let mut large = written_with(&References::new(folder.path().into(), 10), "d", &windows, &monitor);
         assert_eq!(large.logits(0).unwrap(), logits(0, 64));
-        assert!(!large.path().exists());
+        assert!(!large.path.exists());
+        drop(monitor);
+        assert!(log.into_inner().unwrap().contains("and 10 may be kept"));
     }
 }

@@ -105,8 +105,11 @@ impl BlockError {
 /// Memory, measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
-    /// Highest resident set of the process so far; it includes what was evaluated before in the same process.
+    /// Highest resident set of the process.
     pub peak_bytes: u64,
+    /// Whether that was watched from the loading of this model on; otherwise what was evaluated before in the same process is in it.
+    #[serde(default)]
+    pub peak_of_model: bool,
     /// Weights as the backend holds them.
     pub resident_weight_bytes: u64,
     /// Most memory of the device in buffers while the model was there; `null` on the CPU, where it is the process's.
@@ -134,4 +137,14 @@ pub struct Evidence {
     /// What the text windows of divergence and perplexity were: count × tokens, and from where.
     pub text: String,
     pub limit: Option<usize>,
+    /// The model that divergence is measured from, on the reference itself too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<ReferenceModel>,
+}
+
+/// A model that others are compared with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReferenceModel {
+    pub model: String,
+    pub sha256: String,
 }

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use super::dataset::DataSource;
 use super::decode::{self, DecodeDivergence, DecodeReference};
-use super::divergence::{Compared, TextReader, TextReading};
+use super::divergence::{self, Compared, TextReader, TextReading};
+use super::encoded::Encoded;
 use super::journal::Journal;
 use super::reference::{FOLDER_BYTES, References};
-use super::result::{BlockError, Evidence, Memory, ModelResult};
+use super::result::{BlockError, Evidence, Memory, ModelResult, ReferenceModel};
 use super::score::{self, BATCH_TOKENS, Sample, TaskScore};
 use super::speed::{self, Speed, SpeedPoint, SpeedRequest};
 use super::statistics::Perplexity;
@@ -57,6 +58,8 @@ pub struct EvaluateRequest {
     pub fresh: bool,
     /// Folder where the reference's log-probabilities are kept; `None` keeps them for this evaluation only.
     pub references: Option<PathBuf>,
+    /// Bytes that this folder may hold.
+    pub reference_bytes: u64,
     /// Bytes of memory to take, beyond which a model is read block by block; `None` for what is free.
     pub host_memory: Option<u64>,
 }
@@ -78,8 +81,29 @@ impl Default for EvaluateRequest {
             journal: None,
             fresh: false,
             references: None,
+            reference_bytes: FOLDER_BYTES,
             host_memory: None,
         }
+    }
+}
+
+impl EvaluateRequest {
+    /// An error when there is nothing to measure in what is asked for, or it is asked for twice.
+    pub fn check(&self) -> Result<()> {
+        if self.limit == Some(0) {
+            return Err(Error::input("a limit of 0 rows leaves nothing to score").hint("give 1 or more, or no tasks"));
+        }
+        if let Some((_, task)) = self.tasks.iter().enumerate().find(|(index, task)| self.tasks[..*index].contains(task)) {
+            return Err(Error::input(format!("task `{task}` is named twice")).hint("name every task once"));
+        }
+        if self.windows > 0 && self.window_tokens < 3 {
+            return Err(Error::input("half of a window of fewer than 3 tokens predicts nothing")
+                .hint("give windows of 3 tokens or more, or 0 windows"));
+        }
+        if self.speed.iter().flat_map(|speed| &speed.grid).any(|(prompt, sequences)| prompt.min(sequences) == &0) {
+            return Err(Error::input("speed cannot be measured on 0 tokens or sequences").hint("give counts of 1 or more"));
+        }
+        Ok(())
     }
 }
 
@@ -97,8 +121,15 @@ pub fn evaluate<B: Backend>(
     monitor: &Monitor,
     mut each: impl FnMut(Evaluated),
 ) -> Result<()> {
-    let Some(first) = request.reference.iter().chain(&request.models).next() else { return Ok(()) };
-    let demo = checkpoint::open_watched(&first.path, monitor)?.has_demo_tokenizer()?;
+    request.check()?;
+    let named = request.reference.iter().chain(&request.models);
+    let models: Vec<(&ModelToEvaluate, Checkpoint)> =
+        named.map(|model| Ok((model, checkpoint::open_watched(&model.path, monitor)?))).collect::<Result<_>>()?;
+    let Some(((_, first), others)) = models.split_first() else { return Ok(()) };
+    if request.reference.is_some() && request.windows > 0 {
+        others.iter().try_for_each(|(model, checkpoint)| divergence::check_vocabulary(first, checkpoint, &model.name))?;
+    }
+    let demo = first.has_demo_tokenizer()?;
     let questions = load_questions(request, demo, monitor)?;
     let heldout = match &request.text {
         _ if request.windows == 0 => None,
@@ -106,22 +137,32 @@ pub fn evaluate<B: Backend>(
         None => Some(DEMO_HELDOUT.to_owned()),
     };
     let temporary = tempfile::tempdir().map_err(|error| Error::io("making a folder in", &std::env::temp_dir(), &error))?;
-    let references = References::new(request.references.clone().unwrap_or_else(|| temporary.path().to_owned()), FOLDER_BYTES);
+    let references = References::new(request.references.clone().unwrap_or_else(|| temporary.path().to_owned()), request.reference_bytes);
     announce(request, &questions, monitor);
-    let decodes = some_cache_is_rounded(request, monitor)?;
-    let mut decode_reference: Option<DecodeReference<B>> = None;
+    let decodes = request.decode_tokens > 0
+        && heldout.is_some()
+        && request.reference.is_some()
+        && others.iter().any(|(_, checkpoint)| rounds_caches(checkpoint));
+    let mut encoded: Option<Encoded> = None;
+    let mut decode_reference: Option<DecodeReference> = None;
     let mut compared: Option<Compared> = None;
+    let mut reference = None;
     let mut journals = Vec::new();
     let mut kept_journal = None;
-    for (index, model) in request.reference.iter().chain(&request.models).enumerate() {
+    for (index, (model, checkpoint)) in models.iter().enumerate() {
         monitor.check()?;
+        let read = match encoded.take() {
+            Some(same) if same.serves(checkpoint)? => same,
+            _ => Encoded::of(checkpoint, request, &questions, heldout.as_deref())?,
+        };
+        let read = &*encoded.insert(read);
         monitor.stage("load", 1);
-        let checkpoint = checkpoint::open_watched(&model.path, monitor)?;
         let host_memory = request.host_memory.or_else(memory::available_bytes).unwrap_or(u64::MAX);
         let batch_tokens = if heldout.is_some() { BATCH_TOKENS.max(request.window_tokens) } else { BATCH_TOKENS };
         let backend = backend();
         backend.reset_peak()?;
-        let reader = Reader::load(backend, &checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
+        let peak_of_model = memory::reset_peak();
+        let reader = Reader::load(backend, checkpoint, host_memory, temporary.path(), batch_tokens, monitor)?;
         monitor.step(1, format!("{} loaded", model.name))?;
         let sha256 = checkpoint.sha256()?;
         let mut journal = None;
@@ -133,6 +174,9 @@ pub fn evaluate<B: Backend>(
             }
         }
         let is_reference = index == 0 && request.reference.is_some();
+        if is_reference {
+            reference = Some(ReferenceModel { model: checkpoint.name.clone(), sha256: sha256.clone() });
+        }
         let path = journal.as_ref().map(|journal| journal.path().to_owned());
         if is_reference {
             // It stays: every other evaluation of the reference's variants would score the same rows again.
@@ -142,17 +186,24 @@ pub fn evaluate<B: Backend>(
         }
         let evaluation = Evaluation {
             request,
-            checkpoint: &checkpoint,
+            checkpoint,
             reader: &reader,
             name: &model.name,
             sha256,
             questions: &questions,
-            text: heldout.as_deref(),
+            read,
+            peak_of_model,
+            reference: reference.as_ref(),
         };
         let (tasks, samples) = evaluation.score(journal, monitor)?;
-        let windows = evaluation.windows()?;
-        let text =
-            TextReader { reader: &reader, checkpoint: &checkpoint, name: &model.name, sha256: &evaluation.sha256, windows: &windows };
+        let text = TextReader {
+            reader: &reader,
+            checkpoint,
+            name: &model.name,
+            sha256: &evaluation.sha256,
+            windows: &read.windows,
+            chunks: &read.chunks,
+        };
         let reading = if is_reference {
             let (reading, kept) = text.read_as_reference(&references, monitor)?;
             compared = kept;
@@ -161,13 +212,15 @@ pub fn evaluate<B: Backend>(
             text.read(compared.as_mut(), monitor)?
         };
         let decoding = if is_reference {
-            decode_reference = if decodes { evaluation.decode_reference(monitor)? } else { None };
+            if decodes {
+                decode_reference = DecodeReference::of(&text, &read.decoded, &references, monitor)?;
+            }
             None
         } else {
-            evaluation.decode(decode_reference.as_ref(), monitor)?
+            evaluation.decode(decode_reference.as_mut(), monitor)?
         };
-        let speed = evaluation.speed(&windows, monitor)?;
-        let result = ModelResult { kld_decode: decoding, ..evaluation.result(tasks, reading, windows.len(), speed)? };
+        let speed = evaluation.speed(monitor)?;
+        let result = ModelResult { kld_decode: decoding, ..evaluation.result(tasks, reading, speed)? };
         each(Evaluated { result, samples });
     }
     for path in journals {
@@ -184,23 +237,22 @@ struct Evaluation<'a, B: Backend> {
     name: &'a str,
     sha256: String,
     questions: &'a [(Task, Rows)],
-    text: Option<&'a str>,
+    read: &'a Encoded,
+    /// Whether the process's peak is watched from this model on.
+    peak_of_model: bool,
+    /// What divergence is measured from.
+    reference: Option<&'a ReferenceModel>,
 }
 
 impl<B: Backend> Evaluation<'_, B> {
     /// Scores the rows of every task.
     fn score(&self, mut journal: Option<Journal>, monitor: &Monitor) -> Result<(BTreeMap<String, TaskScore>, Vec<Sample>)> {
         let (mut tasks, mut samples) = (BTreeMap::new(), Vec::new());
-        if self.questions.is_empty() {
-            return Ok((tasks, samples));
-        }
-        let tokenizer = self.checkpoint.tokenizer()?;
-        for (task, rows) in self.questions {
-            let max_tokens = self.checkpoint.config.max_positions;
-            let (mut score, scored) =
-                score::score_task(self.reader, &tokenizer, *task, &rows.questions, max_tokens, journal.as_mut(), monitor)?;
+        for ((task, rows), encoded) in self.questions.iter().zip(&self.read.tasks) {
+            let (mut score, scored) = score::score_task(self.reader, *task, &rows.questions, encoded, journal.as_mut(), monitor)?;
             score.skipped = rows.skipped;
             if score.truncated > 0 {
+                let max_tokens = self.checkpoint.config.max_positions;
                 monitor.warn(format!("{task}: {} contexts were cut from the left to {max_tokens} tokens", score.truncated));
             }
             tasks.insert(task.name().to_owned(), score);
@@ -209,29 +261,14 @@ impl<B: Backend> Evaluation<'_, B> {
         Ok((tasks, samples))
     }
 
-    /// The text's windows of tokens.
-    fn windows(&self) -> Result<Vec<Vec<u32>>> {
-        let Some(text) = self.text else { return Ok(Vec::new()) };
-        text::windows(&text::tokenize(&self.checkpoint.tokenizer()?, text)?, self.request.windows, self.request.window_tokens)
-    }
-
-    /// What the unquantized model says about the text that variants decode.
-    fn decode_reference(&self, monitor: &Monitor) -> Result<Option<DecodeReference<B>>> {
-        let (Some(text), Some(model)) = (self.text, self.reader.resident()) else { return Ok(None) };
-        let mut ids = text::tokenize(&self.checkpoint.tokenizer()?, text)?;
-        ids.truncate(self.request.decode_tokens);
-        DecodeReference::read(model, &ids, monitor).map(Some)
-    }
-
     /// Divergence in decoding of a variant with rounded caches.
-    fn decode(&self, reference: Option<&DecodeReference<B>>, monitor: &Monitor) -> Result<Option<DecodeDivergence>> {
-        let rounded = self.checkpoint.variant.as_ref().is_some_and(|variant| variant.cache.is_quantized());
-        if !rounded || self.request.decode_tokens == 0 {
+    fn decode(&self, reference: Option<&mut DecodeReference>, monitor: &Monitor) -> Result<Option<DecodeDivergence>> {
+        if !rounds_caches(self.checkpoint) || self.read.decoded.is_empty() {
             return Ok(None);
         }
         match (reference, self.reader.resident()) {
-            (Some(reference), Some(model)) => reference.compare(model, monitor).map(Some),
-            (None, _) if self.request.reference.is_none() || self.text.is_none() => Ok(None),
+            (Some(reference), Some(model)) => reference.compare(model, &self.read.decoded, monitor).map(Some),
+            (None, _) if self.request.reference.is_none() => Ok(None),
             _ => {
                 monitor.warn("divergence in decoding is not measured: a model is read block by block, and decoding needs all of it");
                 Ok(None)
@@ -240,13 +277,13 @@ impl<B: Backend> Evaluation<'_, B> {
     }
 
     /// The usual prompt's speed, and every point's.
-    fn speed(&self, windows: &[Vec<u32>], monitor: &Monitor) -> Result<(Option<Speed>, Vec<SpeedPoint>)> {
+    fn speed(&self, monitor: &Monitor) -> Result<(Option<Speed>, Vec<SpeedPoint>)> {
         let Some(request) = &self.request.speed else { return Ok((None, Vec::new())) };
         let Some(model) = self.reader.resident() else {
             monitor.warn("speed is not measured: the model is read block by block, and decoding needs all of it");
             return Ok((None, Vec::new()));
         };
-        let (speed, points) = speed::measure(model, windows.first().map_or(&[1][..], Vec::as_slice), request, monitor)?;
+        let (speed, points) = speed::measure(model, self.read.windows.first().map_or(&[1][..], Vec::as_slice), request, monitor)?;
         Ok((Some(speed), points))
     }
 
@@ -254,7 +291,6 @@ impl<B: Backend> Evaluation<'_, B> {
         &self,
         tasks: BTreeMap<String, TaskScore>,
         reading: TextReading,
-        windows: usize,
         (speed, speed_points): (Option<Speed>, Vec<SpeedPoint>),
     ) -> Result<ModelResult> {
         let checkpoint = self.checkpoint;
@@ -263,7 +299,7 @@ impl<B: Backend> Evaluation<'_, B> {
             // Such mixers keep the codes that they compute with.
             formats.conv = CacheFormat::Int8;
         }
-        let perplexities = Perplexity::of(&reading.scores);
+        let perplexities = reading.llama_cpp.and_then(|llama_cpp| Perplexity::of(&reading.scores, llama_cpp));
         let weight_bytes = checkpoint.linear_bytes()?;
         Ok(ModelResult {
             model: checkpoint.name.clone(),
@@ -286,6 +322,7 @@ impl<B: Backend> Evaluation<'_, B> {
                 .to_vec(),
             memory: Memory {
                 peak_bytes: memory::peak_bytes().unwrap_or(0),
+                peak_of_model: self.peak_of_model,
                 resident_weight_bytes: self.reader.resident_bytes(),
                 device_peak_bytes: self.reader.backend().peak_bytes(),
             },
@@ -297,9 +334,10 @@ impl<B: Backend> Evaluation<'_, B> {
                 processor: hardware::processor(),
                 cores: hardware::cores(),
                 memory_bytes: memory::total_bytes().unwrap_or(0),
-                libraries: hardware::libraries(),
-                text: text_description(self.request, windows),
+                libraries: hardware::libraries().into_iter().chain(self.reader.backend().libraries()).collect(),
+                text: text_description(self.request, self.read.windows.len()),
                 limit: self.request.limit,
+                reference: self.reference.cloned(),
             },
         })
     }
@@ -318,17 +356,9 @@ fn load_questions(request: &EvaluateRequest, demo: bool, monitor: &Monitor) -> R
     request.tasks.iter().map(load).collect()
 }
 
-/// Whether a variant that is to be compared keeps a cache in less than f32.
-fn some_cache_is_rounded(request: &EvaluateRequest, monitor: &Monitor) -> Result<bool> {
-    if request.decode_tokens == 0 || request.windows == 0 || request.reference.is_none() {
-        return Ok(false);
-    }
-    for model in &request.models {
-        if checkpoint::open_watched(&model.path, monitor)?.variant.is_some_and(|variant| variant.cache.is_quantized()) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// Whether a variant keeps a cache in less than f32.
+fn rounds_caches(checkpoint: &Checkpoint) -> bool {
+    checkpoint.variant.as_ref().is_some_and(|variant| variant.cache.is_quantized())
 }
 
 /// Tokens that are decoded one by one cost about this many times what they cost in a prompt.
@@ -355,7 +385,8 @@ fn announce(request: &EvaluateRequest, questions: &[(Task, Rows)], monitor: &Mon
         stages.push((task.name().to_owned(), work as f64));
     }
     if request.windows > 0 {
-        stages.push(("text".to_owned(), TOKEN * (request.windows * request.window_tokens) as f64));
+        let work = TOKEN * (request.windows * request.window_tokens) as f64;
+        stages.extend([("text".to_owned(), work), ("perplexity".to_owned(), work)]);
     }
     if let Some(speed) = &request.speed {
         let points = speed.grid.iter().copied().chain([(speed.prompt_tokens, 1)]);

@@ -67,10 +67,11 @@ fn split_mix(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// KL divergence over many tokens, in nats a token.
+/// KL divergence over many tokens, in nats a token. What earlier versions did not keep is 0 when it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceSummary {
     pub mean: f64,
+    #[serde(default)]
     pub median: f64,
     #[serde(default)]
     pub p90: f64,
@@ -79,6 +80,7 @@ pub struct DivergenceSummary {
     pub p99: f64,
     #[serde(default)]
     pub p999: f64,
+    #[serde(default)]
     pub max: f64,
     /// Share of tokens where both models' most probable next token is the same.
     pub top1: f64,
@@ -119,27 +121,30 @@ pub fn rms_probability(reference: &[f64], other: &[f64]) -> f64 {
     mean(&reference.iter().zip(other).map(|(a, b)| (a.exp() - b.exp()).powi(2)).collect::<Vec<_>>()).sqrt()
 }
 
-/// Perplexity of one text in both usual conventions, over the same windows, which follow each other without overlap.
+/// Perplexity of one text in both usual conventions, over as many windows of as many tokens, which follow each other without
+/// overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// As in the GPTQ papers: every token of a window but the first is scored. `null` where another program measured.
     pub gptq: Option<f64>,
-    /// As in llama.cpp: the tokens of the second half of a window are scored, so that each has half a window in front.
+    /// As in llama.cpp: the text is one stream of tokens, every window begins with the beginning of sequence in place of its
+    /// first token, and the tokens of its second half are scored, so that each has half a window in front.
     pub llama_cpp: f64,
     /// Windows, and the tokens of each.
     pub windows: usize,
     pub window_tokens: usize,
 }
 
+/// Perplexity of tokens whose log-probabilities are given.
+pub fn perplexity(scores: &[f64]) -> f64 {
+    (-mean(scores)).exp()
+}
+
 impl Perplexity {
-    /// From the log-probability of every token but the first of each window.
-    pub fn of(windows: &[Vec<f64>]) -> Option<Self> {
+    /// From the log-probability of every token but the first of each window, and llama.cpp's figure.
+    pub fn of(windows: &[Vec<f64>], llama_cpp: f64) -> Option<Self> {
         let window_tokens = windows.first()?.len() + 1;
-        let perplexity = |skipped: usize| {
-            let scored: Vec<f64> = windows.iter().flat_map(|window| &window[skipped.min(window.len())..]).map(|score| -score).collect();
-            mean(&scored).exp()
-        };
-        Some(Self { gptq: Some(perplexity(0)), llama_cpp: perplexity(window_tokens / 2), windows: windows.len(), window_tokens })
+        Some(Self { gptq: Some(perplexity(&windows.concat())), llama_cpp, windows: windows.len(), window_tokens })
     }
 }
 
@@ -158,13 +163,12 @@ mod tests {
         assert!((median(&[9.0, 0.1, 0.5, 0.4]) - 0.45).abs() < 1e-12);
     }
 
-    /// By hand: a window of 5 tokens has 4 scores; the second half is what logits 2 and 3 predict, tokens 3 and 4.
     #[test]
-    fn perplexity_conventions_score_what_they_say() {
+    fn perplexity_and_differences_of_probabilities_by_hand() {
         let windows = [vec![-1.0, -2.0, -3.0, -4.0], vec![-5.0, -6.0, -7.0, -8.0]];
-        let found = Perplexity::of(&windows).unwrap();
-        assert!((found.gptq.unwrap().ln() - 4.5).abs() < 1e-12 && (found.llama_cpp.ln() - 5.5).abs() < 1e-12, "{found:?}");
-        assert_eq!((found.windows, found.window_tokens), (2, 5));
+        let found = Perplexity::of(&windows, 2.5).unwrap();
+        assert!((found.gptq.unwrap().ln() - 4.5).abs() < 1e-12, "{found:?}");
+        assert_eq!((found.windows, found.window_tokens, found.llama_cpp), (2, 5, 2.5));
         // ((0.5 − 0.25)² + (0.5 − 0.5)²) / 2, its root.
         let rms = rms_probability(&[0.5_f64.ln(), 0.5_f64.ln()], &[0.25_f64.ln(), 0.5_f64.ln()]);
         assert!((rms - 0.03125_f64.sqrt()).abs() < 1e-12);

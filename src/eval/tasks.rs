@@ -32,7 +32,7 @@ pub struct Question {
 }
 
 /// The questions of a task.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rows {
     pub questions: Vec<Question>,
     /// Bad rows that were left out.
@@ -82,30 +82,19 @@ impl Task {
 
     /// The rows of JSON lines. A bad one is an error that names `origin` and the line, or is left out and counted.
     pub fn rows(self, lines: &[u8], origin: &str, skip_bad_rows: bool) -> Result<Rows> {
-        let mut rows = Rows { questions: Vec::new(), skipped: 0 };
-        for (number, line) in lines.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty()) {
-            let line = std::str::from_utf8(line).map_err(|error| format!("byte {} is not UTF-8", error.valid_up_to() + 1));
-            match line.and_then(|line| self.question(line)).and_then(Question::checked) {
-                Ok(question) => rows.questions.push(question),
-                Err(_) if skip_bad_rows => rows.skipped += 1,
-                Err(what) => {
-                    return Err(Error::input(format!("{origin}, line {}: {what}", number + 1))
-                        .hint("mend the row, or leave such rows out with --skip-bad-rows"));
-                }
-            }
-        }
-        if rows.questions.is_empty() {
-            let usable = if rows.skipped > 0 { " that can be used" } else { "" };
-            return Err(Error::input(format!("{origin} has no rows{usable}"))
-                .hint("give one JSON object a line with the field names of the dataset on the hub"));
-        }
-        Ok(rows)
+        let mut rows = Rows::default();
+        rows.add(self, lines, &format!("{origin}, line"), skip_bad_rows)?;
+        rows.some(origin)
     }
 
     fn question(self, line: &str) -> Result<Question, String> {
         match self {
             Self::ArcEasy | Self::ArcChallenge => {
                 let row: ArcRow = parse(line)?;
+                let (texts, labels) = (row.choices.text.len(), row.choices.label.len());
+                if texts != labels {
+                    return Err(format!("there are {texts} texts of choices and {labels} labels"));
+                }
                 let gold = row.choices.label.iter().position(|label| *label == row.answer_key);
                 let context = format!("Question: {}\nAnswer:", row.question);
                 let gold = gold.ok_or_else(|| format!("answerKey `{}` is not among the labels", row.answer_key))?;
@@ -140,6 +129,34 @@ impl Task {
                 Ok(Question::of_choices(&context, &endings, gold))
             }
         }
+    }
+}
+
+impl Rows {
+    /// Adds the rows of JSON lines. A bad one is an error that begins with `place` and its number, or is left out and counted.
+    pub fn add(&mut self, task: Task, lines: &[u8], place: &str, skip_bad_rows: bool) -> Result<()> {
+        for (number, line) in lines.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty()) {
+            let line = std::str::from_utf8(line).map_err(|error| format!("byte {} is not UTF-8", error.valid_up_to() + 1));
+            match line.and_then(|line| task.question(line)).and_then(Question::checked) {
+                Ok(question) => self.questions.push(question),
+                Err(_) if skip_bad_rows => self.skipped += 1,
+                Err(what) => {
+                    return Err(Error::input(format!("{place} {}: {what}", number + 1))
+                        .hint("mend the row, or leave such rows out with --skip-bad-rows (`skip_bad_rows = true` in a session)"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows, of which there must be some; `origin` is where they were looked for.
+    pub fn some(self, origin: &str) -> Result<Self> {
+        if self.questions.is_empty() {
+            let usable = if self.skipped > 0 { " that can be used" } else { "" };
+            return Err(Error::input(format!("{origin} has no rows{usable}"))
+                .hint("give one JSON object a line with the field names of the dataset on the hub"));
+        }
+        Ok(self)
     }
 }
 
@@ -278,6 +295,9 @@ mod tests {
             let rows = Task::Piqa.rows(&lines, "rows.jsonl", true).unwrap();
             assert_eq!((rows.questions.len(), rows.skipped), (2, 1));
         }
+        let arc = br#"{"question": "q", "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}, "answerKey": "B"}"#;
+        let error = Task::ArcEasy.rows(arc, "arc.jsonl", false).unwrap_err().message;
+        assert_eq!(error, "arc.jsonl, line 1: there are 3 texts of choices and 2 labels");
         assert!(Task::Piqa.rows(b"\n", "rows.jsonl", false).unwrap_err().message.contains("no rows"));
         assert!(Task::Piqa.rows(b"{", "rows.jsonl", true).unwrap_err().message.contains("no rows that can be used"));
     }

@@ -26,6 +26,20 @@ pub fn tokenize(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     Ok(tokens)
 }
 
+/// The first `count` chunks of `length` tokens as `llama-perplexity` reads them: the whole text is one stream of tokens, and the
+/// first of each chunk gives its place to the beginning of sequence, where the tokenizer adds one.
+pub fn chunks(tokenizer: &Tokenizer, text: &str, count: usize, length: usize) -> Result<Vec<Vec<u32>>> {
+    // Its `--file` leaves out a line break at the end.
+    let tokens = encode(tokenizer, text.strip_suffix('\n').unwrap_or(text), true)?;
+    let mut chunks = windows(&tokens, count, length)?;
+    if let Some(begin) = encode(tokenizer, "", true)?.first() {
+        for chunk in &mut chunks {
+            chunk[0] = *begin;
+        }
+    }
+    Ok(chunks)
+}
+
 /// Token ids of `text`, with what the tokenizer's post-processor adds when `special` is set.
 pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Vec<u32>> {
     let encoding = tokenizer.encode_fast(text, special).map_err(|error| Error::input(format!("a text cannot be tokenized: {error}")))?;

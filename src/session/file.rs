@@ -102,6 +102,9 @@ pub struct EvaluateSpec {
     /// `embedded`, `hub`, or a directory with the tasks' rows; without it the rows compiled in for the demo, the hub's for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
+    /// Leave out rows that cannot be used, and count them.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub skip_bad_rows: bool,
     /// `embedded` or a text file, for perplexity and divergence.
     pub text: String,
     /// Windows of that text, and tokens of each.
@@ -123,6 +126,7 @@ impl Default for EvaluateSpec {
             tasks: Task::ALL.map(|task| task.name().to_owned()).to_vec(),
             limit: None,
             data: None,
+            skip_bad_rows: false,
             text: "embedded".into(),
             windows: 24,
             window_tokens: 256,
@@ -148,6 +152,7 @@ impl EvaluateSpec {
             tasks: self.tasks.iter().map(|name| name.parse()).collect::<Result<_>>()?,
             data: self.data.as_deref().map_or(DataSource::Automatic, DataSource::named),
             limit: self.limit,
+            skip_bad_rows: self.skip_bad_rows,
             text: (self.text != "embedded").then(|| PathBuf::from(&self.text)),
             windows: self.windows,
             window_tokens: self.window_tokens,
@@ -240,7 +245,7 @@ impl Session {
                 return Err(Error::input(format!("two variants are named `{}`", variant.name)));
             }
         }
-        self.evaluate.request().map(drop)
+        self.evaluate.request()?.check()
     }
 
     /// Whether the session is on the embedded model.
@@ -339,6 +344,23 @@ mod tests {
         assert!(error.hint.unwrap().contains("newer"));
         let error = Session::parse(&TEXT.replace("piqa", "pika"), "s.toml").unwrap_err();
         assert!(error.message.contains("unknown task `pika`"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_refused_when_the_file_is_read() {
+        for (line, expected) in [
+            ("limit = 0", "a limit of 0 rows"),
+            ("window_tokens = 2", "half of a window of fewer than 3 tokens"),
+            ("speed_batches = [1, 0]", "0 tokens or sequences"),
+        ] {
+            let error = Session::parse(&format!("{TEXT}{line}\n"), "s.toml").unwrap_err();
+            assert!(error.message.starts_with("s.toml: ") && error.message.contains(expected) && error.hint.is_some(), "{error}");
+        }
+        let error = Session::parse(&TEXT.replace("\"piqa\",", "\"piqa\", \"piqa\","), "s.toml").unwrap_err();
+        assert!(error.message.contains("task `piqa` is named twice"), "{error}");
+        let session = Session::parse(&format!("{TEXT}skip_bad_rows = true\n"), "s.toml").unwrap();
+        assert!(session.evaluate.request().unwrap().skip_bad_rows);
+        assert_eq!(Session::parse(&session.to_toml(None).unwrap(), "s.toml").unwrap(), session);
     }
 
     #[test]

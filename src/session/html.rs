@@ -12,16 +12,14 @@ const SCRIPT: &str = include_str!("report.js");
 /// A page with `tables` under their titles and the plots that `results` allow.
 pub fn page(title: &str, tables: &[(&str, Table)], results: &[ModelResult]) -> String {
     let mut body = format!("<h1>{}</h1>\n", escape(title));
-    let plots = [
-        ("Accuracy with 95 % intervals", plot::accuracy(results)),
-        ("Size against divergence", plot::size(results)),
-        ("Error by block", plot::block_errors(results)),
-        ("Speed", plot::speed(results)),
-    ];
+    let named = |title: &str, plot: Option<String>| plot.map(|plot| (title.to_owned(), plot));
+    let plots = named("Accuracy with 95 % intervals", plot::accuracy(results))
+        .into_iter()
+        .chain(plot::sizes(results))
+        .chain(named("Error by block", plot::block_errors(results)))
+        .chain(named("Speed", plot::speed(results)));
     for (title, plot) in plots {
-        if let Some(plot) = plot {
-            section(&mut body, title, &plot);
-        }
+        section(&mut body, &title, &plot);
     }
     for (title, rows) in tables.iter().filter(|(_, table)| table.rows().len() > 1) {
         section(&mut body, title, &table(rows));

@@ -1,6 +1,7 @@
 //! Sessions: one TOML file that names model, calibration, variants and evaluation; its headless replay; the folders of
 //! runs; the store of results, and their table and page.
 
+pub mod figures;
 mod file;
 pub mod html;
 pub mod import;

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::html::escape;
 use super::report;
+use crate::eval::result::Evidence;
 use crate::eval::speed::Speed;
 use crate::eval::{ModelResult, Task};
 
@@ -97,9 +98,13 @@ pub fn accuracy(results: &[ModelResult]) -> Option<String> {
         for (series, result) in results.iter().enumerate() {
             let Some(score) = result.tasks.get(task.name()) else { continue };
             let (value, y) = (score.headline(*task), top + series as f64 * STEP + STEP / 2.0);
-            let (low, high) = ((value - HALF_WIDTH * score.stderr).max(0.0), (value + HALF_WIDTH * score.stderr).min(1.0));
-            plot.line(&format!("series-{}", series % SERIES), (Plot::x(low), y), (Plot::x(high), y));
-            let title = format!("{}: {:.1} % ({:.1} to {:.1})", result.variant, 100.0 * value, 100.0 * low, 100.0 * high);
+            let mut title = format!("{}: {:.1} %", result.variant, 100.0 * value);
+            // Imported results may not tell their error.
+            if let Some(half) = score.headline_stderr(*task).map(|stderr| HALF_WIDTH * stderr) {
+                let (low, high) = ((value - half).max(0.0), (value + half).min(1.0));
+                plot.line(&format!("series-{}", series % SERIES), (Plot::x(low), y), (Plot::x(high), y));
+                let _ = write!(title, " ({:.1} to {:.1})", 100.0 * low, 100.0 * high);
+            }
             plot.dot(series, Plot::x(value), y, &title);
         }
     }
@@ -107,20 +112,44 @@ pub fn accuracy(results: &[ModelResult]) -> Option<String> {
     Some(plot.finish("accuracy of each model on each task with 95 % intervals"))
 }
 
-/// Bytes of the linears against the mean divergence on a logarithmic axis, with the Pareto front; `None` when fewer than
-/// one variant has both.
-pub fn size(results: &[ModelResult]) -> Option<String> {
+/// Plots of size against divergence under their titles: one for the models that were compared with one reference on one text,
+/// since others are not comparable. Groups without a model that has both figures have none.
+pub fn sizes(results: &[ModelResult]) -> Vec<(String, String)> {
+    let mut groups: Vec<(String, Vec<(usize, &ModelResult)>)> = Vec::new();
+    for (series, result) in results.iter().enumerate() {
+        let evidence = &result.provenance;
+        let reference = evidence.reference.as_ref().map_or_else(String::new, |found| format!("{} {}", found.model, &found.sha256));
+        let key = format!("{reference}\n{}", evidence.text);
+        match groups.iter_mut().find(|(other, _)| *other == key) {
+            Some((_, group)) => group.push((series, result)),
+            None => groups.push((key, vec![(series, result)])),
+        }
+    }
+    let mut plots: Vec<(String, String)> = Vec::new();
+    for (_, group) in groups {
+        let Evidence { reference, text, .. } = &group[0].1.provenance;
+        let from = reference.as_ref().map_or_else(String::new, |reference| format!(" from {}", reference.model));
+        let on = if text.is_empty() { String::new() } else { format!(" on {text}") };
+        plots.extend(size(&group).map(|plot| (format!("Size against divergence{from}{on}"), plot)));
+    }
+    plots
+}
+
+/// Bytes of the linears against the mean divergence on a logarithmic axis, with the Pareto front; `None` without a model that
+/// has both. Results have the numbers of their colours.
+fn size(results: &[(usize, &ModelResult)]) -> Option<String> {
     const TOP: f64 = 20.0;
     const BOTTOM: f64 = 260.0;
-    let known = |(series, result): (usize, &'_ ModelResult)| {
+    let known = |(series, result): &(usize, &ModelResult)| {
         let kld = result.kld.map(|kld| kld.mean).filter(|kld| *kld > 0.0)?;
-        (result.weight_bytes > 0).then(|| (series, result.variant.clone(), result.weight_bytes as f64, kld.log10()))
+        let (bytes, of) = report::size(result)?;
+        Some((*series, format!("{}{of}", result.variant), bytes as f64, kld.log10()))
     };
-    let mut points: Vec<(usize, String, f64, f64)> = results.iter().enumerate().filter_map(known).collect();
+    let mut points: Vec<(usize, String, f64, f64)> = results.iter().filter_map(known).collect();
     points.sort_by(|a, b| a.2.total_cmp(&b.2).then(a.3.total_cmp(&b.3)));
     let largest = 1.1 * points.last()?.2;
     // What the unquantized model is from itself when it rounds: below, differences are noise.
-    let floors = results.iter().filter_map(|result| result.noise_floor.as_ref()).map(|floor| floor.kld.mean);
+    let floors = results.iter().filter_map(|(_, result)| result.noise_floor.as_ref()).map(|floor| floor.kld.mean);
     let floor = floors.filter(|kld| *kld > 0.0).map(f64::log10).next();
     let heights = || points.iter().map(|point| point.3).chain(floor);
     let (low, high) = (heights().fold(f64::INFINITY, f64::min), heights().fold(f64::NEG_INFINITY, f64::max));
@@ -251,7 +280,7 @@ pub fn speed(results: &[ModelResult]) -> Option<String> {
 mod tests {
     use super::*;
     use crate::backend::Divergence;
-    use crate::eval::result::BlockError;
+    use crate::eval::result::{BlockError, ReferenceModel};
     use crate::eval::statistics;
     use crate::format::{BlockKind, Format};
     use crate::session::import;
@@ -266,9 +295,33 @@ mod tests {
         repetitions: 3,
     };
 
+    fn one_size(results: &[ModelResult]) -> String {
+        let [(title, plot)]: [(String, String); 1] = sizes(results).try_into().unwrap();
+        assert_eq!(title, "Size against divergence");
+        plot
+    }
+
+    #[test]
+    fn models_of_another_reference_or_text_have_a_front_of_their_own() {
+        let kld = Some(statistics::summarize_divergence(&[Divergence { kl: 1e-2, same_top: true }]));
+        let of = |variant: &str, reference: &str, text: &str| {
+            let reference = Some(ReferenceModel { model: reference.into(), sha256: format!("hash of {reference}") });
+            let provenance = Evidence { reference, text: text.into(), ..Evidence::default() };
+            ModelResult { variant: variant.into(), kld, weight_bytes: 1000, provenance, ..ModelResult::default() }
+        };
+        let mut imported = of("c", "big", "2 x 512 tokens");
+        (imported.weight_bytes, imported.file_bytes, imported.provenance.reference) = (0, 4_540_000_000, None);
+        let plots = sizes(&[of("a", "small", "text"), of("b", "big", "text"), of("d", "small", "text"), imported]);
+        let titles: Vec<&str> = plots.iter().map(|(title, _)| title.strip_prefix("Size against divergence ").unwrap()).collect();
+        assert_eq!(titles, ["from small on text", "from big on text", "on 2 x 512 tokens"]);
+        let points: Vec<usize> = plots.iter().map(|(_, plot)| plot.matches("<circle").count()).collect();
+        assert_eq!(points, [2, 1, 1]);
+        assert!(plots[2].1.contains("c (file): 4.54 GB, KLD 1.00e-2"), "{}", plots[2].1);
+    }
+
     #[test]
     fn plots_show_every_model_and_the_front() {
-        assert_eq!((accuracy(&[]), size(&[])), (None, None));
+        assert_eq!((accuracy(&[]), sizes(&[])), (None, Vec::new()));
         let text = r#"{"model_name": "m", "results": {"piqa": {"acc,none": 0.75, "acc_stderr,none": 0.05}}}"#;
         let base = import::harness(text.as_bytes(), "r.json").unwrap().result;
         let variant = |name: &str, bytes, kl| {
@@ -279,7 +332,7 @@ mod tests {
         let results = [base.clone(), variant("a", 500, 1e-2), variant("b", 1000, 1e-4), variant("c", 1500, 1e-3)];
         let accuracy = accuracy(&results).unwrap();
         assert_eq!(accuracy.matches("75.0 % (65.2 to 84.8)").count(), 4);
-        let size = size(&results).unwrap();
+        let size = one_size(&results);
         assert_eq!((size.matches("<circle").count(), size.matches("class=\"front\"").count()), (3, 1));
         assert!(size.contains("a: 500 B, KLD 1.00e-2"));
         assert_eq!((block_errors(&results), speed(&results)), (None, None));
@@ -287,7 +340,7 @@ mod tests {
         // The floor is on the page wherever it lies.
         let kld = statistics::summarize_divergence(&[Divergence { kl: 3e-7, same_top: true }]);
         results[0].noise_floor = Some(statistics::NoiseFloor { rounding: "bf16".into(), kld });
-        let size = super::size(&results).unwrap();
+        let size = one_size(&results);
         assert!(size.contains("noise floor") && size.contains("1e-7"), "{size}");
         results[0].noise_floor = None;
         for (index, result) in results[1..].iter_mut().enumerate() {

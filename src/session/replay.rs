@@ -30,6 +30,9 @@ pub struct ReplayOptions {
     pub measure: bool,
     /// Bytes of memory that quantizing and evaluation may take; `None` for what is free.
     pub host_memory: Option<u64>,
+    /// Bytes that the folder of references may hold; `None` for the usual.
+    #[serde(default)]
+    pub reference_bytes: Option<u64>,
 }
 
 /// A session being replayed on an engine.
@@ -83,6 +86,7 @@ impl Replay<'_> {
         request.journal = Some(paths::evaluations_directory());
         request.fresh = self.options.fresh;
         request.references = Some(paths::references_directory());
+        request.reference_bytes = self.options.reference_bytes.unwrap_or(request.reference_bytes);
         request.host_memory = self.options.host_memory;
         engine.submit(Job::Evaluate(Box::new(request)))?;
         let mut results = Vec::new();

@@ -1,5 +1,6 @@
 //! Results as a table of text.
 
+use super::import;
 use super::store::Record;
 use crate::analysis::allocate::{Allocation, FrontPoint};
 use crate::analysis::sensitivity::{Check, Loss, Sensitivities};
@@ -7,6 +8,7 @@ use crate::analysis::study::{self, StudyRow};
 use crate::eval::memory::CacheBytes;
 use crate::eval::paired::{Comparison, McNemarTest};
 use crate::eval::result::Evidence;
+use crate::eval::score::TaskScore;
 use crate::eval::statistics::DivergenceSummary;
 use crate::eval::{ModelResult, Task};
 
@@ -97,32 +99,45 @@ fn tasks_of(results: &[&ModelResult]) -> Vec<Task> {
     Task::ALL.into_iter().filter(measured).collect()
 }
 
-/// The headline accuracy of each task in percent, and their mean.
+/// The headline accuracy of each task in percent with its standard error, and their mean.
 fn scores(tasks: &[Task], result: &ModelResult) -> Vec<String> {
-    let scores = tasks.iter().map(|task| result.tasks.get(task.name()).map(|score| 100.0 * score.headline(*task)));
-    let scores: Vec<Option<f64>> = scores.collect();
-    let mut cells: Vec<String> = scores.iter().map(|score| score.map_or_else(|| "-".into(), |score| format!("{score:.1}"))).collect();
-    let present: Vec<f64> = scores.into_iter().flatten().collect();
+    let score = |task: &Task| Some((*task, result.tasks.get(task.name())?));
+    let cell = |(task, score): (Task, &TaskScore)| {
+        let stderr = score.headline_stderr(task).map_or_else(String::new, |stderr| format!(" ±{:.1}", 100.0 * stderr));
+        format!("{:.1}{stderr}", 100.0 * score.headline(task))
+    };
+    let mut cells: Vec<String> = tasks.iter().map(|task| score(task).map_or_else(|| "-".into(), cell)).collect();
+    let present: Vec<f64> = tasks.iter().filter_map(score).map(|(task, score)| 100.0 * score.headline(task)).collect();
     cells.push(if present.is_empty() { "-".into() } else { format!("{:.2}", crate::eval::statistics::mean(&present)) });
     cells
 }
 
-/// What the result store holds: a row a record. Figures that were not measured, or not imported, are dashes.
+/// Bytes of a model, and what they are of where that is not the linears of its blocks; `None` where neither is known.
+pub fn size(result: &ModelResult) -> Option<(u64, &'static str)> {
+    let known = [(result.weight_bytes, ""), (result.file_bytes, " (file)")];
+    known.into_iter().find(|(bytes, _)| *bytes > 0)
+}
+
+/// What the result store holds: a row a record. Figures that were not measured, or not imported, are dashes. llama.cpp's
+/// divergence is over the second halves of windows, and has a column of its own.
 pub fn records(records: &[Record]) -> Table {
     let tasks = tasks_of(&records.iter().map(|record| &record.result).collect::<Vec<_>>());
     let mut heads = vec!["time", "source", "session", "model", "variant", "linears", "bits"];
     heads.extend(tasks.iter().map(|task| task.name()));
-    heads.extend(["mean", "KLD", "top1", "ppl (gptq)", "ppl (llama.cpp)", "prefill t/s", "decode t/s", "backend"]);
+    heads.extend(["mean", "KLD", "KLD (llama.cpp)", "top1", "KLD decoding", "ppl (gptq)", "ppl (llama.cpp)"]);
+    heads.extend(["prefill t/s", "decode t/s", "backend"]);
     let mut table = Table::new(&heads);
     for Record { time, source, session, result, .. } in records {
         let measured = |known: bool, text: String| if known { text } else { "-".to_owned() };
         let mut row = vec![time.clone(), source.clone(), session.clone().unwrap_or_else(|| "-".into())];
         row.extend([result.model.clone(), result.variant.clone()]);
-        row.push(measured(result.weight_bytes > 0, bytes(result.weight_bytes)));
+        row.push(size(result).map_or_else(|| "-".into(), |(size, of)| format!("{}{of}", bytes(size))));
         row.push(measured(result.bits_per_weight > 0.0, format!("{:.2}", result.bits_per_weight)));
         row.extend(scores(&tasks, result));
-        row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.2e}", kld.mean)));
+        let mean = |own: bool| result.kld.filter(|_| own).map_or_else(|| "-".into(), |kld| format!("{:.2e}", kld.mean));
+        row.extend([mean(source != import::LLAMA), mean(source == import::LLAMA)]);
         row.push(result.kld.map_or_else(|| "-".into(), |kld| format!("{:.1}%", 100.0 * kld.top1)));
+        row.push(result.kld_decode.as_ref().map_or_else(|| "-".into(), |found| format!("{:.2e}", found.summary.mean)));
         row.push(result.perplexity.map_or_else(|| "-".into(), |perplexity| format!("{perplexity:.4}")));
         row.push(result.perplexities.map_or_else(|| "-".into(), |perplexities| format!("{:.4}", perplexities.llama_cpp)));
         row.push(result.speed.map_or_else(|| "-".into(), |speed| format!("{:.0}", speed.prefill_tokens_per_s)));
@@ -139,46 +154,43 @@ pub fn divergence(results: &[ModelResult]) -> Table {
     let mut table = Table::new(&heads);
     let floors = results.iter().filter_map(|result| Some((format!("{}, rounded", result.variant), result.noise_floor.as_ref()?.kld)));
     for (variant, kld) in floors {
-        let value = |value: f64| format!("{value:.2e}");
-        let rms = kld.rms_probability.map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms));
         let mut row = vec![variant];
-        row.extend([kld.mean, kld.median, kld.p90, kld.p95, kld.p99, kld.p999, kld.max].map(value));
-        row.extend([format!("{:.2}%", 100.0 * kld.top1), rms, "-".into(), "-".into()]);
+        row.extend(summary(Some(&kld)));
+        row.extend(["-".into(), "-".into()]);
         table.push(row);
     }
     for result in results {
-        let kld = |of: fn(&DivergenceSummary) -> f64| result.kld.as_ref().map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", of(kld)));
         let perplexity = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |perplexity| format!("{perplexity:.4}"));
-        table.push(vec![
-            result.variant.clone(),
-            kld(|kld| kld.mean),
-            kld(|kld| kld.median),
-            kld(|kld| kld.p90),
-            kld(|kld| kld.p95),
-            kld(|kld| kld.p99),
-            kld(|kld| kld.p999),
-            kld(|kld| kld.max),
-            result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2}%", 100.0 * kld.top1)),
-            result.kld.and_then(|kld| kld.rms_probability).map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms)),
-            perplexity(result.perplexities.and_then(|perplexities| perplexities.gptq)),
-            perplexity(result.perplexities.map(|perplexities| perplexities.llama_cpp)),
-        ]);
+        let mut row = vec![result.variant.clone()];
+        row.extend(summary(result.kld.as_ref()));
+        row.push(perplexity(result.perplexities.and_then(|perplexities| perplexities.gptq)));
+        row.push(perplexity(result.perplexities.map(|perplexities| perplexities.llama_cpp)));
+        table.push(row);
     }
     table
+}
+
+/// Mean, median, 90, 95, 99 and 99.9 %, largest, share of the same most probable token, RMS Δp.
+fn summary(kld: Option<&DivergenceSummary>) -> Vec<String> {
+    let Some(kld) = kld else { return vec!["-".to_owned(); 9] };
+    let nats = [kld.mean, kld.median, kld.p90, kld.p95, kld.p99, kld.p999, kld.max].map(|nats| format!("{nats:.2e}"));
+    let rms = kld.rms_probability.map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms));
+    nats.into_iter().chain([format!("{:.2}%", 100.0 * kld.top1), rms]).collect()
 }
 
 /// Divergence of variants with rounded caches that read one token a step, beside what they lose on whole windows; no rows
 /// where there is none.
 pub fn decoding(results: &[ModelResult]) -> Table {
     let stretches = results.iter().filter_map(|result| result.kld_decode.as_ref()).map(|found| &found.positions).max_by_key(|p| p.len());
-    let mut heads = ["variant", "KLD whole", "KLD decoding", "p99", "top1"].map(str::to_owned).to_vec();
+    let heads = ["variant", "KLD whole", "KLD decoding", "median", "p90", "p95", "p99", "p99.9", "max", "top1", "RMS dp"];
+    let mut heads = heads.map(str::to_owned).to_vec();
     heads.extend(stretches.into_iter().flatten().map(|stretch| format!("to {}", stretch.to)));
     let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
     for result in results {
         let Some(found) = &result.kld_decode else { continue };
         let whole = result.kld.map_or_else(|| "-".to_owned(), |kld| format!("{:.2e}", kld.mean));
-        let mut row = vec![result.variant.clone(), whole, format!("{:.2e}", found.mean), format!("{:.2e}", found.p99)];
-        row.push(format!("{:.1}%", 100.0 * found.top1));
+        let mut row = vec![result.variant.clone(), whole];
+        row.extend(summary(Some(&found.summary)));
         row.extend(found.positions.iter().map(|stretch| format!("{:.2e}", stretch.mean)));
         table.push(row);
     }

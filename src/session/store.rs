@@ -1,10 +1,8 @@
 //! The result store: every evaluation on this machine, one JSON line a model, never rewritten.
 //!
-//! Several processes may append at once: a line is one write to a file that is opened for appending and locked for it.
-//! Start with [`Store`].
+//! Several processes may append at once (see [`append_line`]). Start with [`Store`].
 
-use std::fs::{self, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::paths;
 use crate::error::{Error, Result};
 use crate::eval::ModelResult;
+use crate::files::append_line;
 
 /// Schema of [`Record`].
 pub const RECORD_SCHEMA: &str = "strata.record/1";
@@ -72,23 +71,7 @@ impl Store {
     /// Adds a record.
     pub fn append(&self, record: &Record) -> Result<()> {
         let line = serde_json::to_string(record).map_err(|error| Error::run(format!("a result cannot be written: {error}")))?;
-        let write = || -> std::io::Result<()> {
-            if let Some(folder) = self.path.parent() {
-                fs::create_dir_all(folder)?;
-            }
-            let mut file = OpenOptions::new().create(true).read(true).append(true).open(&self.path)?;
-            // A file system without locks leaves the one write, which others do not come between either.
-            drop(file.lock());
-            // A writer that was killed may have left half a line, which must not swallow this one.
-            let mut last = [b'\n'];
-            if file.seek(SeekFrom::End(-1)).is_ok() {
-                file.read_exact(&mut last)?;
-            }
-            let begin = if last == [b'\n'] { "" } else { "\n" };
-            file.write_all(format!("{begin}{line}\n").as_bytes())?;
-            file.sync_data()
-        };
-        write().map_err(|error| Error::io("appending to", &self.path, &error))
+        append_line(&self.path, &line)
     }
 
     /// Every record that can be read.

@@ -57,6 +57,10 @@ pub struct Grid {
 pub trait Device: Send + Sync {
     /// For provenance: `cuda NVIDIA H200 sm_90`.
     fn name(&self) -> String;
+    /// Names and versions of driver and compiler; none where kernels are emulated.
+    fn libraries(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
     /// 90 for sm_90; 0 where kernels are emulated.
     fn arch(&self) -> u32;
     /// Streaming multiprocessors.

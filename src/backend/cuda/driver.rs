@@ -307,6 +307,10 @@ impl Device for Gpu {
         format!("cuda {} sm_{}", self.name, self.arch)
     }
 
+    fn libraries(&self) -> Vec<(String, String)> {
+        Libraries::get().versions()
+    }
+
     fn arch(&self) -> u32 {
         self.arch
     }

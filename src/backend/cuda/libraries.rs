@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use nvml_wrapper::Nvml;
 
 /// Oldest driver that runs what NVRTC 12 compiles: CUDA 12.0, driver 525.60 (`cuDriverGetVersion`'s encoding).
 pub const DRIVER_MINIMUM: i32 = 12000;
@@ -45,6 +46,19 @@ impl Libraries {
         let driver = find_driver(&searched);
         let newest = driver.as_ref().map_or(i32::MAX, |driver| driver.version);
         Self { nvrtc: find_nvrtc(&searched, newest), cublas: find_cublas(&searched, newest), driver, searched }
+    }
+
+    /// What was found, by name, with its version; the driver also with the release that its installer has.
+    pub fn versions(&self) -> Vec<(String, String)> {
+        let release = Nvml::init().ok().and_then(|library| library.sys_driver_version().ok());
+        let cuda = [("CUDA driver", &self.driver), ("NVRTC", &self.nvrtc)];
+        let cuda = cuda.into_iter().filter_map(|(name, found)| Some((name, show(found.as_ref().ok()?.version))));
+        release
+            .map(|release| ("NVIDIA driver", release))
+            .into_iter()
+            .chain(cuda)
+            .map(|(name, version)| (name.to_owned(), version))
+            .collect()
     }
 }
 

@@ -207,6 +207,10 @@ impl Backend for Cuda {
         self.device().name()
     }
 
+    fn libraries(&self) -> Vec<(String, String)> {
+        self.device().libraries()
+    }
+
     fn upload(&self, values: Vec<f32>, cols: usize) -> Result<CudaTensor> {
         Ok(CudaTensor::new(self.upload_values(&values)?, values.len() / cols, cols))
     }

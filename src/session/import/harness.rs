@@ -43,11 +43,19 @@ pub fn record(bytes: &[u8], origin: &str) -> Result<Record> {
     for (name, metrics) in &file.results {
         let metric = |metric: &str| metrics.get(&format!("{metric},none")).and_then(Value::as_f64);
         let Some(acc) = metric("acc") else { continue };
-        // As in strata's own results: of acc_norm where the task has it.
-        let normalized = name.parse::<Task>().map_or(true, Task::has_acc_norm);
-        let stderr = metric("acc_norm_stderr").filter(|_| normalized).or_else(|| metric("acc_stderr")).unwrap_or(0.0);
-        let rows = file.samples.get(name).map_or(0, |rows| rows.effective);
-        tasks.insert(name.clone(), TaskScore { acc, acc_norm: metric("acc_norm"), stderr, rows, truncated: 0, skipped: 0 });
+        let (acc_stderr, acc_norm_stderr) = (metric("acc_stderr"), metric("acc_norm_stderr"));
+        let quoted = acc_norm_stderr.filter(|_| name.parse().is_ok_and(Task::quotes_acc_norm)).or(acc_stderr);
+        let score = TaskScore {
+            acc,
+            acc_norm: metric("acc_norm"),
+            acc_stderr,
+            acc_norm_stderr,
+            stderr: quoted.unwrap_or(0.0),
+            rows: file.samples.get(name).map_or(0, |rows| rows.effective),
+            truncated: 0,
+            skipped: 0,
+        };
+        tasks.insert(name.clone(), score);
     }
     if tasks.is_empty() {
         return Err(Error::input(format!("{origin} has no task with an accuracy")));
@@ -93,8 +101,10 @@ mod tests {
         assert_eq!((record.result.model.as_str(), record.result.variant.as_str()), ("org/model", "model"));
         assert_eq!(record.result.tasks.keys().collect::<Vec<_>>(), ["arc_easy", "winogrande"]);
         let arc = record.result.tasks["arc_easy"];
-        assert_eq!((arc.acc, arc.acc_norm, arc.stderr, arc.rows), (0.53, Some(0.5), 0.03, 100));
-        assert_eq!(record.result.tasks["winogrande"].stderr, 0.01);
+        assert_eq!((arc.acc, arc.acc_norm, arc.rows), (0.53, Some(0.5), 100));
+        assert_eq!((arc.acc_stderr, arc.acc_norm_stderr, arc.stderr), (Some(0.02), Some(0.03), 0.02), "arc_easy quotes acc");
+        let winogrande = record.result.tasks["winogrande"];
+        assert_eq!((winogrande.acc_norm_stderr, winogrande.headline_stderr(Task::Winogrande)), (None, Some(0.01)));
         assert_eq!(record.result.provenance.limit, Some(100));
     }
 

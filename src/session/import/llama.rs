@@ -8,7 +8,7 @@ use crate::eval::statistics::{DivergenceSummary, Perplexity};
 use super::super::store::{RECORD_SCHEMA, Record, utc};
 
 /// What the records say made them.
-const SOURCE: &str = "llama-perplexity";
+pub const SOURCE: &str = "llama-perplexity";
 
 /// Whether `text` is such an output.
 pub fn is_output(text: &str) -> bool {

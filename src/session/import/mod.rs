@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 pub use harness::record as harness;
+pub use llama::SOURCE as LLAMA;
 
 use super::store::Record;
 use crate::error::{Error, Result};

@@ -11,8 +11,6 @@ use crate::error::{Error, Result};
 use crate::eval::ModelResult;
 use crate::eval::result::Evidence;
 use crate::eval::score::TaskScore;
-use crate::eval::statistics::{mean, standard_error};
-use crate::eval::tasks::Task;
 
 /// What is read of a line.
 #[derive(Deserialize)]
@@ -46,21 +44,11 @@ pub fn record(lines: &str, path: &Path, seconds: u64) -> Result<Record> {
     }
     let acc: Vec<f64> = rows.values().map(|row| row.acc).collect();
     let acc_norm: Option<Vec<f64>> = rows.values().map(|row| row.acc_norm).collect();
-    // As in strata's own results: of acc_norm where the task has it.
-    let normalized = acc_norm.as_ref().filter(|_| task.parse::<Task>().map_or(true, Task::has_acc_norm));
-    let score = TaskScore {
-        acc: mean(&acc),
-        acc_norm: acc_norm.as_deref().map(mean),
-        stderr: standard_error(normalized.unwrap_or(&acc)),
-        rows: rows.len(),
-        truncated: 0,
-        skipped: 0,
-    };
     let model = path.parent().and_then(Path::file_name).map_or_else(|| stem.clone(), |name| name.to_string_lossy()).replace("__", "/");
     let result = ModelResult {
         variant: model.rsplit('/').next().unwrap_or(&model).to_owned(),
         model,
-        tasks: BTreeMap::from([(task.to_owned(), score)]),
+        tasks: BTreeMap::from([(task.to_owned(), TaskScore::of(task, &acc, acc_norm.as_deref()))]),
         provenance: Evidence { tool: HARNESS.into(), ..Evidence::default() },
         ..ModelResult::default()
     };
@@ -76,12 +64,15 @@ mod tests {
         let path = Path::new("out/nvidia__Nemotron-H-8B/samples_arc_easy_2026-01-02T03-04-05.678.jsonl");
         let line =
             |id, acc, norm| format!("{{\"doc_id\": {id}, \"doc\": {{}}, \"target\": \"1\", \"acc\": {acc}, \"acc_norm\": {norm}}}\n");
-        let lines = [line(0, 1.0, 0.0), line(1, 0.0, 0.0), line(2, 1.0, 1.0), line(2, 1.0, 1.0), line(3, 1.0, 0.0)].concat();
+        let lines = [line(0, 1.0, 0.0), line(1, 0.0, 0.0), line(2, 1.0, 1.0), line(2, 1.0, 1.0), line(3, 0.0, 0.0)].concat();
         let record = record(&lines, path, 0).unwrap();
         assert_eq!((record.result.model.as_str(), record.result.variant.as_str()), ("nvidia/Nemotron-H-8B", "Nemotron-H-8B"));
         let score = record.result.tasks["arc_easy"];
-        assert_eq!((score.acc, score.acc_norm, score.rows), (0.75, Some(0.25), 4));
-        assert!((score.stderr - 0.25).abs() < 1e-12, "scipy.stats.sem([0, 0, 1, 0]) is 0.25");
+        assert_eq!((score.acc, score.acc_norm, score.rows), (0.5, Some(0.25), 4));
+        // scipy.stats.sem([1, 0, 1, 0]) and scipy.stats.sem([0, 0, 1, 0]); arc_easy quotes acc.
+        let error = 0.288_675_134_594_812_9;
+        assert!((score.acc_stderr.unwrap() - error).abs() < 1e-12 && (score.acc_norm_stderr.unwrap() - 0.25).abs() < 1e-12);
+        assert_eq!(Some(score.stderr), score.acc_stderr);
     }
 
     #[test]

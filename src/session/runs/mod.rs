@@ -31,10 +31,13 @@ use crate::engine::Snapshot;
 use crate::error::{Error, Result};
 use crate::eval::score::Sample;
 use crate::eval::{Evaluated, ModelResult};
-use crate::files::write_atomically;
+use crate::files::{append_line, write_atomically};
 
 /// Schema of `run.json` and `status.json`.
 pub const RUN_SCHEMA: &str = "strata.run/1";
+
+/// Schema of a line of `results.jsonl`.
+const LINE_SCHEMA: &str = "strata.run-result/1";
 
 /// How long a process that takes a run over waits for the one that had it.
 pub const TAKE_OVER: Duration = Duration::from_secs(30);
@@ -128,6 +131,13 @@ pub struct Status {
 }
 
 /// A line of `results.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Line {
+    schema: String,
+    entry: Entry,
+}
+
+/// What a line says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Entry {
@@ -293,13 +303,20 @@ impl Run {
         all[all.len().saturating_sub(lines)..].iter().map(|line| (*line).to_owned()).collect()
     }
 
+    /// Notes what it has made, or that its evaluation begins.
+    fn keep(&self, entry: Entry) -> Result<()> {
+        let line = serde_json::to_string(&Line { schema: LINE_SCHEMA.into(), entry });
+        append_line(&self.file("results.jsonl"), &line.map_err(|error| Error::run(format!("a result cannot be written: {error}")))?)
+    }
+
     /// What it has made so far.
     pub fn made(&self) -> Made {
-        let text = fs::read_to_string(self.file("results.jsonl")).unwrap_or_default();
+        let bytes = fs::read(self.file("results.jsonl")).unwrap_or_default();
         let mut made = Made::default();
         // A line that was cut off by a kill says nothing.
-        for entry in text.lines().filter_map(|line| serde_json::from_str(line).ok()) {
-            match entry {
+        let lines = bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Line>(line).ok());
+        for line in lines.filter(|line| line.schema == LINE_SCHEMA) {
+            match line.entry {
                 Entry::Made { variant, path } => drop(made.variants.insert(variant, path)),
                 Entry::Evaluating => made.evaluation_begun = true,
                 Entry::Measured { result, samples } => {
@@ -374,6 +391,26 @@ fn now() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A kill tears the line that is being written; what the process that goes on writes stands alone behind it.
+    #[test]
+    fn a_torn_line_swallows_none_of_those_that_follow() {
+        use std::io::Write;
+        let root = tempfile::tempdir().unwrap();
+        let request = Request::new("a run", None, ReplayOptions::default());
+        let run = Run::create(root.path(), &Session::demo().unwrap(), &request).unwrap();
+        let made = |variant: &str| Entry::Made { variant: variant.into(), path: root.path().into() };
+        run.keep(made("a")).unwrap();
+        let path = run.file("results.jsonl");
+        // In the middle of a character, too.
+        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"schema\": \"strata.run-result/1\", \"\xc3").unwrap();
+        run.keep(made("b")).unwrap();
+        run.keep(Entry::Evaluating).unwrap();
+        let newer = serde_json::to_string(&Line { schema: "strata.run-result/2".into(), entry: made("c") }).unwrap();
+        append_line(&path, &newer).unwrap();
+        let found = run.made();
+        assert_eq!((found.variants.into_keys().collect::<Vec<_>>(), found.evaluation_begun), (vec!["a".into(), "b".into()], true));
+    }
 
     #[test]
     fn the_newest_are_kept_and_so_is_a_failure_that_nobody_has_seen() {

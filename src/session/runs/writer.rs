@@ -186,7 +186,7 @@ impl Worker {
                 self.status.state = State::Running;
                 self.status.job += 1;
                 if self.status.job == self.status.jobs && !self.request.options.skip_evaluation {
-                    self.keep(&Entry::Evaluating);
+                    self.keep(Entry::Evaluating);
                 }
             }
             Note::Report(report) => {
@@ -205,7 +205,7 @@ impl Worker {
             }
             Note::Made { variant, path } => {
                 self.line("info", &format!("{variant} is in {}", path.display()));
-                self.keep(&Entry::Made { variant, path });
+                self.keep(Entry::Made { variant, path });
             }
             Note::Measured(evaluated) => {
                 let Evaluated { result, samples } = *evaluated;
@@ -214,7 +214,7 @@ impl Worker {
                 let record = Record::now(session, result.clone());
                 let kept = self.store.append(&record);
                 self.trouble(kept);
-                self.keep(&Entry::Measured { result: Box::new(result), samples });
+                self.keep(Entry::Measured { result: Box::new(result), samples });
             }
             // Taken out of the queue before.
             Note::Ending(_) => {}
@@ -254,16 +254,9 @@ impl Worker {
         self.trouble(written);
     }
 
-    fn keep(&mut self, entry: &Entry) {
-        let path = self.run.file("results.jsonl");
-        let write = || -> Result<()> {
-            let line = serde_json::to_string(entry).map_err(|error| Error::run(format!("a result cannot be written: {error}")))?;
-            let failed = |error: &std::io::Error| Error::io("writing", &path, error);
-            let mut file = OpenOptions::new().create(true).append(true).open(&path).map_err(|error| failed(&error))?;
-            file.write_all(format!("{line}\n").as_bytes()).map_err(|error| failed(&error))
-        };
-        let written = write();
-        self.trouble(written);
+    fn keep(&mut self, entry: Entry) {
+        let kept = self.run.keep(entry);
+        self.trouble(kept);
     }
 
     /// Says the first thing that could not be written; the job itself goes on.

@@ -12,7 +12,7 @@ use super::dim;
 use crate::error::{Error, Result};
 use crate::eval::result::{RESULTS_SCHEMA, ResultSet};
 use crate::eval::{ModelResult, Task};
-use crate::session::report;
+use crate::session::{figures, report};
 use crate::tui::document::Draft;
 use crate::tui::queue::Purpose;
 use crate::tui::state::{Pane, ResultsTab, Side, State};
@@ -114,7 +114,7 @@ impl Column {
                 Some((percent, if better { Role::Good } else { Role::Bad }))
             }
             Figure::Task(task) => {
-                let noise = 100.0 * result.tasks.get(task.name())?.stderr;
+                let noise = 100.0 * result.tasks.get(task.name())?.headline_stderr(task).unwrap_or(0.0);
                 Some((signed(format!("{difference:.1}")), judge(difference, noise)))
             }
             Figure::Mean => Some((signed(format!("{difference:.2}")), Role::Dim)),
@@ -191,22 +191,23 @@ pub fn caption(state: &State) -> Option<String> {
 
 /// The view as text for a file: `csv`, `md` or `json`.
 pub fn export(state: &State, form: &str) -> Result<String> {
+    let results = || -> Vec<ModelResult> {
+        let variants = shown(state).into_iter().filter_map(|index| result(state, &state.document.drafts[index]).cloned());
+        state.measurements.base.iter().cloned().chain(variants).collect()
+    };
     let table = match state.results.tab {
         ResultsTab::Compare => compare::table(state),
         ResultsTab::Flips => flips::table(state),
-        ResultsTab::Table | ResultsTab::Plot => {
-            let variants = shown(state).into_iter().filter_map(|index| result(state, &state.document.drafts[index]).cloned());
-            report::comparison(&state.measurements.base.iter().cloned().chain(variants).collect::<Vec<_>>())
-        }
+        ResultsTab::Table | ResultsTab::Plot if form == "csv" => figures::results(&results()),
+        ResultsTab::Table | ResultsTab::Plot => report::comparison(&results()),
     };
     match form {
         "csv" => Ok(table.csv()),
         "md" => Ok(table.markdown()),
         "json" => {
-            let variants = shown(state).into_iter().filter_map(|index| result(state, &state.document.drafts[index]).cloned());
             let set = ResultSet {
                 schema: RESULTS_SCHEMA.into(),
-                results: state.measurements.base.iter().cloned().chain(variants).collect(),
+                results: results(),
                 comparisons: state.compared().map(|compared| compared.comparison.clone()).into_iter().collect(),
             };
             serde_json::to_string_pretty(&set).map_err(|error| Error::run(format!("the results cannot be written: {error}")))

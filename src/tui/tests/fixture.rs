@@ -172,7 +172,16 @@ pub fn evaluated(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f
 
 /// A result that loses `loss` of every accuracy.
 pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64) -> ModelResult {
-    let score = |acc: f64| TaskScore { acc: acc - loss, acc_norm: Some(acc - loss), stderr: 0.01, rows: 400, truncated: 0, skipped: 0 };
+    let score = |acc: f64| TaskScore {
+        acc: acc - loss,
+        acc_norm: Some(acc - loss),
+        acc_stderr: Some(0.01),
+        acc_norm_stderr: Some(0.01),
+        stderr: 0.01,
+        rows: 400,
+        truncated: 0,
+        skipped: 0,
+    };
     let tasks = [("arc_easy", 0.532), ("arc_challenge", 0.524), ("piqa", 1.0), ("winogrande", 0.99), ("hellaswag", 0.98)];
     let kld = DivergenceSummary {
         mean: loss / 10.0,
@@ -204,7 +213,7 @@ pub fn result(variant: &str, weight_bytes: u64, bits_per_weight: f64, loss: f64)
             decode_tokens: 64,
             repetitions: 3,
         }),
-        memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000, device_peak_bytes: None },
+        memory: Memory { peak_bytes: 50_000_000, resident_weight_bytes: 12_000_000, ..Memory::default() },
         provenance: Evidence { tool: "strata".into(), backend: "cpu".into(), threads: 2, ..Evidence::default() },
         ..ModelResult::default()
     }
