@@ -99,6 +99,26 @@ fn interrupted_and_resumed_it_measures_the_same_and_nothing_twice() {
     assert!((0.5..2.0).contains(&check.ratio()), "{} predicted, {} measured", check.predicted, check.measured);
 }
 
+/// Two measurements of other windows or units share their donors, whose index only one may write at a time.
+#[test]
+fn donors_are_made_by_one_process_at_a_time() {
+    let demo = checkpoint::open("demo").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let spec = SensitivitySpec { by: Granularity::Block, formats: vec![Format::W8A8], ..spec("rtn-w8a8") };
+    let request = Request::new(&demo, &spec, folder.path().to_owned()).unwrap();
+    let donors = donors_directory(folder.path());
+    let open = || Donors::open(&Cpu, &demo, &request.steps, &request.calibration, &donors, &Monitor::silent()).unwrap();
+    let held = open().lock().unwrap();
+    let error = sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap_err();
+    assert!(error.message.contains("another strata is writing to"), "{}", error.message);
+    drop(held);
+    sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
+    // What is there already is read by as many as like to.
+    let held = open().lock().unwrap();
+    sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
+    drop(held);
+}
+
 #[test]
 fn a_changed_checkpoint_or_calibration_invalidates_what_was_measured() {
     let folder = tempfile::tempdir().unwrap();

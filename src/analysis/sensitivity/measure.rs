@@ -186,6 +186,7 @@ impl<B: Backend> Run<'_, B> {
         if !donors_missing && !(0..self.units.len()).any(missing) {
             return Ok(());
         }
+        let _making = if donors_missing { Some(self.donors.lock()?) } else { None };
         let batches =
             |sequences: &[Vec<u32>]| sequences.iter().map(|ids| (ids.clone(), Sequences::new(vec![ids.len()]))).collect::<Vec<_>>();
         let calibration = batches(&self.request.calibration.sequences);

@@ -92,7 +92,7 @@ impl Store {
     /// Opens (or begins) the measurements of `identity`; `fresh` forgets what is there.
     pub fn open(request: &Request<'_>, identity: &Identity, fresh: bool) -> Result<Self> {
         let directory = measurements_directory(&request.store).join(&identity.key()?[..16]);
-        let lock = crate::quant::lock(&directory)?;
+        let lock = crate::quant::lock(&directory, "wait for it: what it measures is what you asked for")?;
         let named = Named { model: request.checkpoint.name.clone(), identity: identity.clone() };
         let text = serde_json::to_vec_pretty(&named).map_err(|error| Error::run(format!("an identity cannot be written: {error}")))?;
         files::write_atomically(&directory.join(IDENTITY), &text)?;
