@@ -77,7 +77,24 @@ pub enum Activations {
 }
 
 impl Activations {
-    pub(super) fn allow(self, format: Format) -> bool {
+    /// Those of plans that use `formats`; what is not quantized reads nothing of its own.
+    pub fn of(formats: impl IntoIterator<Item = Format>) -> Self {
+        let quantized = formats.into_iter().filter(|format| *format != Format::W16A16);
+        let [mut int8, mut float] = [false; 2];
+        quantized.for_each(|format| *(if format.quantizes_activations() { &mut int8 } else { &mut float }) = true);
+        match (int8, float) {
+            (true, false) => Self::Int8,
+            (false, true) => Self::Float,
+            _ => Self::Any,
+        }
+    }
+
+    /// Those of `plan`.
+    pub fn of_plan(plan: &Plan) -> Self {
+        Self::of(plan.blocks.iter().chain(plan.linears.values()).copied())
+    }
+
+    pub(crate) fn allow(self, format: Format) -> bool {
         match self {
             Self::Int8 => format.quantizes_activations(),
             Self::Float => !format.quantizes_activations(),
