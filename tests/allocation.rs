@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use strata::analysis::allocate::{AllocateRequest, Budget, allocate};
+use strata::analysis::allocate::{Activations, AllocateRequest, Budget, allocate, checks_of};
 use strata::analysis::sensitivity::{
     self, Granularity, Identity, Loss, Request, Sensitivities, SensitivitySpec, UnitLosses, donors_directory,
 };
@@ -34,6 +34,21 @@ fn spec(recipe: &str) -> SensitivitySpec {
         exact: 0.5,
         ..SensitivitySpec::new(recipe.steps(), &ends, sample)
     }
+}
+
+/// A monitor that cancels when a stage begins.
+fn measure_until_stage(stage: &'static str) -> Monitor<'static> {
+    let cancel = CancelToken::default();
+    let token = cancel.clone();
+    let begins = move |report: &Report| matches!(report, Report::Stage { name, .. } if name == stage);
+    Monitor::new(
+        move |report| {
+            if begins(&report) {
+                token.cancel();
+            }
+        },
+        cancel,
+    )
 }
 
 /// A monitor that cancels after so many losses and counts them.
@@ -97,6 +112,69 @@ fn interrupted_and_resumed_it_measures_the_same_and_nothing_twice() {
     assert!(!expected.checks.is_empty());
     let check = &expected.checks[0];
     assert!((0.5..2.0).contains(&check.ratio()), "{} predicted, {} measured", check.predicted, check.measured);
+}
+
+/// What plans lose is checked for the activations that there are: where only 16-bit ones were measured, checks were asked for
+/// with int8 ones, and the measurement failed at its very end.
+#[test]
+fn plans_are_checked_with_the_activations_that_were_measured() {
+    let demo = checkpoint::open("demo").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let measured = |formats: &[Format]| {
+        let spec = SensitivitySpec { by: Granularity::Block, formats: formats.to_vec(), exact: 0.0, ..spec("rtn-w8a8") };
+        let request = Request::new(&demo, &spec, folder.path().to_owned()).unwrap();
+        sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap()
+    };
+    let of = |losses: &Sensitivities, activations| checks_of(losses, activations).count();
+    let float = measured(&[Format::W8A16, Format::W4A16]);
+    assert!(of(&float, Activations::Float) >= 3 && of(&float, Activations::Int8) == 0);
+    let both = measured(&[Format::W8A16, Format::W4A16, Format::W8A8, Format::W4A8]);
+    assert_eq!(of(&both, Activations::Float), of(&float, Activations::Float));
+    assert!(of(&both, Activations::Int8) >= 3);
+}
+
+/// With its losses measured and its plans unchecked, a measurement that was stopped passed as complete.
+#[test]
+fn a_measurement_that_was_stopped_says_so_until_it_is_finished() {
+    let demo = checkpoint::open("demo").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let narrow = SensitivitySpec { by: Granularity::Block, formats: vec![Format::W8A8, Format::W4A8], exact: 0.0, ..spec("rtn-w8a8") };
+    let wide = SensitivitySpec { formats: vec![Format::W8A8, Format::W4A8, Format::W2A8], ..narrow.clone() };
+    let measure = |spec: &SensitivitySpec, monitor: &Monitor<'_>| {
+        let request = Request::new(&demo, spec, folder.path().to_owned()).unwrap();
+        let ended = sensitivity::measure(&Cpu, &request, false, monitor).is_ok();
+        let found = sensitivity::load(&request).unwrap();
+        (ended, found.complete, found.checks.is_empty())
+    };
+    assert_eq!(measure(&narrow, &measure_until_stage("check")), (false, false, true));
+    assert_eq!(measure(&narrow, &Monitor::silent()), (true, true, false));
+    let lines = std::fs::read_to_string(rows_file(folder.path())).unwrap().lines().filter(|line| !line.is_empty()).count();
+    assert_eq!(measure(&narrow, &Monitor::silent()), (true, true, false));
+    let again = std::fs::read_to_string(rows_file(folder.path())).unwrap().lines().filter(|line| !line.is_empty()).count();
+    assert_eq!(again, lines, "nothing is left to be said");
+    // A further format is a measurement of its own.
+    assert_eq!(measure(&wide, &measure_until_stage("check")), (false, false, false));
+    assert_eq!(measure(&wide, &Monitor::silent()), (true, true, false));
+}
+
+/// Two measurements of other windows or units share their donors, whose index only one may write at a time.
+#[test]
+fn donors_are_made_by_one_process_at_a_time() {
+    let demo = checkpoint::open("demo").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let spec = SensitivitySpec { by: Granularity::Block, formats: vec![Format::W8A8], ..spec("rtn-w8a8") };
+    let request = Request::new(&demo, &spec, folder.path().to_owned()).unwrap();
+    let donors = donors_directory(folder.path());
+    let open = || Donors::open(&Cpu, &demo, &request.steps, &request.calibration, &donors, &Monitor::silent()).unwrap();
+    let held = open().lock().unwrap();
+    let error = sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap_err();
+    assert!(error.message.contains("another strata is writing to"), "{}", error.message);
+    drop(held);
+    sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
+    // What is there already is read by as many as like to.
+    let held = open().lock().unwrap();
+    sensitivity::measure(&Cpu, &request, false, &Monitor::silent()).unwrap();
+    drop(held);
 }
 
 #[test]
@@ -195,6 +273,8 @@ fn a_plan_from_donors_loses_on_disk_what_it_loses_in_memory_and_less_than_others
     let budget: Vec<_> = rows.iter().filter(|row| row.budget == "3.5 bits").collect();
     assert_eq!(budget[0].name, ALLOCATED);
     assert_eq!(budget.len(), 1 + 3 + 3);
+    let in_16_bits: Vec<_> = rows.iter().filter(|row| row.name == "hand rule in 16 bits").collect();
+    assert!(in_16_bits.len() == 1 && in_16_bits[0].excess > 0.0 && in_16_bits[0].bits_per_weight > 6.0, "{in_16_bits:?}");
     assert!(budget[1..].iter().all(|row| row.kld > budget[0].kld && row.bits_per_weight <= 3.5), "{budget:#?}");
 
     let bytes = (3.5 * demo.layout.linear_weights() as f64 / 8.0) as u64;
@@ -251,6 +331,7 @@ fn synthetic(layout: &Layout, request: &Identity) -> Sensitivities {
             kind: layout.blocks[unit.block].kind,
             linears: unit.linears.clone(),
             weights: unit.weights(layout),
+            unquantized_bytes: unit.bytes(layout, Format::W16A16),
             losses: [Format::W8A8, Format::W4A8, Format::W3A8, Format::W2A8].iter().map(loss).collect(),
             name: unit.name,
         }
@@ -260,6 +341,7 @@ fn synthetic(layout: &Layout, request: &Identity) -> Sensitivities {
         model: "synthetic".into(),
         identity: request.clone(),
         tokens: 1,
+        complete: true,
         units: sensitivity::units(layout, Granularity::Linear).into_iter().map(unit).collect(),
         ends_kld: 0.0,
         checks: Vec::new(),
@@ -295,6 +377,9 @@ fn sessions_for_published_models_have_plans() {
                 other => panic!("{other} is not expected"),
             };
             assert!(share <= most, "{} takes {share} of 16 bits", variant.name);
+            let measured = SensitivitySpec::new(recipe.steps(), &start, session.calibration.clone());
+            let logits = 4 * measured.windows * measured.positions * config.vocab_size;
+            assert!(logits < 4_300_000_000, "the logits of {} windows take {logits} bytes", measured.windows);
             let Some(allocate) = recipe.allocate else { continue };
             let budget = match &allocate.gpu {
                 Some(gpu) => Budget::fitting(&config, &Gpu::find(gpu).unwrap(), allocate.context.unwrap()).unwrap(),

@@ -4,104 +4,25 @@
 //! knapsack: [`Solution::new`] solves it for every budget at once, [`Solution::find`] looks a budget up. How far losses
 //! really add up is known from plans that were put together and measured; [`Correction`] is learned from them.
 
+mod correction;
+mod explain;
 mod request;
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
+pub use correction::{Correction, checks_of};
+use explain::explain;
+pub use explain::{Exchange, UnitChoice};
 use request::TICKS;
 pub use request::{Activations, AllocateRequest, Budget, CONTEXT, Cost, Objective};
 
 use super::knapsack::{Choice, Front};
-use super::sensitivity::{Loss, Sensitivities, UnitLosses};
+use super::sensitivity::{Loss, Sensitivities, UnitLosses, common_formats};
 use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
 use crate::format::{Format, Plan, Selector};
-
-/// Maps the sum of losses to the divergence that such plans were measured to have: `measured = scale · predictedᵖ`, fitted
-/// to the checks by least squares of logarithms. It is monotone, so it moves no plan, only what plans are said to lose.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Correction {
-    pub scale: f64,
-    pub power: f64,
-}
-
-/// A mean deviation (of logarithms) of measured from predicted below this needs no correction.
-const TOLERATED: f64 = 0.05;
-
-impl Correction {
-    /// From what was measured; `None` where predictions hold or there are fewer than three checks.
-    pub fn learn(losses: &Sensitivities) -> Option<Self> {
-        let points: Vec<(f64, f64)> = losses
-            .checks
-            .iter()
-            .filter(|check| check.predicted > 0.0 && check.measured > 0.0)
-            .map(|check| (check.predicted.ln(), check.measured.ln()))
-            .collect();
-        let n = points.len() as f64;
-        let off = points.iter().map(|(x, y)| (y - x).abs()).sum::<f64>() / n.max(1.0);
-        if points.len() < 3 || off < TOLERATED {
-            return None;
-        }
-        let (mean_x, mean_y) = (points.iter().map(|p| p.0).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n);
-        let variance: f64 = points.iter().map(|(x, _)| (x - mean_x).powi(2)).sum();
-        let covariance: f64 = points.iter().map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
-        let power = if variance > 0.0 && covariance > 0.0 { covariance / variance } else { 1.0 };
-        Some(Self { scale: (mean_y - power * mean_x).exp(), power })
-    }
-
-    /// The least and the most that plans which were put together and measured lost, as multiples of what they were expected
-    /// to (with `correction`, where one was learned).
-    pub fn spread(losses: &Sensitivities, correction: Option<Self>) -> Option<[f64; 2]> {
-        let expected = |predicted| correction.map_or(predicted, |correction: Self| correction.apply(predicted));
-        let ratios = losses.checks.iter().map(|check| check.measured / expected(check.predicted)).filter(|ratio| ratio.is_finite());
-        ratios.fold(None, |range: Option<[f64; 2]>, ratio| {
-            let [low, high] = range.unwrap_or([ratio, ratio]);
-            Some([low.min(ratio), high.max(ratio)])
-        })
-    }
-
-    /// What a plan with this sum of losses is expected to lose.
-    pub fn apply(self, predicted: f64) -> f64 {
-        self.scale * predicted.powf(self.power)
-    }
-}
-
-/// What one unit takes in a plan, and what its neighbours in format would change.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct UnitChoice {
-    pub unit: String,
-    pub block: usize,
-    pub format: Format,
-    pub bytes: u64,
-    pub kld: f64,
-    /// The next cheaper and the next dearer format that the request allows.
-    pub cheaper: Option<Exchange>,
-    pub dearer: Option<Exchange>,
-    /// The request leaves no choice.
-    pub pinned: bool,
-}
-
-/// Another format of a unit.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Exchange {
-    pub format: Format,
-    /// Bytes and nats that it takes and loses more (or less).
-    pub bytes: i64,
-    pub kld: f64,
-    /// Seconds of an answered token that it takes more, where that is the cost.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seconds: Option<f64>,
-}
-
-impl Exchange {
-    /// Nats that a megabyte is worth in this exchange, or a microsecond a token where that is the cost.
-    pub fn price(&self) -> f64 {
-        let cost = self.seconds.unwrap_or(self.bytes as f64) * if self.seconds.is_some() { 1e6 } else { 1e-6 };
-        if cost == 0.0 { 0.0 } else { -self.kld / cost }
-    }
-}
 
 /// A plan on the front.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -114,7 +35,7 @@ pub struct Allocation {
     pub predicted_kld: f64,
     /// With what was learned from measured plans.
     pub corrected_kld: f64,
-    /// How much less the best plan of the same bytes may lose at most, as a share; 0 where the solution is exact.
+    /// How much less the best plan within the budget may lose at most, as a share; 0 where the solution is exact.
     pub gap: f64,
     /// Nats that a further megabyte is worth, or a further microsecond a token where that is the cost.
     pub price: f64,
@@ -131,9 +52,18 @@ pub struct FrontPoint {
     pub bits_per_weight: f64,
     pub predicted_kld: f64,
     pub corrected_kld: f64,
+    /// How much less the best plan of the same cost may lose at most, as a share; 0 where the solution is exact.
+    pub gap: f64,
     /// Predicted seconds of an answered token, where that is the cost.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+}
+
+/// A plan of the front by its number, and the cost that it was allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub index: usize,
+    allowed: u64,
 }
 
 /// Units that take a format together, with what they may take.
@@ -145,11 +75,11 @@ struct Item<'a> {
 
 impl Item<'_> {
     fn cost(&self, format: Format, cost: &Cost) -> u64 {
-        self.units.iter().filter_map(|unit| Some(cost.of(unit, unit.loss(format)?))).sum()
+        self.units.iter().filter_map(|unit| Some(cost.of(unit, &unit.loss(format)?))).sum()
     }
 
     fn sum(&self, format: Format) -> Option<Loss> {
-        let mut losses = self.units.iter().map(|unit| unit.loss(format).copied());
+        let mut losses = self.units.iter().map(|unit| unit.loss(format));
         let first = losses.next()??;
         losses.try_fold(first, |sum, loss| {
             let loss = loss?;
@@ -173,15 +103,13 @@ pub struct Solution<'a> {
 impl<'a> Solution<'a> {
     /// Solves for every budget; that of `request` is not looked at.
     pub fn new(losses: &'a Sensitivities, layout: &'a Layout, request: &AllocateRequest) -> Result<Self> {
-        let items = items(losses, layout, request)?;
-        let front = Arc::new(solve(&items, request)?);
-        Ok(Self::of(losses, layout, request, items, front))
+        Ok(Self::of(&losses.units, layout, request, None)?.expecting(losses, request))
     }
 
     /// The solution whose front was found before, from the same losses and a request that differs in its budget at most:
     /// for those who keep the front and borrow the rest when they ask for a plan.
     pub fn with_front(losses: &'a Sensitivities, layout: &'a Layout, request: &AllocateRequest, front: Arc<Front>) -> Result<Self> {
-        Ok(Self::of(losses, layout, request, items(losses, layout, request)?, front))
+        Ok(Self::of(&losses.units, layout, request, Some(front))?.expecting(losses, request))
     }
 
     /// The front, to be kept.
@@ -189,17 +117,23 @@ impl<'a> Solution<'a> {
         Arc::clone(&self.front)
     }
 
-    fn of(losses: &Sensitivities, layout: &'a Layout, request: &AllocateRequest, items: Vec<Item<'a>>, front: Arc<Front>) -> Self {
-        Self {
-            layout,
-            base: request.base.clone(),
-            ends_kld: losses.ends_kld,
-            objective: request.objective,
-            cost: request.cost.clone(),
-            items,
-            front,
-            correction: Correction::learn(losses),
-        }
+    /// What units alone say: embedding and head lose nothing yet.
+    fn of(units: &'a [UnitLosses], layout: &'a Layout, request: &AllocateRequest, front: Option<Arc<Front>>) -> Result<Self> {
+        let items = items(units, layout, request)?;
+        let front = front.map_or_else(|| solve(&items, request).map(Arc::new), Ok)?;
+        let (base, objective, cost) = (request.base.clone(), request.objective, request.cost.clone());
+        Ok(Self { layout, base, ends_kld: 0.0, objective, cost, items, front, correction: None })
+    }
+
+    /// With what embedding and head lose, and what was learned from measured plans of the same activation bits.
+    fn expecting(self, losses: &Sensitivities, request: &AllocateRequest) -> Self {
+        let activations = match request.activations {
+            Activations::Any => {
+                request.formats.as_ref().map_or_else(|| Activations::of(losses.formats()), |own| Activations::of(own.clone()))
+            }
+            bits => bits,
+        };
+        Self { ends_kld: losses.ends_kld, correction: Correction::learn(losses, activations), ..self }
     }
 
     /// What was learned from measured plans, if predictions were off.
@@ -226,6 +160,7 @@ impl<'a> Solution<'a> {
                 bits_per_weight: 8.0 * bytes as f64 / weights,
                 predicted_kld: predicted,
                 corrected_kld: self.corrected(predicted),
+                gap: self.gap(index, cost),
                 seconds,
             }
         };
@@ -243,8 +178,13 @@ impl<'a> Solution<'a> {
         self.layout.total_bytes(&self.base) - self.layout.linear_bytes(&self.base)
     }
 
-    /// Index in the front of the plan for `budget`. One that cannot be met is an error that says the least that can.
-    pub fn find(&self, budget: Budget) -> Result<usize> {
+    /// The plan at `index` of the front, for a budget of its own cost.
+    pub fn place(&self, index: usize) -> Place {
+        Place { index, allowed: self.front.points()[index].cost }
+    }
+
+    /// The plan for `budget`. One that cannot be met is an error that says the least that can.
+    pub fn find(&self, budget: Budget) -> Result<Place> {
         let points = self.front.points();
         let (least, most) = (self.front.least_cost(), points.last().map_or(0, |point| point.cost));
         let weights = self.layout.linear_weights() as f64;
@@ -264,7 +204,7 @@ impl<'a> Solution<'a> {
             Budget::Kld(ceiling) => {
                 let index = points.partition_point(|point| self.corrected(self.ends_kld + point.loss) > ceiling);
                 return if index < points.len() {
-                    Ok(index)
+                    Ok(self.place(index))
                 } else {
                     let best = points.last().map_or(0.0, |point| self.corrected(self.ends_kld + point.loss));
                     Err(Error::input(format!(
@@ -274,7 +214,7 @@ impl<'a> Solution<'a> {
                 };
             }
         };
-        self.front.within(allowed).ok_or_else(|| {
+        self.front.within(allowed).map(|index| Place { index, allowed }).ok_or_else(|| {
             let asked = match budget {
                 Budget::Bits(bits) => format!("{bits} bits a weight"),
                 Budget::ModelBytes(bytes) => format!("a model of {bytes} bytes"),
@@ -318,8 +258,13 @@ impl<'a> Solution<'a> {
         if matches!(self.cost, Cost::Bytes) { 1e6 * self.front.price(cost) } else { TICKS / 1e6 * self.front.price(cost) }
     }
 
-    /// The plan at `index` of the front.
-    pub fn at(&self, index: usize) -> Allocation {
+    /// By how much the plan at `index` can lose more than the best one that costs at most `allowed`, as a share.
+    fn gap(&self, index: usize, allowed: u64) -> f64 {
+        if self.objective == Objective::Kld { self.front.gap(index, allowed) } else { 0.0 }
+    }
+
+    /// The plan at a place of the front.
+    pub fn at(&self, Place { index, allowed }: Place) -> Allocation {
         let options = self.front.options(index);
         let mut plan = self.base.clone();
         let mut units: Vec<(Format, &UnitLosses)> = Vec::new();
@@ -337,7 +282,7 @@ impl<'a> Solution<'a> {
             plan,
             predicted_kld: predicted,
             corrected_kld: self.corrected(predicted),
-            gap: if self.objective == Objective::Kld { self.front.gap(index, cost) } else { 0.0 },
+            gap: self.gap(index, allowed),
             price: self.price(cost),
             seconds: matches!(self.cost, Cost::Time(_)).then(|| self.fixed_seconds() + cost as f64 / TICKS),
             units: choices,
@@ -349,6 +294,11 @@ impl<'a> Solution<'a> {
 pub fn allocate(losses: &Sensitivities, layout: &Layout, request: &AllocateRequest) -> Result<Allocation> {
     let solution = Solution::new(losses, layout, request)?;
     Ok(solution.at(solution.find(request.budget)?))
+}
+
+/// An error where no plan of `units` can meet `request`, whatever they lose: their bytes are known before anything is measured.
+pub fn check(units: &[UnitLosses], layout: &Layout, request: &AllocateRequest) -> Result<()> {
+    Solution::of(units, layout, request, None)?.find(request.budget).map(drop)
 }
 
 /// Gives each block the format of most of its weights, and a format of its own to every linear that has another one.
@@ -370,10 +320,10 @@ pub fn write_plan(plan: &mut Plan, layout: &Layout, units: &[(Format, &UnitLosse
     }
 }
 
-fn items<'a>(losses: &'a Sensitivities, layout: &Layout, request: &AllocateRequest) -> Result<Vec<Item<'a>>> {
-    let measured = losses.formats();
+fn items<'a>(units: &'a [UnitLosses], layout: &Layout, request: &AllocateRequest) -> Result<Vec<Item<'a>>> {
+    let measured = common_formats(units);
     let wanted = request.formats.clone().unwrap_or_else(|| measured.clone());
-    if let Some(unknown) = wanted.iter().find(|format| !measured.contains(format)) {
+    if let Some(unknown) = wanted.iter().find(|format| **format != Format::W16A16 && !measured.contains(format)) {
         let names = measured.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         return Err(Error::input(format!("{unknown} was not measured; {names} were"))
             .hint("run `strata sensitivity` with this format among its --formats: what is measured already stays"));
@@ -383,7 +333,7 @@ fn items<'a>(losses: &'a Sensitivities, layout: &Layout, request: &AllocateReque
         return Err(Error::input("no allowed format has the activation bits asked for").hint("change --activations or --formats"));
     }
     let mut items: Vec<Item<'a>> = Vec::new();
-    for unit in &losses.units {
+    for unit in units {
         match items.last_mut() {
             Some(item) if request.whole_blocks && item.units[0].block == unit.block => item.units.push(unit),
             _ => items.push(Item { units: vec![unit], formats: allowed.clone() }),
@@ -402,8 +352,14 @@ fn items<'a>(losses: &'a Sensitivities, layout: &Layout, request: &AllocateReque
             }
         }
         if !met {
-            return Err(Error::input(format!("`{}` pins nothing", pin.selector))
-                .hint("pin blocks, kinds or linears; the recipe gives the formats of embedding and head"));
+            return Err(match &pin.selector {
+                Selector::Name(pattern) if !layout.named(pattern).is_empty() => {
+                    Error::input(format!("`{}` pins slices, and a plan is found for whole linears", pin.selector))
+                        .hint("pin the linear; overrides in a session of the plan (`strata allocate --session`) reach its slices")
+                }
+                _ => Error::input(format!("`{}` pins nothing", pin.selector))
+                    .hint("pin blocks, kinds or linears; the recipe gives the formats of embedding and head"),
+            });
         }
     }
     for item in &mut items {
@@ -440,42 +396,15 @@ fn selects(selector: &Selector, unit: &UnitLosses, layout: &Layout) -> bool {
     }
 }
 
-/// What the units of an item take, and the exchanges with the formats beside theirs.
-fn explain(item: &Item<'_>, option: usize, cost: &Cost) -> Vec<UnitChoice> {
-    let exchange = |unit: &UnitLosses, to: Option<&Format>| {
-        let (own, other) = (unit.loss(item.formats[option])?, unit.loss(*to?)?);
-        Some(Exchange {
-            format: other.format,
-            bytes: other.bytes as i64 - own.bytes as i64,
-            kld: other.kld - own.kld,
-            seconds: cost.seconds(unit, other).zip(cost.seconds(unit, own)).map(|(other, own)| other - own),
-        })
-    };
-    let choice = |unit: &&UnitLosses| {
-        let own = unit.loss(item.formats[option])?;
-        Some(UnitChoice {
-            unit: unit.name.clone(),
-            block: unit.block,
-            format: own.format,
-            bytes: own.bytes,
-            kld: own.kld,
-            cheaper: exchange(unit, option.checked_sub(1).and_then(|below| item.formats.get(below))),
-            dearer: exchange(unit, item.formats.get(option + 1)),
-            pinned: item.formats.len() == 1,
-        })
-    };
-    item.units.iter().filter_map(choice).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::analysis::sensitivity::{CANDIDATES, Check, Granularity, Identity, SENSITIVITY_SCHEMA, units};
+    use crate::analysis::sensitivity::{CANDIDATES, Granularity, Identity, SENSITIVITY_SCHEMA, units, unmeasured_units};
     use crate::analysis::{AnswerTime, Footprint, Gpu, Prediction};
     use crate::quant::Override;
 
     /// Losses that fall fourfold with each bit and rise with the block's number; int8 activations add a little.
-    fn losses(layout: &Layout) -> Sensitivities {
+    pub(super) fn losses(layout: &Layout) -> Sensitivities {
         let identity = Identity {
             schema: SENSITIVITY_SCHEMA.into(),
             tool: String::new(),
@@ -501,6 +430,7 @@ mod tests {
                 kind: layout.blocks[unit.block].kind,
                 linears: unit.linears.clone(),
                 weights: unit.weights(layout),
+                unquantized_bytes: unit.bytes(layout, Format::W16A16),
                 losses: CANDIDATES.iter().map(loss).collect(),
                 name: unit.name,
             }
@@ -510,6 +440,7 @@ mod tests {
             model: "demo".into(),
             identity,
             tokens: 1,
+            complete: true,
             units: units(layout, Granularity::Linear).into_iter().map(unit).collect(),
             ends_kld: 1e-6,
             checks: Vec::new(),
@@ -517,11 +448,11 @@ mod tests {
         }
     }
 
-    fn layout() -> Layout {
+    pub(super) fn layout() -> Layout {
         crate::checkpoint::open("demo").unwrap().layout
     }
 
-    fn request(layout: &Layout, budget: Budget) -> AllocateRequest {
+    pub(super) fn request(layout: &Layout, budget: Budget) -> AllocateRequest {
         let base = Plan { embedding: Format::W8A16, head: Format::W8A8, ..Plan::unquantized(layout.blocks.len()) };
         AllocateRequest::new(base, budget)
     }
@@ -558,6 +489,32 @@ mod tests {
         assert!(plan.blocks.iter().all(|format| !format.quantizes_activations()), "at equal bytes 16-bit activations lose less");
     }
 
+    /// What is not quantized was not measured either: it loses nothing, and takes the bytes that it has.
+    #[test]
+    fn parts_can_be_pinned_to_what_the_checkpoint_has() {
+        let layout = layout();
+        let losses = losses(&layout);
+        let pins = vec![Override { selector: "kind:attention".parse().unwrap(), format: Format::W16A16 }];
+        let found = allocate(&losses, &layout, &AllocateRequest { pins, ..request(&layout, Budget::Bits(5.0)) }).unwrap();
+        assert_eq!((found.plan.blocks[5], found.plan.blocks[10]), (Format::W16A16, Format::W16A16));
+        assert!(found.bits_per_weight <= 5.0 && found.bits_per_weight > 4.9, "{}", found.bits_per_weight);
+        assert_eq!(found.linear_bytes, found.units.iter().map(|unit| unit.bytes).sum::<u64>());
+        assert!(found.units.iter().filter(|unit| unit.block == 5).all(|unit| unit.pinned && unit.kld == 0.0));
+    }
+
+    /// A budget between two plans is asked what the best plan within it may lose, not within the bytes that were found.
+    #[test]
+    fn the_gap_is_that_of_the_budget() {
+        let layout = layout();
+        let losses = losses(&layout);
+        let solution = Solution::new(&losses, &layout, &request(&layout, Budget::Share(0.0))).unwrap();
+        let bytes = solution.front()[20].linear_bytes;
+        let own = solution.at(solution.find(Budget::LinearBytes(bytes)).unwrap());
+        assert_eq!(own.gap, solution.front()[20].gap);
+        let wide = solution.at(Place { index: 20, allowed: bytes + 10_000 });
+        assert!(own.plan == wide.plan && (own.gap == 0.0 || wide.gap > own.gap), "{} {}", own.gap, wide.gap);
+    }
+
     /// Where time is short and not bytes, int8 activations are taken where they are worth it, and a narrow budget is met.
     #[test]
     fn time_as_the_cost_chooses_activations_too() {
@@ -584,7 +541,7 @@ mod tests {
             );
             assert_eq!(found.linear_bytes, found.units.iter().map(|unit| unit.bytes).sum::<u64>());
         }
-        let ends = [solution.at(0), solution.at(front.len() - 1)];
+        let ends = [0, front.len() - 1].map(|index| solution.at(solution.place(index)));
         assert!(ends[0].units.iter().all(|unit| unit.format == Format::W2A8), "the fastest");
         assert!(ends[1].units.iter().all(|unit| unit.format == Format::W8A16), "what loses least");
         let refused = |budget| solution.find(budget).unwrap_err().message;
@@ -604,26 +561,19 @@ mod tests {
         let error = refused(&request(&layout, Budget::ModelBytes(least.total_bytes - 1)));
         assert!(error.message.contains(&format!("takes {} bytes", least.total_bytes)), "{error}");
         assert!(refused(&request(&layout, Budget::Kld(1e-7))).message.contains("the best loses"));
-        let unmeasured = AllocateRequest { formats: Some(vec![Format::W16A16]), ..request(&layout, Budget::Bits(4.0)) };
+        let unmeasured = AllocateRequest { formats: Some(vec!["w4a8g32".parse().unwrap()]), ..request(&layout, Budget::Bits(4.0)) };
         assert!(refused(&unmeasured).message.contains("was not measured"));
-        let pins = vec![Override { selector: "kind:moe".parse().unwrap(), format: Format::W8A8 }];
-        assert!(refused(&AllocateRequest { pins, ..request(&layout, Budget::Bits(4.0)) }).message.contains("pins nothing"));
-    }
-
-    #[test]
-    fn a_correction_is_learned_only_where_predictions_are_off() {
-        let layout = layout();
-        let mut losses = losses(&layout);
-        let check = |predicted: f64, measured| Check { plan: Plan::unquantized(12), predicted, measured, stderr: 0.0 };
-        losses.checks = [1e-5, 1e-4, 1e-3].map(|predicted| check(predicted, predicted * 1.02)).to_vec();
-        assert_eq!(Correction::learn(&losses), None);
-        losses.checks = [1e-5_f64, 1e-4, 1e-3].map(|predicted| check(predicted, 3.0 * predicted.powf(1.1))).to_vec();
-        let learned = Correction::learn(&losses).unwrap();
-        assert!((learned.scale - 3.0).abs() < 1e-9 && (learned.power - 1.1).abs() < 1e-12, "{learned:?}");
-        // The ceiling is on the corrected prediction.
-        let found = allocate(&losses, &layout, &request(&layout, Budget::Kld(2e-4))).unwrap();
-        assert!(found.corrected_kld <= 2e-4 && found.corrected_kld > 1e-4, "{}", found.corrected_kld);
-        losses.checks.truncate(2);
-        assert_eq!(Correction::learn(&losses), None);
+        let pinned = |selector: &str| {
+            let pins = vec![Override { selector: selector.parse().unwrap(), format: Format::W8A8 }];
+            refused(&AllocateRequest { pins, ..request(&layout, Budget::Bits(4.0)) })
+        };
+        assert!(pinned("kind:moe").message.contains("pins nothing"));
+        let slice = pinned("name:in_proj.B");
+        assert!(slice.message.contains("pins slices") && slice.hint.unwrap().contains("--session"), "{}", slice.message);
+        // Bytes are known before anything is measured, and say the same.
+        let units = unmeasured_units(&layout, Granularity::Linear, &CANDIDATES);
+        let impossible = request(&layout, Budget::Bits(1.5));
+        assert_eq!(check(&units, &layout, &impossible).unwrap_err().message, refused(&impossible).message);
+        check(&units, &layout, &request(&layout, Budget::Kld(1e-7))).unwrap();
     }
 }

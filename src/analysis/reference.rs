@@ -15,6 +15,11 @@ use crate::quant::Donors;
 /// Values of the residual streams that wait at a boundary together: 512 MiB.
 const HELD_VALUES: usize = 1 << 27;
 
+/// Residual streams of `values` values each that are held at a time.
+pub fn held_streams(values: usize) -> usize {
+    (HELD_VALUES / values.max(1)).max(1)
+}
+
 /// Token sequences with the unquantized model's logits at some positions of each.
 pub struct Reference<'a, B: Backend> {
     backend: &'a B,
@@ -69,8 +74,7 @@ impl<'a, B: Backend> Reference<'a, B> {
 
     /// Residual streams of all sequences that are held at a time.
     pub fn held_streams(&self) -> usize {
-        let values: usize = self.ids.iter().map(Vec::len).sum::<usize>() * self.checkpoint.config.hidden_size;
-        (HELD_VALUES / values).max(1)
+        held_streams(self.ids.iter().map(Vec::len).sum::<usize>() * self.checkpoint.config.hidden_size)
     }
 
     /// Runs the unquantized blocks from `first` on over residual streams that differ from the model's own, each a tensor a

@@ -23,7 +23,8 @@ pub struct StudyRequest<'a> {
     pub losses: &'a Sensitivities,
     /// Formats that plans may use.
     pub formats: Vec<Format>,
-    /// Budgets in bits a weight; the bytes of the phase-3 recipe and of the hand rule come in addition.
+    /// Budgets in bits a weight; the bytes of the phase-3 recipe and of the hand rule (with wide blocks in W8A8, and as they
+    /// are) come in addition.
     pub bits: Vec<f64>,
     /// Random plans a budget.
     pub random: usize,
@@ -85,7 +86,7 @@ pub fn study<B: Backend>(backend: &B, request: &StudyRequest<'_>, monitor: &Moni
     let mut rounds = rounds(request)?;
     let mut rng = SmallRng::seed_from_u64(request.seed);
     for round in &mut rounds {
-        let at = |solution: &Solution<'_>| solution.find(Budget::LinearBytes(round.bytes)).map(|index| solution.at(index).plan);
+        let at = |solution: &Solution<'_>| solution.find(Budget::LinearBytes(round.bytes)).map(|place| solution.at(place).plan);
         let mut plans = vec![(ALLOCATED.to_owned(), at(&ours)?)];
         let fitting =
             uniform.iter().zip(&uniform_kld).zip(&request.formats).filter(|((plan, _), _)| layout.linear_bytes(plan) <= round.bytes);
@@ -141,8 +142,9 @@ fn rounds(request: &StudyRequest<'_>) -> Result<Vec<Round>> {
         .map(|bits| Round { name: format!("{bits:.1} bits"), bytes: (bits * weights / 8.0) as u64, plans: Vec::new() })
         .collect();
     let phase3 = Plan { embedding: base.embedding, head: base.head, ..Recipe::find("phase3")?.plan(layout, &[])? };
-    let hand = Plan { blocks: hand_rule(&layout.kinds(), Format::W8A8, Format::W4A8), ..base };
-    for (name, plan) in [("phase 3", phase3), ("hand rule", hand)] {
+    let hand = |wide| Plan { blocks: hand_rule(&layout.kinds(), wide, Format::W4A8), ..base.clone() };
+    let named = [("phase 3", phase3), ("hand rule", hand(Format::W8A8)), ("hand rule in 16 bits", hand(Format::W16A16))];
+    for (name, plan) in named {
         rounds.push(Round { name: format!("bytes of {name}"), bytes: layout.linear_bytes(&plan), plans: vec![(name.into(), plan)] });
     }
     if rounds.iter().any(|round| round.bytes == 0) {

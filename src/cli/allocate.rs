@@ -139,6 +139,12 @@ impl Allocate {
         let budget = self.budget.budget(&checkpoint.config, gpu.as_ref(), self.context.unwrap_or(CONTEXT), timed)?;
         let measurement = Request::new(&checkpoint, &spec, paths::data_directory())?;
         let losses = load(&measurement)?;
+        if !losses.complete {
+            eprintln!(
+                "warning: the measurement was stopped before its end: more losses than asked for are estimated, and what plans lose is \
+                 not checked; `strata sensitivity` with the same options goes on with it"
+            );
+        }
         let request = AllocateRequest {
             formats: self.formats.clone(),
             activations,
@@ -210,10 +216,14 @@ impl Allocate {
             report::bytes(allocation.total_bytes),
             allocation.predicted_kld,
         ))?;
-        let cost = if allocation.seconds.is_some() { "as fast" } else { "of these bytes" };
+        let which = match (self.budget.kld, allocation.seconds) {
+            (None, _) => "within the budget",
+            (Some(_), None) => "of these bytes",
+            (Some(_), Some(_)) => "as fast",
+        };
         output::line(&match allocation.gap {
-            0.0 => format!("no plan {cost} is predicted to lose less"),
-            gap => format!("the best plan {cost} may be predicted to lose up to {:.2}% less", 100.0 * gap),
+            0.0 => format!("no plan {which} is predicted to lose less"),
+            gap => format!("the best plan {which} may be predicted to lose up to {:.2}% less", 100.0 * gap),
         })?;
         let Some(seconds) = allocation.seconds else {
             return output::line(&format!("a further megabyte would save {:.1e} nats", allocation.price));

@@ -51,13 +51,13 @@ pub(super) fn find_plan<B: Backend>(
     monitor: &Monitor,
 ) -> Result<(Plan, Sensitivities)> {
     let spec = SensitivitySpec { formats: allocate.formats(), ..SensitivitySpec::new(steps.clone(), start, sample.clone()) };
+    let layout = &checkpoint.layout;
+    let wanted = AllocateRequest::of_recipe(&allocate.spec, &allocate.pins, &checkpoint.config, layout, start)?;
+    // What cannot be is known now, and not after hours of measuring.
+    allocate::check(&sensitivity::unmeasured_units(layout, spec.by, &spec.formats), layout, &wanted)?;
     let request = sensitivity::Request::new(checkpoint, &spec, allocate.store.clone())?;
     let losses = sensitivity::measure(backend, &request, false, monitor)?;
-    let found = allocate::allocate(
-        &losses,
-        &checkpoint.layout,
-        &AllocateRequest::of_recipe(&allocate.spec, &allocate.pins, &checkpoint.config, &checkpoint.layout, start)?,
-    )?;
+    let found = allocate::allocate(&losses, layout, &wanted)?;
     monitor.log(format!("plan found: {:.3} bits a weight, predicted KLD {:.2e}", found.bits_per_weight, found.corrected_kld));
     Ok((found.plan, losses))
 }

@@ -48,6 +48,18 @@ struct Index {
     files: BTreeMap<String, DonorFile>,
 }
 
+impl Index {
+    /// That of a folder; an empty one where there is none yet.
+    fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join(INDEX);
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(&path, &error)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(Error::io("reading", &path, &error)),
+        }
+    }
+}
+
 /// One block at one width.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -126,11 +138,7 @@ impl Donors {
         let key = Self::key(&checkpoint.sha256()?, steps, sample);
         let directory = store.join(&key[..16]);
         fs::create_dir_all(&directory).map_err(|error| Error::io("creating", &directory, &error))?;
-        let index = match fs::read(directory.join(INDEX)) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(&directory.join(INDEX), &error))?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Index::default(),
-            Err(error) => return Err(Error::io("reading", &directory.join(INDEX), &error)),
-        };
+        let index = Index::read(&directory)?;
         let moment = if steps.transforms.contains(&Transform::RotateResidual) {
             Some(second_moment(backend, checkpoint, sample, &directory.join(MOMENT), monitor)?)
         } else {
@@ -138,6 +146,14 @@ impl Donors {
         };
         let transforms = Transforms::new(backend, &steps.transforms, moment.as_deref(), checkpoint.config.hidden_size)?;
         Ok(Self { directory, key, steps: steps.clone(), float_bytes: checkpoint.layout.float_bytes, index, transforms })
+    }
+
+    /// Takes the folder for this process, which is about to make donors: two that write one index would lose each other's.
+    /// What another one has made meanwhile is there from now on.
+    pub fn lock(&mut self) -> Result<fs::File> {
+        let lock = publish::lock(&self.directory, "wait for it: the donors that it makes serve here, too")?;
+        self.index = Index::read(&self.directory)?;
+        Ok(lock)
     }
 
     /// The hash that names the donors.

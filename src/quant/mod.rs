@@ -26,6 +26,7 @@ mod weights;
 pub use device_need::{DeviceNeed, Room, Shapes};
 pub use donors::Donors;
 pub use gptq::round_clipped;
+pub use need::MemoryNeed;
 pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
 pub(crate) use publish::{TensorOut, write_tensors};

@@ -47,9 +47,14 @@ impl MemoryNeed {
         })
     }
 
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.streams + self.block + self.statistics
+    }
+
     /// In words.
     pub fn statement(&self) -> String {
-        let total = mb(self.streams + self.block + self.statistics);
+        let total = mb(self.total());
         let (streams, block, statistics) = (mb(self.streams), mb(self.block), mb(self.statistics));
         format!("needs about {total} of memory: {streams} for the sample, {block} for the largest block, {statistics} for its statistics")
     }

@@ -110,7 +110,7 @@ pub fn quantize<B: Backend>(backend: &B, request: &QuantizeRequest<'_>, monitor:
         return Err(Error::input(format!("{} is quantized already", request.checkpoint.name)).hint("give the original checkpoint"));
     }
     let work = publish::work_directory(&request.output);
-    let lock = publish::lock(&work)?;
+    let lock = publish::lock(&work, "wait for it, or choose another output with -o")?;
     let manifest = Pipeline::new(backend, request, &work, monitor)?.run()?;
     drop(lock);
     publish::remove(&work)?;

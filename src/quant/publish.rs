@@ -27,17 +27,15 @@ fn sibling(output: &Path, before: &str, after: &str) -> PathBuf {
     output.with_file_name(format!("{before}{name}{after}"))
 }
 
-/// Takes the work folder for this process; another process that has it is an error. The lock ends with the process.
-pub fn lock(work: &Path) -> Result<File> {
+/// Takes the work folder for this process; another process that has it is an error, with this hint. The lock ends with the
+/// process.
+pub fn lock(work: &Path, hint: &str) -> Result<File> {
     fs::create_dir_all(work).map_err(|error| Error::io("creating", work, &error))?;
     let path = work.join("lock");
     let file = File::create(&path).map_err(|error| Error::io("creating", &path, &error))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(_) => {
-            Err(Error::input(format!("another strata is writing to {}", work.display()))
-                .hint("wait for it, or choose another output with -o"))
-        }
+        Err(_) => Err(Error::input(format!("another strata is writing to {}", work.display())).hint(hint)),
     }
 }
 

@@ -9,6 +9,7 @@ use super::observe::Observers;
 use crate::checkpoint::Layout;
 use crate::error::{Error, Result};
 use crate::format::{Activations, BlockKind, CacheFormats, Format, Plan, Selector, SsmActivations, Transform};
+use crate::size;
 
 /// Schema of a recipe file.
 pub const RECIPE_SCHEMA: &str = "strata.recipe/1";
@@ -107,18 +108,43 @@ pub struct Formats {
 
 /// Formats by measurement: which may be used, and what the plan may take. Without a budget it takes no more bytes than the
 /// recipe's own formats would.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AllocateSpec {
     pub formats: Vec<Format>,
     /// Stored bits a weight of the blocks' linears.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<f64>,
+    /// Bytes of the whole model, as people write them: `6GiB`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+    /// The smallest plan that is predicted to lose at most so many nats a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kld: Option<f64>,
     /// A GPU whose memory the model has to fit into, with `context` tokens in its caches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<usize>,
+}
+
+impl AllocateSpec {
+    /// With this budget of bits in place of its own.
+    #[must_use]
+    pub fn with_bits(self, bits: f64) -> Self {
+        Self { formats: self.formats, bits: Some(bits), ..Self::default() }
+    }
+
+    /// An error where it has two budgets, or one that cannot be read.
+    fn check(&self) -> Result<()> {
+        let given =
+            [("bits", self.bits.is_some()), ("size", self.size.is_some()), ("kld", self.kld.is_some()), ("gpu", self.gpu.is_some())];
+        let given: Vec<&str> = given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect();
+        if given.len() > 1 {
+            return Err(Error::input(format!("[allocate] has the budgets {}", given.join(" and "))).hint("keep one of them"));
+        }
+        self.size.as_deref().map_or(Ok(()), |text| size::parse(text).map(drop))
+    }
 }
 
 /// How to quantize.
@@ -191,6 +217,7 @@ impl Recipe {
                 .hint(format!("begin a recipe file with schema = \"{RECIPE_SCHEMA}\"")));
         }
         recipe.observers.check().map_err(|error| error.context(origin))?;
+        recipe.allocate.as_ref().map_or(Ok(()), AllocateSpec::check).map_err(|error| error.context(origin))?;
         Ok(recipe)
     }
 

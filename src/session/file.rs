@@ -80,7 +80,7 @@ impl VariantSpec {
     pub fn plan(&self, layout: &Layout) -> Result<(Recipe, Plan)> {
         let mut recipe = Recipe::find(&self.recipe)?;
         match (self.bits, &mut recipe.allocate) {
-            (Some(bits), Some(allocate)) => (allocate.bits, allocate.gpu, allocate.context) = (Some(bits), None, None),
+            (Some(bits), Some(allocate)) => *allocate = std::mem::take(allocate).with_bits(bits),
             (Some(_), None) => {
                 return Err(Error::input(format!("variant `{}` has a budget, and its recipe gives the formats itself", self.name))
                     .hint("remove `bits`, or take a recipe with [allocate], such as phase3-allocated"));

@@ -323,7 +323,7 @@ pub fn flips(comparisons: &[Comparison]) -> Table {
     table
 }
 
-/// What each unit loses: a row a unit, a column a format.
+/// What each unit loses, with the half of its interval (95 %): a row a unit, a column a format.
 pub fn sensitivities(found: &Sensitivities) -> Table {
     let formats = found.formats();
     let mut heads = vec!["unit".to_owned(), "kind".into(), "weights".into()];
@@ -332,7 +332,7 @@ pub fn sensitivities(found: &Sensitivities) -> Table {
     let mut table = Table::new(&heads.iter().map(String::as_str).collect::<Vec<_>>());
     for unit in &found.units {
         let mut row = vec![unit.name.clone(), unit.kind.to_string(), count(unit.weights)];
-        let loss = |loss: &Loss| format!("{}{:.1e}", if loss.measured { "" } else { "~" }, loss.kld);
+        let loss = |loss: Loss| format!("{}{:.1e} ±{:.0e}", if loss.measured { "" } else { "~" }, loss.kld, 1.96 * loss.stderr);
         row.extend(formats.iter().map(|format| unit.loss(*format).map_or_else(String::new, loss)));
         row.push(unit.activation_kld().map_or_else(|| "-".into(), |kld| format!("{kld:.1e}")));
         table.push(row);
@@ -355,7 +355,7 @@ pub fn checks(checks: &[Check]) -> Table {
     table
 }
 
-/// A plan unit by unit, with the exchanges beside it when `explain` is set.
+/// A plan unit by unit, `~` where a loss is estimated, with the exchanges beside it when `explain` is set.
 pub fn allocation(allocation: &Allocation, explain: bool) -> Table {
     let mut heads = vec!["unit", "format", "bytes", "KLD"];
     if explain {
@@ -364,12 +364,14 @@ pub fn allocation(allocation: &Allocation, explain: bool) -> Table {
     }
     let mut table = Table::new(&heads);
     for unit in &allocation.units {
-        let mut row = vec![unit.unit.clone(), unit.format.to_string(), bytes(unit.bytes), format!("{:.1e}", unit.kld)];
-        for exchange in [&unit.cheaper, &unit.dearer].into_iter().filter(|_| explain) {
+        let estimated = if unit.measured { "" } else { "~" };
+        let mut row = vec![unit.unit.clone(), unit.format.to_string(), bytes(unit.bytes), format!("{estimated}{:.1e}", unit.kld)];
+        for (exchange, sign) in [(&unit.cheaper, 1.0), (&unit.dearer, -1.0)].into_iter().filter(|_| explain) {
             row.extend(match exchange {
                 Some(to) => {
                     let cost = to.seconds.map_or_else(|| bytes(to.bytes.unsigned_abs()), |s| format!("{:.3} us", 1e6 * s.abs()));
-                    [to.format.to_string(), cost, format!("{:.1e}", to.kld.abs()), format!("{:.1e}", to.price())]
+                    let price = to.price().map_or_else(|| "same cost".into(), |price| format!("{price:.1e}"));
+                    [to.format.to_string(), cost, format!("{:.1e}", sign * to.kld), price]
                 }
                 None => [if unit.pinned { "pinned" } else { "-" }.into(), "-".into(), "-".into(), "-".into()],
             });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::document::Draft;
 use super::state::State;
 use crate::analysis::Gpu;
-use crate::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, CONTEXT, FrontPoint, Solution};
+use crate::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, CONTEXT, FrontPoint, Place, Solution};
 use crate::analysis::sensitivity::Sensitivities;
 use crate::engine::AllocateJob;
 use crate::error::{Error, Result};
@@ -43,9 +43,9 @@ impl Allocating {
         request.pins.extend(state.layers.selected.iter().map(pin));
         let solution = state.losses.solution(&losses, &layout, &request)?;
         // A plan below everything that is possible begins at the least.
-        let at = solution.find(request.budget).or_else(|_| solution.find(Budget::Share(0.0)))?;
-        let (points, found) = (solution.front(), solution.at(at));
-        Ok(Self { draft, losses, request, points, at, found })
+        let place = solution.find(request.budget).or_else(|_| solution.find(Budget::Share(0.0)))?;
+        let (points, found) = (solution.front(), solution.at(place));
+        Ok(Self { draft, losses, request, points, at: place.index, found })
     }
 
     /// Whether the variant is still what the front was made for.
@@ -79,7 +79,7 @@ impl Allocating {
     pub fn bits(&self, solution: &Solution<'_>) -> f64 {
         let exact = self.found.bits_per_weight;
         let rounded = |digits: i32| (exact * 10_f64.powi(digits)).ceil() / 10_f64.powi(digits);
-        let same = |bits: &f64| solution.find(Budget::Bits(*bits)).is_ok_and(|at| at == self.at);
+        let same = |bits: &f64| solution.find(Budget::Bits(*bits)).is_ok_and(|place| place.index == self.at);
         (2..12).map(rounded).find(same).unwrap_or(exact)
     }
 }
@@ -102,11 +102,11 @@ fn with_solution<T>(state: &mut State, ask: impl FnOnce(&Allocating, &Solution<'
     ask(allocating, &solution)
 }
 
-/// Puts the budget to place `at` of the front.
-fn go_to(state: &mut State, at: usize) -> Result<()> {
-    let found = with_solution(state, |_, solution| Ok(solution.at(at)))?;
+/// Puts the budget to the place of the front that `find` gives.
+fn go_to(state: &mut State, find: impl FnOnce(&Solution<'_>) -> Result<Place>) -> Result<()> {
+    let (place, found) = with_solution(state, |_, solution| find(solution).map(|place| (place, solution.at(place))))?;
     if let Some(allocating) = &mut state.allocating {
-        (allocating.at, allocating.found) = (at, found);
+        (allocating.at, allocating.found) = (place.index, found);
     }
     Ok(())
 }
@@ -114,7 +114,7 @@ fn go_to(state: &mut State, at: usize) -> Result<()> {
 /// Moves the budget a step.
 pub fn step(state: &mut State, more: bool) -> Result<()> {
     let Some(at) = state.allocating.as_ref().map(|allocating| allocating.beside(more)) else { return Ok(()) };
-    go_to(state, at)
+    go_to(state, |solution| Ok(solution.place(at)))
 }
 
 /// Moves the budget to what was typed: bits a weight, bytes of the whole model, nats a token, or a GPU to fit on.
@@ -133,8 +133,7 @@ pub fn set_budget(state: &mut State, text: &str) -> Result<()> {
                 .hint("4.5 (bits a weight), 6 GiB (the whole model), 2e-5 nats, or a GPU such as RTX 4090")
         })?)
     };
-    let at = with_solution(state, |_, solution| solution.find(budget))?;
-    go_to(state, at)
+    go_to(state, |solution| solution.find(budget))
 }
 
 /// Takes the plan under the budget as an edit of the variant; returns what was done, nothing if it is that plan already.

@@ -94,6 +94,7 @@ pub(super) fn losses(document: &Document) -> Sensitivities {
     let units = units(layout, Granularity::Linear).into_iter().map(|unit| UnitLosses {
         kind: layout.blocks[unit.block].kind,
         weights: unit.weights(layout),
+        unquantized_bytes: unit.bytes(layout, Format::W16A16),
         losses: CANDIDATES.map(|format| loss(&unit, format)).to_vec(),
         block: unit.block,
         name: unit.name,
@@ -105,6 +106,7 @@ pub(super) fn losses(document: &Document) -> Sensitivities {
         model: "demo".into(),
         identity,
         tokens: 8192,
+        complete: true,
         units: units.collect(),
         ends_kld: 1e-6,
         checks: vec![check(0.98), check(1.03)],

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::document::{Document, Draft};
 use super::measurements::Origin;
 use super::message::Effect;
-use crate::analysis::allocate::{AllocateRequest, Correction, Solution};
+use crate::analysis::allocate::{Activations, AllocateRequest, Correction, Solution, checks_of};
 use crate::analysis::knapsack::Front;
 use crate::analysis::sensitivity::{Sensitivities, SensitivitySpec};
 use crate::checkpoint::Layout;
@@ -58,7 +58,7 @@ pub struct Predicted {
     pub kld: f64,
     /// Where it lies, by how far plans that were measured were off.
     pub interval: Option<[f64; 2]>,
-    /// Plans that were measured.
+    /// Plans with the same activation bits that were measured.
     pub checks: usize,
     /// The formats of embedding and head that it holds for, where the plan has others.
     pub other_ends: Option<[Format; 2]>,
@@ -213,13 +213,14 @@ impl Losses {
             Some(shown) => shown.blocks.iter().try_fold(losses.ends_kld, |sum, block| Some(sum + (*block)?))?,
             None => losses.predict(plan, layout)?,
         };
-        let correction = Correction::learn(losses);
+        let activations = Activations::of_plan(plan);
+        let correction = Correction::learn(losses, activations);
         let kld = correction.map_or(sum, |correction| correction.apply(sum));
         let ends = [losses.identity.embedding, losses.identity.head];
         Some(Predicted {
             kld,
-            interval: Correction::spread(losses, correction).map(|spread| spread.map(|ratio| kld * ratio)),
-            checks: losses.checks.len(),
+            interval: Correction::spread(losses, activations, correction).map(|spread| spread.map(|ratio| kld * ratio)),
+            checks: checks_of(losses, activations).count(),
             other_ends: (ends != [plan.embedding, plan.head]).then_some(ends),
         })
     }

@@ -9,6 +9,7 @@ use crate::checkpoint::{Config, Layout};
 use crate::error::{Error, Result};
 use crate::format::{BlockKind, Format, Plan};
 use crate::quant::{AllocateSpec, Override};
+use crate::size;
 
 /// What a plan may take, or lose.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,7 +77,24 @@ pub enum Activations {
 }
 
 impl Activations {
-    pub(super) fn allow(self, format: Format) -> bool {
+    /// Those of plans that use `formats`; what is not quantized reads nothing of its own.
+    pub fn of(formats: impl IntoIterator<Item = Format>) -> Self {
+        let quantized = formats.into_iter().filter(|format| *format != Format::W16A16);
+        let [mut int8, mut float] = [false; 2];
+        quantized.for_each(|format| *(if format.quantizes_activations() { &mut int8 } else { &mut float }) = true);
+        match (int8, float) {
+            (true, false) => Self::Int8,
+            (false, true) => Self::Float,
+            _ => Self::Any,
+        }
+    }
+
+    /// Those of `plan`.
+    pub fn of_plan(plan: &Plan) -> Self {
+        Self::of(plan.blocks.iter().chain(plan.linears.values()).copied())
+    }
+
+    pub(crate) fn allow(self, format: Format) -> bool {
         match self {
             Self::Int8 => format.quantizes_activations(),
             Self::Float => !format.quantizes_activations(),
@@ -142,10 +160,12 @@ impl AllocateRequest {
     /// What a recipe's `[allocate]` asks for. `start` gives the bytes where it names no other budget, and the formats of
     /// embedding and head; `pins` keep their formats.
     pub fn of_recipe(spec: &AllocateSpec, pins: &[Override], config: &Config, layout: &Layout, start: &Plan) -> Result<Self> {
-        let budget = match (&spec.bits, &spec.gpu) {
-            (Some(bits), _) => Budget::Bits(*bits),
-            (None, Some(name)) => Budget::fitting(config, &Gpu::find(name)?, spec.context.unwrap_or(CONTEXT))?,
-            (None, None) => Budget::LinearBytes(layout.linear_bytes(start)),
+        let budget = match (spec.bits, &spec.size, spec.kld, &spec.gpu) {
+            (Some(bits), ..) => Budget::Bits(bits),
+            (_, Some(size), ..) => Budget::ModelBytes(size::parse(size)?),
+            (_, _, Some(kld), _) => Budget::Kld(kld),
+            (.., Some(name)) => Budget::fitting(config, &Gpu::find(name)?, spec.context.unwrap_or(CONTEXT))?,
+            _ => Budget::LinearBytes(layout.linear_bytes(start)),
         };
         let ends = Plan { embedding: start.embedding, head: start.head, ..Plan::unquantized(layout.blocks.len()) };
         Ok(Self { formats: Some(spec.formats.clone()), activations: Activations::Any, pins: pins.to_vec(), ..Self::new(ends, budget) })

@@ -8,8 +8,8 @@
 use std::path::PathBuf;
 
 use super::store::{self, Rows, Store};
-use super::{Check, Loss, Request, SENSITIVITY_SCHEMA, Sensitivities, SensitivitySpec, Unit, UnitLosses, units};
-use crate::analysis::allocate::{self, AllocateRequest, Budget};
+use super::{Check, Loss, Request, SENSITIVITY_SCHEMA, Sensitivities, SensitivitySpec, Unit, UnitLosses, common_formats, need, units};
+use crate::analysis::allocate::{self, Activations, AllocateRequest, Budget};
 use crate::analysis::reference::Reference;
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::{Checkpoint, LinearSpec};
@@ -34,10 +34,11 @@ const CHECKS: [f64; 5] = [0.1, 0.3, 0.5, 0.7, 0.9];
 pub fn measure<B: Backend>(backend: &B, request: &Request<'_>, fresh: bool, monitor: &Monitor) -> Result<Sensitivities> {
     let identity = request.identity()?;
     let store = Store::open(request, &identity, fresh)?;
-    let known = store.rows.losses.len();
-    if known > 0 {
-        monitor.log(format!("going on after {known} measured losses"));
+    match store.rows.losses.len() {
+        0 => store::changes(&request.store, &identity, &request.checkpoint.name).into_iter().for_each(|why| monitor.log(why)),
+        known => monitor.log(format!("going on after {known} measured losses")),
     }
+    monitor.log(need::statement(request)?);
     let folder = store::donors_directory(&request.store);
     let donors = Donors::open(backend, request.checkpoint, &request.steps, &request.calibration, &folder, monitor)?;
     let units = units(&request.checkpoint.layout, request.by);
@@ -50,6 +51,7 @@ pub fn measure<B: Backend>(backend: &B, request: &Request<'_>, fresh: bool, moni
     run.losses(&reference, &probes(&pairs), "probe")?;
     run.losses(&reference, &run.chosen(&pairs), "measure")?;
     run.checks(&reference)?;
+    run.store.end(&request.formats)?;
     load(request)
 }
 
@@ -68,7 +70,8 @@ pub fn load(request: &Request<'_>) -> Result<Sensitivities> {
         schema: SENSITIVITY_SCHEMA.into(),
         model: request.checkpoint.name.clone(),
         identity,
-        tokens: request.measured.sequences.iter().map(|ids| ids.len().min(request.positions)).sum(),
+        tokens: request.scored_tokens(),
+        complete: common_formats(&units).iter().all(|format| rows.done.contains(format)),
         units,
         ends_kld,
         checks: Vec::new(),
@@ -118,9 +121,7 @@ fn losses_of(unit: &Unit, rows: &Rows, request: &Request<'_>) -> Option<UnitLoss
         Some(Loss { format, bytes: unit.bytes(layout, format), output_error, kld, stderr, measured })
     });
     let losses: Vec<Loss> = losses.collect::<Option<_>>()?;
-    let kind = layout.blocks[unit.block].kind;
-    let (name, weights) = (unit.name.clone(), unit.weights(layout));
-    (!losses.is_empty()).then_some(UnitLosses { name, block: unit.block, kind, linears: unit.linears.clone(), weights, losses })
+    (!losses.is_empty()).then(|| UnitLosses::new(unit.clone(), layout, losses))
 }
 
 /// A loss that was not measured: divergence grows with the square of a small error (its second-order expansion), so the
@@ -172,7 +173,7 @@ impl<B: Backend> Run<'_, B> {
             ("screen", SCREENING * screened as f64),
             ("probe", probed),
             ("measure", (self.request.exact * rest - probed).max(0.0)),
-            ("check", (CHECKS.len() * blocks) as f64),
+            ("check", (CHECKS.len() * self.activations().len() * blocks) as f64),
         ]);
     }
 
@@ -186,6 +187,7 @@ impl<B: Backend> Run<'_, B> {
         if !donors_missing && !(0..self.units.len()).any(missing) {
             return Ok(());
         }
+        let _making = if donors_missing { Some(self.donors.lock()?) } else { None };
         let batches =
             |sequences: &[Vec<u32>]| sequences.iter().map(|ids| (ids.clone(), Sequences::new(vec![ids.len()]))).collect::<Vec<_>>();
         let calibration = batches(&self.request.calibration.sequences);
@@ -316,17 +318,25 @@ impl<B: Backend> Run<'_, B> {
         streams.iter().map(|stream| reference.divergence(stream, |h, rows| reference.logits(h, rows))).collect()
     }
 
-    /// Puts some plans along the front together and measures them.
+    /// Activation bits of the candidate formats.
+    fn activations(&self) -> Vec<Activations> {
+        let present = |bits: &Activations| self.request.formats.iter().any(|format| bits.allow(*format));
+        [Activations::Int8, Activations::Float].into_iter().filter(present).collect()
+    }
+
+    /// Puts some plans along the fronts with int8 and with 16-bit activations together and measures them.
     fn checks(&mut self, reference: &Reference<'_, B>) -> Result<()> {
         let layout = &self.request.checkpoint.layout;
         let losses = load(self.request)?;
         let base = self.request.ends_plan();
         let mut plans = Vec::new();
-        for share in CHECKS {
-            let allocation = allocate::allocate(&losses, layout, &AllocateRequest::new(base.clone(), Budget::Share(share)))?;
-            let known = self.store.rows.checks.iter().any(|check| check.plan == allocation.plan);
-            if !known && !plans.contains(&allocation.plan) {
-                plans.push(allocation.plan);
+        for activations in self.activations() {
+            for share in CHECKS {
+                let wanted = AllocateRequest { activations, ..AllocateRequest::new(base.clone(), Budget::Share(share)) };
+                let plan = allocate::allocate(&losses, layout, &wanted)?.plan;
+                if !self.store.rows.checks.iter().any(|check| check.plan == plan) && !plans.contains(&plan) {
+                    plans.push(plan);
+                }
             }
         }
         if plans.is_empty() {

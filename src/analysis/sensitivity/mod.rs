@@ -6,6 +6,7 @@
 //! `in_proj` that reads int8 brings the recipe's SSM internals with it.
 
 mod measure;
+mod need;
 mod store;
 
 use std::collections::BTreeMap;
@@ -69,10 +70,21 @@ pub struct SensitivitySpec {
 pub const CANDIDATES: [Format; 8] =
     [Format::W8A16, Format::W4A16, Format::W3A16, Format::W2A16, Format::W8A8, Format::W4A8, Format::W3A8, Format::W2A8];
 
+/// Windows that are measured on unless others are asked for: their spread over fewer says little of their mean.
+const WINDOWS: [usize; 2] = [8, 32];
+
+/// Tokens of these windows in all, if the least number of them has no more: every candidate's residual stream takes so many.
+const TOKENS: usize = 1 << 14;
+
+/// Scored tokens of these windows in all. The logits of each wait in memory: 4.3 GB with a vocabulary of 131072.
+const SCORED: usize = 1 << 13;
+
 impl SensitivitySpec {
-    /// What is measured for these steps and formats of embedding and head (of `ends`) unless something else is asked for.
+    /// What is measured for these steps and formats of embedding and head (of `ends`) unless something else is asked for: as
+    /// many windows as [`TOKENS`] hold, and [`SCORED`] tokens of them.
     pub fn new(steps: Steps, ends: &Plan, sample: SampleSpec) -> Self {
         let (embedding, head) = (ends.embedding, ends.head);
+        let windows = (TOKENS / sample.length.max(1)).clamp(WINDOWS[0], WINDOWS[1]);
         Self {
             steps,
             embedding,
@@ -80,8 +92,8 @@ impl SensitivitySpec {
             by: Granularity::Linear,
             formats: CANDIDATES.to_vec(),
             sample,
-            windows: 32,
-            positions: usize::MAX,
+            windows,
+            positions: SCORED / windows,
             exact: 0.75,
         }
     }
@@ -142,14 +154,15 @@ impl<'a> Request<'a> {
         if checkpoint.variant.is_some() {
             return Err(Error::input(format!("{} is quantized already", checkpoint.name)).hint("give the original checkpoint"));
         }
-        if spec.formats.is_empty() || !(0.0..=1.0).contains(&spec.exact) || spec.windows == 0 || spec.positions == 0 {
+        // What stays as it is in the checkpoint loses nothing, and needs no measurement.
+        let mut formats: Vec<Format> = spec.formats.iter().copied().filter(|format| *format != Format::W16A16).collect();
+        formats.sort_unstable_by(|a, b| b.cmp(a));
+        formats.dedup();
+        if formats.is_empty() || !(0.0..=1.0).contains(&spec.exact) || spec.windows == 0 || spec.positions == 0 {
             return Err(Error::input("a measurement needs formats, windows, scored tokens and a share of exact pairs between 0 and 1"));
         }
         let all = Sample::load(checkpoint, &SampleSpec { sequences: spec.sample.sequences + spec.windows, ..spec.sample.clone() })?;
         let (calibration, measured) = all.split(spec.sample.sequences);
-        let mut formats = spec.formats.clone();
-        formats.sort_unstable_by(|a, b| b.cmp(a));
-        formats.dedup();
         Ok(Self {
             checkpoint,
             // Linears find the scales of their inputs at run time.
@@ -186,6 +199,11 @@ impl<'a> Request<'a> {
             measured: self.measured.sha256(),
             positions: self.positions,
         })
+    }
+
+    /// Tokens that losses are means over.
+    fn scored_tokens(&self) -> usize {
+        self.measured.sequences.iter().map(|ids| ids.len().min(self.positions)).sum()
     }
 
     /// The model with nothing but embedding and head quantized.
@@ -270,24 +288,49 @@ pub struct UnitLosses {
     pub kind: BlockKind,
     pub linears: Vec<String>,
     pub weights: u64,
+    /// Bytes of its linears as they are in the checkpoint.
+    pub unquantized_bytes: u64,
     pub losses: Vec<Loss>,
 }
 
 impl UnitLosses {
-    /// The loss in `format`.
-    pub fn loss(&self, format: Format) -> Option<&Loss> {
-        self.losses.iter().find(|loss| loss.format == format)
+    fn new(unit: Unit, layout: &Layout, losses: Vec<Loss>) -> Self {
+        let (weights, unquantized_bytes) = (unit.weights(layout), unit.bytes(layout, Format::W16A16));
+        let Unit { name, block, linears } = unit;
+        Self { name, block, kind: layout.blocks[block].kind, linears, weights, unquantized_bytes, losses }
     }
 
-    /// What it loses in `format`, in nats a token: nothing where it stays as it is in the checkpoint.
-    pub fn kld(&self, format: Format) -> Option<f64> {
-        if format == Format::W16A16 { Some(0.0) } else { self.loss(format).map(|loss| loss.kld) }
+    /// The loss in `format`: none at all where it stays as it is in the checkpoint.
+    pub fn loss(&self, format: Format) -> Option<Loss> {
+        if format == Format::W16A16 {
+            return Some(Loss { format, bytes: self.unquantized_bytes, output_error: 0.0, kld: 0.0, stderr: 0.0, measured: true });
+        }
+        self.losses.iter().find(|loss| loss.format == format).copied()
     }
 
     /// What int8 activations alone lose, int8 SSM internals among them: W8A8 less W8A16, whose weights are the same. `None` where either is missing.
     pub fn activation_kld(&self) -> Option<f64> {
         Some((self.loss(Format::W8A8)?.kld - self.loss(Format::W8A16)?.kld).max(0.0))
     }
+}
+
+/// The units of a model before anything is measured: their bytes in `formats`, and no losses.
+pub fn unmeasured_units(layout: &Layout, by: Granularity, formats: &[Format]) -> Vec<UnitLosses> {
+    let losses = |unit: &Unit| {
+        let loss = |format: &Format| {
+            let (format, bytes) = (*format, unit.bytes(layout, *format));
+            Loss { format, bytes, output_error: 0.0, kld: 0.0, stderr: 0.0, measured: false }
+        };
+        formats.iter().map(loss).collect()
+    };
+    units(layout, by).into_iter().map(|unit| UnitLosses { losses: losses(&unit), ..UnitLosses::new(unit, layout, Vec::new()) }).collect()
+}
+
+/// Formats of which every unit knows the loss, widest first.
+pub fn common_formats(units: &[UnitLosses]) -> Vec<Format> {
+    let Some((first, rest)) = units.split_first() else { return Vec::new() };
+    let known = |format: &Format| rest.iter().all(|unit| unit.loss(*format).is_some());
+    first.losses.iter().map(|loss| loss.format).filter(known).collect()
 }
 
 /// A plan put together from the donors and measured: how far predictions can be trusted.
@@ -316,6 +359,9 @@ pub struct Sensitivities {
     pub identity: Identity,
     /// Tokens that losses were measured on.
     pub tokens: usize,
+    /// Whether the measurement of all formats came to its end: one that was stopped has more estimates than were asked for, and
+    /// fewer checks.
+    pub complete: bool,
     pub units: Vec<UnitLosses>,
     /// What embedding and head lose together in the recipe's formats.
     pub ends_kld: f64,
@@ -327,9 +373,7 @@ pub struct Sensitivities {
 impl Sensitivities {
     /// Formats of which every unit knows the loss, widest first.
     pub fn formats(&self) -> Vec<Format> {
-        let Some((first, rest)) = self.units.split_first() else { return Vec::new() };
-        let known = |format: &Format| rest.iter().all(|unit| unit.loss(*format).is_some());
-        first.losses.iter().map(|loss| loss.format).filter(known).collect()
+        common_formats(&self.units)
     }
 
     /// Divergence that `plan` is predicted to have: the sum of what its units and the ends lose. `None` where a unit's
@@ -342,7 +386,7 @@ impl Sensitivities {
     pub fn blocks(&self, plan: &Plan, layout: &Layout) -> Vec<Option<f64>> {
         let mut blocks = vec![Some(0.0); layout.blocks.len()];
         for unit in &self.units {
-            let kld = unit_format(plan, layout, unit).and_then(|format| unit.kld(format));
+            let kld = unit_format(plan, layout, unit).and_then(|format| unit.loss(format)).map(|loss| loss.kld);
             blocks[unit.block] = blocks[unit.block].zip(kld).map(|(sum, kld)| sum + kld);
         }
         blocks
@@ -368,4 +412,45 @@ pub fn unit_format(plan: &Plan, layout: &Layout, unit: &UnitLosses) -> Option<Fo
     });
     let first = formats.next()?;
     formats.all(|format| format == first).then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn q_k_and_v_and_the_experts_of_a_layer_are_one_unit_each() {
+        let layout = crate::checkpoint::open("tests/golden/moe-latent").unwrap().layout;
+        let units = units(&layout, Granularity::Linear);
+        let of_kind = |kind: BlockKind| {
+            let block = layout.blocks.iter().find(|block| block.kind == kind).unwrap();
+            let own = units.iter().filter(|unit| unit.block == block.index);
+            let short = |unit: &Unit| unit.name.split_once('.').unwrap().1.to_owned();
+            (block, own.map(|unit| (short(unit), unit.linears.len())).collect::<Vec<_>>())
+        };
+        let (_, attention) = of_kind(BlockKind::Attention);
+        assert_eq!(attention, [("qkv_proj".to_owned(), 3), ("o_proj".to_owned(), 1)]);
+        let (block, moe) = of_kind(BlockKind::Moe);
+        let experts = block.linears.iter().filter(|linear| linear.name.starts_with("experts.")).count() / 2;
+        assert!(experts > 1);
+        for unit in ["experts.up_proj", "experts.down_proj"] {
+            assert!(moe.contains(&(unit.to_owned(), experts)), "{moe:?}");
+        }
+        assert!(moe.iter().any(|(name, linears)| name.starts_with("shared_experts.") && *linears == 1), "{moe:?}");
+        // No linear is in two units, and none in no unit.
+        let linears: usize = layout.blocks.iter().map(|block| block.linears.len()).sum();
+        assert_eq!(units.iter().map(|unit| unit.linears.len()).sum::<usize>(), linears);
+        assert_eq!(super::units(&layout, Granularity::Block).len(), layout.blocks.len());
+    }
+
+    #[test]
+    fn long_windows_are_fewer_and_scored_in_part() {
+        let ends = Plan::unquantized(1);
+        let spec = |length| {
+            let sample = SampleSpec { length, ..SampleSpec::default() };
+            let spec = SensitivitySpec::new(Steps::new(Vec::new(), crate::quant::Method::Rtn), &ends, sample);
+            (spec.windows, spec.positions)
+        };
+        assert_eq!([256, 2048, 8192].map(spec), [(32, 256), (8, 1024), (8, 1024)]);
+    }
 }

@@ -1,7 +1,7 @@
 //! Measurements on disk: a folder by identity, a line a measurement, so that a run that was killed goes on where it
 //! stopped and one on another checkpoint or text begins for itself.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -37,6 +37,8 @@ enum Row {
     Ends { kld: f64, stderr: f64 },
     /// A plan, predicted and measured.
     Check(Box<Check>),
+    /// All that was asked for with these formats is in the lines before.
+    Done { formats: Vec<Format> },
 }
 
 /// The identity and the model's name, for those who look for measurements of the same model.
@@ -54,6 +56,8 @@ pub(super) struct Rows {
     pub losses: HashMap<(String, Format), (f64, f64)>,
     pub ends: Option<(f64, f64)>,
     pub checks: Vec<Check>,
+    /// Formats whose measurement came to its end.
+    pub done: BTreeSet<Format>,
 }
 
 impl Rows {
@@ -68,6 +72,7 @@ impl Rows {
 
     fn keep(&mut self, row: Row) {
         match row {
+            Row::Done { formats } => self.done.extend(formats),
             Row::Screen { unit, format, output_error } => drop(self.screened.insert((unit, format), output_error)),
             Row::Loss { unit, format, kld, stderr } => drop(self.losses.insert((unit, format), (kld, stderr))),
             Row::Ends { kld, stderr } => self.ends = Some((kld, stderr)),
@@ -92,7 +97,7 @@ impl Store {
     /// Opens (or begins) the measurements of `identity`; `fresh` forgets what is there.
     pub fn open(request: &Request<'_>, identity: &Identity, fresh: bool) -> Result<Self> {
         let directory = measurements_directory(&request.store).join(&identity.key()?[..16]);
-        let lock = crate::quant::lock(&directory)?;
+        let lock = crate::quant::lock(&directory, "wait for it: what it measures is what you asked for")?;
         let named = Named { model: request.checkpoint.name.clone(), identity: identity.clone() };
         let text = serde_json::to_vec_pretty(&named).map_err(|error| Error::run(format!("an identity cannot be written: {error}")))?;
         files::write_atomically(&directory.join(IDENTITY), &text)?;
@@ -129,6 +134,12 @@ impl Store {
     pub fn add_check(&mut self, check: Check) -> Result<()> {
         self.add(Row::Check(Box::new(check)))
     }
+
+    /// Says that nothing is left to be measured with `formats`.
+    pub fn end(&mut self, formats: &[Format]) -> Result<()> {
+        let known = formats.iter().all(|format| self.rows.done.contains(format));
+        if known { Ok(()) } else { self.add(Row::Done { formats: formats.to_vec() }) }
+    }
 }
 
 /// The folder with the measurements of `identity`, or an error that says what was measured instead.
@@ -137,19 +148,19 @@ pub(super) fn folder(store: &Path, identity: &Identity, model: &str) -> Result<P
     if directory.join(ROWS).exists() {
         return Ok(directory);
     }
-    let others = others(&measurements_directory(store));
-    let related: Vec<&Named> = others.iter().filter(|other| other.identity.source == identity.source || other.model == model).collect();
-    let changes: Vec<&str> = related.iter().filter_map(|other| difference(&other.identity, identity)).collect();
-    let message = match changes.as_slice() {
-        [] => format!("{model} has no measured sensitivities"),
-        changes => {
-            let mut reasons = changes.to_vec();
-            reasons.sort_unstable();
-            reasons.dedup();
-            format!("the sensitivities of {model} that there are do not hold here: {}", reasons.join("; "))
-        }
-    };
+    let message = changes(store, identity, model).unwrap_or_else(|| format!("{model} has no measured sensitivities"));
     Err(Error::input(message).hint("measure them with `strata sensitivity`, with the same model, recipe and calibration"))
+}
+
+/// Why what was measured of the model does not serve for `identity`; `None` where nothing else was measured of it.
+pub(super) fn changes(store: &Path, identity: &Identity, model: &str) -> Option<String> {
+    let others = others(&measurements_directory(store));
+    let related = others.iter().filter(|other| other.identity.source == identity.source || other.model == model);
+    let mut reasons: Vec<&str> = related.filter_map(|other| difference(&other.identity, identity)).collect();
+    reasons.sort_unstable();
+    reasons.dedup();
+    let found = format!("the sensitivities of {model} that there are do not hold here: {}", reasons.join("; "));
+    (!reasons.is_empty()).then_some(found)
 }
 
 /// Whether anything was measured of a model of this name.

@@ -10,8 +10,8 @@ use super::super::queue::Purpose;
 use super::super::state::{Pane, State, Strip};
 use super::super::theme::Role;
 use super::jobs;
-use crate::analysis::allocate::{Activations, Exchange, UnitChoice};
-use crate::analysis::sensitivity::{UnitLosses, unit_format};
+use crate::analysis::allocate::{Activations, Exchange};
+use crate::analysis::sensitivity::unit_format;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::session::report;
@@ -192,26 +192,25 @@ fn reasons(state: &mut State) -> Result<Vec<(Role, String)>> {
             continue;
         };
         let pinned = if choice.pinned { "  pinned" } else { "" };
-        let kld = loss(unit, choice);
+        let kld = format!("{}{:.1e} nats", if choice.measured { "" } else { "~" }, choice.kld);
         lines.push((Role::Strong, format!("{name}  {}  {}  loses {kld}{tied}{pinned}", choice.format, report::bytes(choice.bytes))));
         if let Some(to) = &choice.cheaper {
-            let verdict = if to.price() > price { "dearer than elsewhere" } else { "the MB is worth more elsewhere" };
-            lines.push((Role::Text, format!("  {}: {verdict}", exchange(to, "↓", "saves", "loses"))));
+            let verdict = |own| if own > price { "dearer than elsewhere" } else { "the MB is worth more elsewhere" };
+            lines.push((Role::Text, exchange(to, ["↓", "saves", "loses"], verdict)));
         }
         if let Some(to) = &choice.dearer {
-            let verdict = if to.price() < price { "less than elsewhere" } else { "more than elsewhere" };
-            lines.push((Role::Text, format!("  {}: {verdict}", exchange(to, "↑", "takes", "wins"))));
+            let verdict = |own| if own < price { "less than elsewhere" } else { "more than elsewhere" };
+            lines.push((Role::Text, exchange(to, ["↑", "takes", "wins"], verdict)));
         }
     }
     Ok(lines)
 }
 
-fn loss(unit: &UnitLosses, choice: &UnitChoice) -> String {
-    let measured = unit.loss(choice.format).is_none_or(|loss| loss.measured);
-    format!("{}{:.1e} nats", if measured { "" } else { "~" }, choice.kld)
-}
-
-fn exchange(to: &Exchange, direction: &str, bytes: &str, nats: &str) -> String {
-    let (size, kld, price) = (report::bytes(to.bytes.unsigned_abs()), to.kld.abs(), to.price());
-    format!("{direction} {} {bytes} {size}, {nats} {kld:.1e}, {price:.1e} a MB", to.format)
+/// An exchange in words, `verdict` of its price among them.
+fn exchange(to: &Exchange, [direction, bytes, nats]: [&str; 3], verdict: impl Fn(f64) -> &'static str) -> String {
+    let (format, size, kld) = (to.format, report::bytes(to.bytes.unsigned_abs()), to.kld.abs());
+    match to.price() {
+        Some(price) => format!("  {direction} {format} {bytes} {size}, {nats} {kld:.1e}, {price:.1e} a MB: {}", verdict(price)),
+        None => format!("  {direction} {format} same bytes, {kld:.1e} {} loss", if to.kld < 0.0 { "less" } else { "more" }),
+    }
 }

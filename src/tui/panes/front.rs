@@ -71,7 +71,10 @@ fn why(state: &State, allocating: &Allocating) -> Vec<Line<'static>> {
     for unit in units.iter().take(PARTS) {
         let name = unit.unit.split_once('.').map_or("all", |(_, name)| name).trim_start_matches("experts.").to_owned();
         let exchange = |mark: &str, to: Option<&Exchange>| match to {
-            Some(to) => format!("  {mark} {} {:.1e}/MB", to.format, to.price()),
+            Some(to) => match to.price() {
+                Some(price) => format!("  {mark} {} {price:.1e}/MB", to.format),
+                None => format!("  {mark} {} same bytes", to.format),
+            },
             None => String::new(),
         };
         let role = Role::of_format(unit.format);
