@@ -121,7 +121,10 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
         state.read_only = options.read_only;
         state.recollect(&remembered);
         state.say("4, 8 or 6 changes the format of a block; R runs the variant; ? lists the keys");
-        if let Some(lost) = recovery::lost(&places.recovery()).into_iter().next().filter(|_| !options.read_only) {
+        // Looking for lost sessions takes away folders that hold nothing.
+        if !options.read_only
+            && let Some(lost) = recovery::lost(&places.recovery()).into_iter().next()
+        {
             actions::files::offer_lost(&mut state, lost);
         }
         let mut arguments = vec![format!("--device={}", options.device)];
