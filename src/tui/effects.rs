@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::document::Document;
 use super::known::Known;
+use super::losses::Solved;
 use super::message::{Effect, Msg, SaveOutcome, ToCompare};
 use super::queue::Purpose;
 use super::state::{Compared, State};
@@ -198,6 +199,7 @@ impl Outside {
                     Msg::LossesRecalled { model, key, found: found.map(|found| found.map(Box::new)) }
                 });
             }
+            Effect::Solve(asked) => in_background(background, move || Msg::Solved(Box::new(Solved::new(*asked)))),
             Effect::LookAtRuns { follow } => {
                 let (runs, read_only) = (self.places.runs(), self.read_only);
                 in_background(background, move || {
