@@ -2,7 +2,7 @@
 //! responsiveness`. A job of the engine runs on every processor, and two more threads keep two processors busy.
 //!
 //! Prints the time from a key to the frame that shows it, the bytes of a frame while nobody types, and what the
-//! workbench uses of a processor when nothing happens.
+//! workbench uses of a processor when nothing happens. With `-- --check` it fails where one of them is over its bound.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, reason = "a measurement")]
 
 use std::io::{Read, Write};
@@ -16,9 +16,15 @@ use portable_pty::{CommandBuilder, PtySize, native_pty_system};
 
 const COLUMNS: u16 = 120;
 const ROWS: u16 = 40;
-const KEYS: usize = 200;
+const KEYS: usize = 34 * TYPED.len();
 /// How long bytes and idle time are counted.
 const WATCH: Duration = Duration::from_secs(15);
+/// Milliseconds from a key to its frame, at the 99th percentile.
+const KEY_BOUND: f64 = 50.0;
+/// Bytes of a frame while a job runs, on average.
+const FRAME_BOUND: f64 = 4096.0;
+/// Share of a processor when nothing happens.
+const IDLE_BOUND: f64 = 0.005;
 const FRAME_END: &[u8] = b"\x1b[?2026l";
 
 struct Workbench {
@@ -58,6 +64,11 @@ impl Workbench {
         let text = self.screen.screen().contents();
         let at = text.find("4 Block ").map_or("", |at| &text[at + "4 Block ".len()..]);
         at.split(' ').next().unwrap_or("").to_owned()
+    }
+
+    /// The line of what was last said.
+    fn status(&self) -> String {
+        self.screen.screen().rows(0, COLUMNS).nth(ROWS as usize - 2).unwrap_or_default()
     }
 
     /// Seconds of processor time so far.
@@ -102,16 +113,24 @@ fn start(home: &std::path::Path) -> Workbench {
     Workbench { process: child.process_id().unwrap(), input, output, screen, bytes: 0, frames: 0 }
 }
 
+/// What is typed, over and over: the cursor moves, and the format of the block that it comes to changes, there and back, so
+/// that nothing is left to save.
+const TYPED: [&str; 6] = ["j", ">", "k", "j", "<", "k"];
+
 /// Milliseconds from each key to the frame that shows what it did.
 fn key_to_frame(workbench: &mut Workbench) -> Vec<f64> {
     let mut times = Vec::new();
-    for number in 0..KEYS {
+    for key in TYPED.into_iter().cycle().take(KEYS) {
         let before = workbench.cursor();
+        // The status line says what an edit did; a move empties it.
+        let edited = format!(" block {before}: w");
         let sent = Instant::now();
-        workbench.types(if number % 10 < 5 { "j" } else { "k" });
+        workbench.types(key);
         let shown = loop {
             let at = workbench.take_in(sent + Duration::from_secs(10)).unwrap_or_else(|| panic!("a key is not answered"));
-            if workbench.cursor() != before {
+            let moves = key == "j" || key == "k";
+            let answered = if moves { workbench.cursor() != before } else { workbench.status().starts_with(&edited) };
+            if answered {
                 break at;
             }
         };
@@ -166,4 +185,9 @@ fn main() {
     println!("idle: {:.2} % of a processor", 100.0 * share);
     workbench.types("q");
     std::thread::sleep(Duration::from_millis(500));
+    let over = at(0.99) > KEY_BOUND || mean > FRAME_BOUND || share > IDLE_BOUND;
+    if over && std::env::args().any(|argument| argument == "--check") {
+        println!("over the bounds: {KEY_BOUND} ms a key, {FRAME_BOUND} bytes a frame, {} % idle", 100.0 * IDLE_BOUND);
+        std::process::exit(1);
+    }
 }

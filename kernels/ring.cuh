@@ -13,6 +13,7 @@ constexpr int PITCH = PIECE + 64;  // from one row to the next: two rows that a 
 constexpr int WINDOW = 32;         // groups of int4 weights in a stage
 constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
 constexpr int STAGE = ROWS * (PITCH + SCALES);
+constexpr int UNDER_WAY = 3;  // stages asked for at a time: they keep the memory busy, and what a front reads does not queue behind a whole ring
 constexpr int BRINGING = 4;  // warps that bring, the last of a block: each asks for copies one by one, some hundred cycles each
 
 // Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.
@@ -67,8 +68,23 @@ DEVICE Tiles tiles_of_block(int first, int rows) {
 // Where a row's scales lie in a stage. They came from the 16 bytes in which the first of them is.
 DEVICE const bf16* scales_of(const u8* stage, int row, i64 first) { return reinterpret_cast<const bf16*>(stage + ROWS * PITCH + row * SCALES) + first % 8; }
 
+// Who brings: the stage to be asked for next, and the one that must have come before, UNDER_WAY in front of it.
+struct Bringing {
+    Stages next, awaited;
+    int asked = 0;
+
+    explicit Bringing(const Stages& ring) : next(ring), awaited(ring) {}
+
+    void advance() {
+        next.next();
+        if (++asked < UNDER_WAY) return;
+        awaited.wait_full();
+        awaited.next();
+    }
+};
+
 // Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row.
-DEVICE void bring(Stages& stages, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
+DEVICE void bring(Bringing& bringing, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
     // A warp has four rows, a lane one's weights or scales.
     const int lane = threadIdx.x % 32, warp = (threadIdx.x - (blockDim.x - 32 * BRINGING)) / 32, line = warp * (ROWS / BRINGING) + lane % (ROWS / BRINGING), part = lane / (ROWS / BRINGING);
     for (; tiles.more(); tiles.next()) {
@@ -76,7 +92,8 @@ DEVICE void bring(Stages& stages, Tiles tiles, const void* w, const bf16* w_scal
         const u8* weights = static_cast<const u8*>(w) + static_cast<i64>(row) * row_bytes;
         i64 group = static_cast<i64>(row) * groups;
         const i64 end = group + groups;
-        for (int at = 0; at < row_bytes; at += piece, group += WINDOW, stages.next()) {
+        for (int at = 0; at < row_bytes; at += piece, group += WINDOW, bringing.advance()) {
+            const Stages& stages = bringing.next;
             u64* const full = stages.full + stages.at;
             const i64 first = group / 8 * 8, behind = (minimum(WINDOW, static_cast<int>(end - group)) + group + 7) / 8 * 8;
             const int own = part == 0 ? minimum(piece, row_bytes - at) : part == 1 && groups > 0 ? static_cast<int>(behind - first) * 2 : 0;

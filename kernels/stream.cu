@@ -25,11 +25,12 @@ struct Slots {
 
 struct Rings {
     Stages stages;
+    Bringing bringing;
     float* products;  // of each output, `entries` in a slot
     int entries;
     Slots slots;
 
-    Rings(u8* shared, int count, int entries) : stages(shared, count, WARPS), products(reinterpret_cast<float*>(stages.behind())), entries(entries) {}
+    Rings(u8* shared, int count, int entries) : stages(shared, count, WARPS), bringing(stages), products(reinterpret_cast<float*>(stages.behind())), entries(entries) {}
 
     float* slot() const { return products + slots.at * entries * OUTPUTS; }
 };
@@ -191,7 +192,7 @@ template <class T> DEVICE void add(Rings& rings, Tiles tiles, int counted, const
 DEVICE void int8_tiles(Rings& rings, const Tiles& tiles, const i8* w, const float* w_scales, const i8* x, const float* x_scales, int first, int count, int rows, int cols, TAIL_PARAMETERS) {
     const int warp = threadIdx.x / 32, width = ld(cols);
     if (warp >= WARPS + ADDING) {
-        bring(rings.stages, tiles, w, nullptr, 0, rows, width, PIECE);
+        bring(rings.bringing, tiles, w, nullptr, 0, rows, width, PIECE);
     } else if (warp < WARPS) {
         wait_previous();
         multiply_int8(rings, tiles, x + static_cast<i64>(first) * width, count, width);
@@ -205,7 +206,7 @@ template <int PARTS>
 DEVICE void int4_tiles(Rings& rings, const Tiles& tiles, const u8* w, const bf16* w_scales, const i8* x, const float* x_scales, int first, int count, int rows, int cols, TAIL_PARAMETERS) {
     const int warp = threadIdx.x / 32, width = ld(cols);
     if (warp >= WARPS + ADDING) {
-        bring(rings.stages, tiles, w, w_scales, cols / (128 / PARTS), rows, width / 2, PIECE / PARTS);
+        bring(rings.bringing, tiles, w, w_scales, cols / (128 / PARTS), rows, width / 2, PIECE / PARTS);
     } else if (warp < WARPS) {
         wait_previous();
         multiply_groups<PARTS>(rings, tiles, x + static_cast<i64>(first) * width, count, rows, cols);

@@ -155,7 +155,8 @@ RESIDENT_KERNEL(THREADS, 1, one_bf16, (const bf16* w, int rows, int cols, int st
     const Tiles tiles = tiles_of_block(0, rows);
     Stages ring(shared, stages, ROWS);
     if (threadIdx.x >= WORKING) {
-        bring(ring, tiles, w, nullptr, 0, rows, 2 * ld(cols), PIECE);
+        Bringing bringing(ring);
+        bring(bringing, tiles, w, nullptr, 0, rows, 2 * ld(cols), PIECE);
         return;
     }
     const float* x = front_floats<WORKING>(ring.behind(), cols, FRONT_ARGUMENTS);
@@ -168,7 +169,8 @@ RESIDENT_KERNEL(THREADS, 1, one_w8a8, (const i8* w, const float* w_scales, int r
     const Tiles tiles = tiles_of_block(0, rows);
     Stages ring(shared, stages, ROWS);
     if (threadIdx.x >= WORKING) {
-        bring(ring, tiles, w, nullptr, 0, rows, ld(cols), PIECE);
+        Bringing bringing(ring);
+        bring(bringing, tiles, w, nullptr, 0, rows, ld(cols), PIECE);
         return;
     }
     const Codes x = front_codes<WORKING, false>(ring.behind(), cols, CODES_ARGUMENTS, FRONT_ARGUMENTS);
@@ -182,8 +184,9 @@ RESIDENT_KERNEL(THREADS, 1, one_w4a8, (const u8* w, const bf16* w_scales, int gr
     const Tiles others = tiles_of_block(0, other_rows), tiles = tiles_of_block(divide_up(other_rows, ROWS), rows);
     Stages ring(shared, stages, ROWS);
     if (threadIdx.x >= WORKING) {
-        if (other_rows > 0) bring(ring, others, other_w, nullptr, 0, other_rows, ld(cols), PIECE);
-        bring(ring, tiles, w, w_scales, cols / group_size, rows, ld(cols) / 2, PIECE / 128 * group_size);
+        Bringing bringing(ring);
+        if (other_rows > 0) bring(bringing, others, other_w, nullptr, 0, other_rows, ld(cols), PIECE);
+        bring(bringing, tiles, w, w_scales, cols / group_size, rows, ld(cols) / 2, PIECE / 128 * group_size);
         return;
     }
     float* products = reinterpret_cast<float*>(ring.behind());

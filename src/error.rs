@@ -16,7 +16,7 @@ pub enum ErrorKind {
 }
 
 /// An error with its facts in `message` (one sentence, no trailing full stop) and a next step in `hint`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Error {
     pub kind: ErrorKind,
     pub message: String,

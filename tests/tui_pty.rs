@@ -4,9 +4,10 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::num::NonZeroU16;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use portable_pty::{Child, CommandBuilder, MasterPty, PtySize, native_pty_system};
+use strata::eval::ResultSet;
+use strata::session::runs::Run;
 use tempfile::TempDir;
 
 /// The program with a terminal emulator around it.
@@ -181,14 +184,62 @@ fn a_terminated_workbench_restores_the_terminal() {
     let mut session = Session::start(80, 24);
     session.sees("1 Layers");
     session.kill("-TERM");
-    session.ends();
+    assert_eq!(session.ends(), 0);
+}
+
+#[test]
+fn a_run_whose_workbench_is_terminated_can_go_on() {
+    let home = TempDir::new().unwrap();
+    let path = common::short_session(home.path());
+    let mut session = Session::open(home.path(), 120, 40, &[path.to_str().unwrap()]);
+    session.sees("1 Layers");
+    session.types("R");
+    session.sees("quantize      ");
+    session.kill("-TERM");
+    assert_eq!(session.ends(), 0);
+    let (_, runs) = headless(home.path(), &["runs"]);
+    assert!(runs.contains("interrupted"), "{runs}");
+    let (success, output) = headless(home.path(), &["replay", "--resume", "last"]);
+    assert!(success && output.contains("small"), "{output}");
 }
 
 #[test]
 fn suspending_gives_the_shell_its_terminal_and_fg_comes_back() {
+    let home = TempDir::new().unwrap();
+    // A shell with job control, as one types into.
+    let mut command = CommandBuilder::new("sh");
+    command.arg("-i");
+    command.env_remove("ENV");
+    command.env("XDG_DATA_HOME", home.path().join("data"));
+    command.env("XDG_STATE_HOME", home.path().join("state"));
+    let mut shell = Session::spawn(80, 24, command);
+    shell.types(&format!("{}\n", env!("CARGO_BIN_EXE_strata")));
+    shell.sees("1 Layers");
+    for _ in 0..2 {
+        shell.types("\x1a");
+        shell.sees("Stopped");
+        let screen = shell.screen.screen();
+        assert!(!screen.alternate_screen() && !screen.hide_cursor(), "{}", shell.text());
+        shell.types("fg\n");
+        shell.sees("1 Layers");
+        let screen = shell.screen.screen();
+        assert!(screen.alternate_screen() && screen.hide_cursor());
+    }
+    // It takes keys as before.
+    shell.types("j4");
+    shell.sees("block 1: w4a8");
+    shell.types("q");
+    shell.sees("quit without saving");
+    shell.types("y");
+    shell.misses("1 Layers");
+    shell.types("exit\n");
+    shell.ends();
+}
+
+#[test]
+fn a_workbench_that_was_stopped_from_outside_draws_its_screen_again() {
     let mut session = Session::start(80, 24);
     session.sees("1 Layers");
-    // Stopped and continued from outside: the screen is drawn again.
     session.kill("-STOP");
     session.take_in();
     session.screen = emulator(80, 24);
@@ -222,10 +273,15 @@ fn a_panic_gives_the_terminal_back_and_is_read_there() {
 }
 
 /// `strata` without a screen, for the same user.
-fn headless(home: &Path, arguments: &[&str]) -> (bool, String) {
+fn headless_command(home: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
     command.args(arguments).env("XDG_DATA_HOME", home.join("data")).env("XDG_STATE_HOME", home.join("state"));
-    let output = command.output().unwrap();
+    command
+}
+
+/// What it prints, and whether it ends well.
+fn headless(home: &Path, arguments: &[&str]) -> (bool, String) {
+    let output = headless_command(home, arguments).output().unwrap();
     (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
 }
 
@@ -353,4 +409,101 @@ fn a_read_only_workbench_changes_nothing() {
     workbench.types("q");
     assert_eq!(workbench.ends(), 0);
     assert!(!home.path().join("state").exists() && !home.path().join("data").exists());
+}
+
+/// Every file and folder below `folder`, with the bytes.
+fn tree(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(tree(&path));
+            found.insert(path, None);
+        } else {
+            let bytes = std::fs::read(&path).unwrap();
+            found.insert(path, Some(bytes));
+        }
+    }
+    found
+}
+
+#[test]
+fn a_read_only_workbench_leaves_what_it_looks_at_as_it_is() {
+    let home = TempDir::new().unwrap();
+    let path = quick_session(home.path());
+    let (success, output) = headless(home.path(), &["replay", path.to_str().unwrap()]);
+    assert!(success, "{output}");
+    // Of a workbench that had nothing unsaved when it was killed.
+    std::fs::create_dir_all(home.path().join("state/strata/recovery/1-0")).unwrap();
+    let before = tree(home.path());
+
+    let mut workbench = Session::open(home.path(), 120, 40, &["--read-only", path.to_str().unwrap()]);
+    workbench.sees("against base");
+    workbench.types("3v");
+    workbench.sees("▶ done");
+    workbench.types("\r");
+    workbench.sees("small: evaluated");
+    // The list is read again after a second.
+    workbench.types("xrD");
+    workbench.take_in();
+    workbench.types("\x1b");
+    workbench.sees("▶ done");
+    workbench.types("qq");
+    assert_eq!(workbench.ends(), 0);
+    let after = tree(home.path());
+    assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    assert!(before == after, "a file was changed");
+}
+
+/// The session of [`common::short_session`] with as small a sample as there is.
+fn quick_session(home: &Path) -> PathBuf {
+    let path = common::short_session(home);
+    let text = std::fs::read_to_string(&path).unwrap().replace("sequences = 10\nlength = 256", "sequences = 1\nlength = 16");
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn what_keys_have_saved_is_replayed_to_the_same_bytes_and_figures() {
+    let home = TempDir::new().unwrap();
+    let path = quick_session(home.path());
+    let mut workbench = Session::open(home.path(), 120, 40, &[path.to_str().unwrap()]);
+    workbench.sees("1 Layers");
+    // All SSM blocks to w8a8; block 3 to w16a16, and back.
+    workbench.types("s8");
+    workbench.sees("kind:ssm w8a8");
+    workbench.types("\x1b");
+    workbench.misses("●");
+    workbench.types("jjj6u");
+    workbench.sees("undone: block 3 to w16a16");
+    workbench.types("R");
+    workbench.sees("✓ evaluate base, small");
+    workbench.types("5c");
+    workbench.sees("95% interval");
+    workbench.misses("comparing row by row");
+    workbench.types("\x13");
+    workbench.sees("saved ");
+    workbench.types("q");
+    assert_eq!(workbench.ends(), 0);
+    let saved = std::fs::read_to_string(&path).unwrap();
+    assert!(saved.contains("kind:ssm") && !saved.contains("block:3"), "{saved}");
+
+    // Elsewhere, where nothing is known.
+    let (elsewhere, variants) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let arguments = ["replay", path.to_str().unwrap(), "--json", "--output", variants.path().to_str().unwrap()];
+    let output = headless_command(elsewhere.path(), &arguments).output().unwrap();
+    let replayed: ResultSet = serde_json::from_str(&common::succeeded(&output)).unwrap();
+    let made = Run::find(&home.path().join("data/strata/runs"), "last").unwrap().made();
+    let weights = |folder: &Path| {
+        let mut files = common::files(folder);
+        files.retain(|name, _| name.extension().is_some_and(|extension| extension == "safetensors"));
+        files
+    };
+    let (typed, again) = (weights(&made.variants["small"]), weights(&variants.path().join("small")));
+    assert!(typed.len() > 1 && typed == again, "the bytes differ");
+    assert_eq!((made.results.len(), replayed.results.len()), (2, 2));
+    for (typed, again) in made.results.iter().map(|evaluated| &evaluated.result).zip(&replayed.results) {
+        assert_eq!((&typed.variant, typed.weight_bytes), (&again.variant, again.weight_bytes));
+        assert_eq!((&typed.tasks, &typed.kld, typed.perplexity), (&again.tasks, &again.kld, again.perplexity));
+    }
 }

@@ -25,13 +25,14 @@ pub struct Point {
 }
 
 /// What was kept of a bin after an item: the option taken, and the bin that it was added to.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct Step {
     parent: u32,
     option: u32,
 }
 
 /// Every selection worth having.
+#[derive(Debug)]
 pub struct Front {
     points: Vec<Point>,
     /// One row an item.

@@ -24,7 +24,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use strata::backend::DeviceChoice;
-use strata::checkpoint::DEMO;
+use strata::checkpoint::{self, DEMO};
 use strata::engine::{Engine, EngineOptions, Event};
 use strata::error::{Error, ErrorKind, Result};
 use strata::session::Session;
@@ -160,6 +160,8 @@ fn workbench(options: &Workbench, common: &Common) -> Result<()> {
     };
     let interactive = std::io::stdout().is_terminal() && std::io::stdin().is_terminal() && !common.json;
     if interactive {
+        // A download shows how far it is before the workbench takes the screen.
+        progress::Follow::watch("opening", |monitor| checkpoint::open_watched(&session.model.name(), monitor))?;
         let farewell = tui::run(WorkbenchOptions {
             session,
             session_path: file,

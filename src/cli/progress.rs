@@ -1,11 +1,13 @@
 //! Progress of jobs on stderr: bars on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use strata::engine::Event;
-use strata::monitor::Report;
+use strata::error::Result;
+use strata::monitor::{CancelToken, Monitor, Report};
 
 /// Follows the events of a run.
 pub struct Follow {
@@ -36,18 +38,29 @@ impl Follow {
                 let how = if *reused { "found" } else { "made" };
                 self.say(&format!("{name}: {how} in {}, sample KLD {:.2e}", path.display(), manifest.sample.kld_mean));
             }
-            Event::Finished { .. } => {
-                self.end_stage();
-                if let Some(bar) = &self.bar {
-                    bar.finish_and_clear();
-                }
-            }
+            Event::Finished { .. } => self.end(),
             Event::Evaluated { .. }
             | Event::Text { .. }
             | Event::Sensitivities { .. }
             | Event::Study { .. }
             | Event::Observed { .. }
             | Event::Spoken { .. } => {}
+        }
+    }
+
+    /// Follows work that no engine does.
+    pub fn watch<T>(title: &str, work: impl FnOnce(&Monitor) -> Result<T>) -> Result<T> {
+        let follow = Mutex::new(Self { title: title.to_owned(), ..Self::new() });
+        let sink = |report| follow.lock().unwrap_or_else(PoisonError::into_inner).report(&report);
+        let outcome = work(&Monitor::new(sink, CancelToken::default()));
+        follow.lock().unwrap_or_else(PoisonError::into_inner).end();
+        outcome
+    }
+
+    fn end(&mut self) {
+        self.end_stage();
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
         }
     }
 

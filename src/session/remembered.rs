@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::UiSpec;
 use crate::error::{Error, Result};
 
 /// Recent files kept.
@@ -18,21 +19,22 @@ const RECENT: usize = 20;
 pub struct Remembered {
     /// Session files, the latest first.
     pub recent: Vec<PathBuf>,
-    /// Name of the pane that had the focus.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pane: Option<String>,
     /// The focused pane filled the screen.
     pub zoom: bool,
-    /// Column that the results were sorted by, with `-` in front for the largest first.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sort: Option<String>,
     pub hide_differences: bool,
-    /// Name of the variant that was edited, by the session's file, or by the model where there is none.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub variants: BTreeMap<String, String>,
+    /// Clicks and the wheel were left to the terminal.
+    pub mouse_off: bool,
+    /// What the strip showed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub strip: Option<String>,
     /// Theme that was chosen while running.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub theme: Option<String>,
+    /// What a session's file may say otherwise.
+    pub ui: UiSpec,
+    /// Name of the variant that was edited, by the session's file, or by the model where there is none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub variants: BTreeMap<String, String>,
 }
 
 impl Remembered {
@@ -85,7 +87,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new").join("workbench.toml");
         assert_eq!(Remembered::read(&path), Remembered::default());
-        let mut remembered = Remembered { sort: Some("-KLD".into()), zoom: true, ..Remembered::default() };
+        let ui = UiSpec { sort: Some("-KLD".into()), layers_grouped: true, ..UiSpec::default() };
+        let mut remembered = Remembered { zoom: true, theme: Some("light".into()), ui, ..Remembered::default() };
         for name in ["/a.toml", "/b.toml", "/a.toml"] {
             remembered.used(Path::new(name));
         }

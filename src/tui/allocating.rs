@@ -7,7 +7,9 @@ use super::document::Draft;
 use super::state::State;
 use crate::analysis::Gpu;
 use crate::analysis::allocate::{Activations, AllocateRequest, Allocation, Budget, CONTEXT, FrontPoint, Place, Solution};
+use crate::analysis::knapsack::Front;
 use crate::analysis::sensitivity::Sensitivities;
+use crate::checkpoint::Layout;
 use crate::engine::AllocateJob;
 use crate::error::{Error, Result};
 use crate::format::{Plan, Selector};
@@ -17,35 +19,57 @@ use crate::size;
 /// Steps from one end of the front to the other.
 const STEPS: u64 = 100;
 
+/// What is done once the plans of every budget are found, unless the variant is edited meanwhile.
+pub struct Awaited {
+    pub draft: Draft,
+    pub then: Then,
+}
+
+/// See [`Awaited`].
+#[derive(Debug, Clone, Copy)]
+pub enum Then {
+    Open(Activations),
+    Explain,
+}
+
 /// The front, and the plan that is looked at.
 pub struct Allocating {
     /// The variant as it was: an edit ends this.
     draft: Draft,
     losses: Arc<Sensitivities>,
-    pub request: AllocateRequest,
+    request: AllocateRequest,
+    front: Arc<Front>,
     pub points: Vec<FrontPoint>,
     pub at: usize,
     pub found: Allocation,
 }
 
 impl Allocating {
-    /// The front for the variant being edited, at its own bytes. Selected blocks keep their formats, and so does what the
-    /// overrides of a recipe with `[allocate]` pin.
-    pub fn new(state: &mut State, activations: Activations) -> Result<Self> {
+    /// The front for the variant being edited, at its own bytes; nothing while it is being solved. Selected blocks keep their
+    /// formats, and so does what the overrides of a recipe with `[allocate]` pin.
+    pub fn new(state: &mut State, activations: Activations) -> Result<Option<Self>> {
         let draft = state.document.draft().clone();
-        let Some(losses) = state.losses.of(&draft).cloned() else {
-            return Err(Error::input("what the parts of the model lose is not measured yet").hint("M measures it"));
-        };
+        let Some(losses) = state.losses.of(&draft).cloned() else { return Err(not_measured()) };
         let layout = Arc::clone(&state.document.layout);
         let mut request = request(state, &draft, activations)?;
         let formats = state.plan().blocks.clone();
         let pin = |block: &usize| Override { selector: Selector::Blocks(*block, *block), format: formats[*block] };
         request.pins.extend(state.layers.selected.iter().map(pin));
-        let solution = state.losses.solution(&losses, &layout, &request)?;
+        let Some(solution) = state.losses.solution(&losses, &layout, &request)? else { return Ok(None) };
         // A plan below everything that is possible begins at the least.
         let place = solution.find(request.budget).or_else(|_| solution.find(Budget::Share(0.0)))?;
-        let (points, found) = (solution.front(), solution.at(place));
-        Ok(Self { draft, losses, request, points, at: place.index, found })
+        let (front, points, found) = (solution.shared_front(), solution.front(), solution.at(place));
+        Ok(Some(Self { draft, losses, request, front, points, at: place.index, found }))
+    }
+
+    /// Every plan of the front.
+    pub fn solution<'a>(&'a self, layout: &'a Layout) -> Result<Solution<'a>> {
+        Solution::with_front(&self.losses, layout, &self.request, Arc::clone(&self.front))
+    }
+
+    /// Which activations the plans may use.
+    pub fn activations(&self) -> Activations {
+        self.request.activations
     }
 
     /// Whether the variant is still what the front was made for.
@@ -95,11 +119,15 @@ pub fn request(state: &State, draft: &Draft, activations: Activations) -> Result
     Ok(AllocateRequest { activations, ..AllocateRequest::new(ends, Budget::LinearBytes(layout.linear_bytes(&draft.plan))) })
 }
 
+/// There is nothing to find plans from.
+pub fn not_measured() -> Error {
+    Error::input("what the parts of the model lose is not measured yet").hint("{measure} measures it")
+}
+
 /// Asks the front of the open view.
-fn with_solution<T>(state: &mut State, ask: impl FnOnce(&Allocating, &Solution<'_>) -> Result<T>) -> Result<T> {
+fn with_solution<T>(state: &State, ask: impl FnOnce(&Allocating, &Solution<'_>) -> Result<T>) -> Result<T> {
     let Some(allocating) = &state.allocating else { return Err(Error::input("no front is open")) };
-    let solution = state.losses.solution(&allocating.losses, &state.document.layout, &allocating.request)?;
-    ask(allocating, &solution)
+    ask(allocating, &allocating.solution(&state.document.layout)?)
 }
 
 /// Puts the budget to the place of the front that `find` gives.

@@ -7,7 +7,8 @@ use ratatui::backend::TestBackend;
 
 use super::document::Document;
 use super::keys;
-use super::message::Msg;
+use super::losses::Solved;
+use super::message::{Effect, Msg, ToSolve};
 use super::state::State;
 use super::theme::Theme;
 use super::update::update;
@@ -24,7 +25,11 @@ use crate::session::Session;
 pub struct Workbench {
     state: State,
     terminal: Terminal<TestBackend>,
+    asked: Option<Box<ToSolve>>,
 }
+
+/// Plans of every budget.
+pub struct FoundPlans(Box<Solved>);
 
 impl Workbench {
     /// On a stack of 118 blocks of a 56B model.
@@ -41,7 +46,7 @@ impl Workbench {
         );
         let document = Document::of_config(Session::demo().unwrap(), Config::parse(&config).unwrap()).unwrap();
         let state = State::new(document, None, Theme::find(Some("dark"), false).unwrap(), false, size);
-        Self { state, terminal: Terminal::new(TestBackend::new(size.0, size.1)).unwrap() }
+        Self { state, terminal: Terminal::new(TestBackend::new(size.0, size.1)).unwrap(), asked: None }
     }
 
     /// The same, with losses measured for every part.
@@ -55,7 +60,23 @@ impl Workbench {
     /// Types a key.
     pub fn press(&mut self, key: &str) {
         if let Some(event) = keys::event(key) {
-            drop(update(&mut self.state, Msg::Key(event)));
+            for effect in update(&mut self.state, Msg::Key(event)) {
+                if let Effect::Solve(asked) = effect {
+                    self.asked = Some(asked);
+                }
+            }
+        }
+    }
+
+    /// Finds the plans that the last key asked for, which the loop does in the background.
+    pub fn solve(&mut self) -> Option<FoundPlans> {
+        Some(FoundPlans(Box::new(Solved::new(*self.asked.take()?))))
+    }
+
+    /// Takes in what was found.
+    pub fn take_in(&mut self, found: Option<FoundPlans>) {
+        if let Some(FoundPlans(solved)) = found {
+            drop(update(&mut self.state, Msg::Solved(solved)));
         }
     }
 

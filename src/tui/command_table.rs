@@ -20,13 +20,17 @@ macro_rules! command {
 
 /// The table.
 #[rustfmt::skip]
-pub static TABLE: [Command; 110] = [
+pub static TABLE: [Command; 114] = [
     // Formats
     command!("format-w4a8", "Format w4a8", Some((1, "w4a8")), ["4"], PLANNING, always, formats::w4a8, "Gives the selected blocks 4-bit weights and 8-bit activations."),
     command!("format-w8a8", "Format w8a8", Some((1, "w8a8")), ["8"], PLANNING, always, formats::w8a8, "Gives the selected blocks 8-bit weights and activations."),
     command!("format-w16a16", "Format w16a16", Some((1, "w16a16")), ["6"], PLANNING, always, formats::w16a16, "Leaves the selected blocks as they are in the checkpoint."),
     command!("format-w8a16", "Format w8a16", None, [], PLANNING, always, formats::w8a16, "Gives the selected blocks 8-bit weights and float activations."),
     command!("format-w4a16", "Format w4a16", None, [], PLANNING, always, formats::w4a16, "Gives the selected blocks 4-bit weights and float activations."),
+    command!("format-w3a16", "Format w3a16", None, [], PLANNING, always, formats::w3a16, "Gives the selected blocks 3-bit weights and float activations."),
+    command!("format-w3a8", "Format w3a8", None, [], PLANNING, always, formats::w3a8, "Gives the selected blocks 3-bit weights and 8-bit activations."),
+    command!("format-w2a16", "Format w2a16", None, [], PLANNING, always, formats::w2a16, "Gives the selected blocks 2-bit weights and float activations."),
+    command!("format-w2a8", "Format w2a8", None, [], PLANNING, always, formats::w2a8, "Gives the selected blocks 2-bit weights and 8-bit activations."),
     command!("narrower", "Narrower format", Some((3, "narrower")), [">"], PLANNING, always, formats::narrower, "Gives the selected blocks the next narrower format: w16a16, w8a16, w8a8, w4a16, w4a8, and round."),
     command!("wider", "Wider format", None, ["<"], PLANNING, always, formats::wider, "Gives the selected blocks the next wider format."),
     command!("copy-format", "Copy formats", None, ["y"], &[Pane::Layers, Pane::Block], always, formats::copy, "Copies the format of the block under the cursor, or the formats of the selection in their order."),

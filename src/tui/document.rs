@@ -21,7 +21,7 @@ const HISTORY: usize = 200;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Draft {
     /// Stays the same through renaming and undo.
-    id: u32,
+    pub id: u32,
     pub name: String,
     /// As the session names it.
     pub recipe_name: String,
@@ -278,8 +278,9 @@ impl Document {
             return Ok(false);
         }
         if draft.is_allocated() {
-            return Err(Error::input(format!("the formats of {} are found by measurement", draft.name))
-                .hint("a moves its budget, 4 and 8 pin blocks; n makes a variant of another recipe"));
+            return Err(Error::input(format!("the formats of {} are found by measurement", draft.name)).hint(
+                "{allocate} moves its budget, {format-w4a8} and {format-w8a8} pin blocks; {new-variant} makes a variant of another recipe",
+            ));
         }
         let rules = match self.written.get(&draft.id) {
             Some(written) if written.plan == plan => written.overrides.clone(),

@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::document::Document;
 use super::known::Known;
+use super::losses::Solved;
 use super::message::{Effect, Msg, SaveOutcome, ToCompare};
 use super::queue::Purpose;
 use super::state::{Compared, State};
@@ -198,13 +199,14 @@ impl Outside {
                     Msg::LossesRecalled { model, key, found: found.map(|found| found.map(Box::new)) }
                 });
             }
+            Effect::Solve(asked) => in_background(background, move || Msg::Solved(Box::new(Solved::new(*asked)))),
             Effect::LookAtRuns { follow } => {
-                let runs = self.places.runs();
+                let (runs, read_only) = (self.places.runs(), self.read_only);
                 in_background(background, move || {
                     let list = Run::list(&runs);
                     let followed = follow.and_then(|id| Run::find(&runs, &id).ok());
                     let over = |run: &Run| list.iter().any(|status| status.id == run.id() && status.state.is_over());
-                    if let Some(run) = followed.as_ref().filter(|run| over(run)) {
+                    if let Some(run) = followed.as_ref().filter(|run| !read_only && over(run)) {
                         run.mark_seen();
                     }
                     let log = followed.map(|run| run.log_tail(TAIL)).unwrap_or_default();

@@ -102,6 +102,27 @@ impl Keymap {
         self.keys.get(command.id).map_or(&[], Vec::as_slice)
     }
 
+    /// `text` with a key in place of every `{command}`: that which hints show, or what the palette takes where there is none.
+    pub fn fill(&self, text: &str) -> String {
+        let mut filled = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once('{') {
+            let found = after.split_once('}').and_then(|(id, after)| Some((TABLE.iter().find(|command| command.id == id)?, after)));
+            filled.push_str(before);
+            let Some((command, after)) = found else {
+                filled.push('{');
+                rest = after;
+                continue;
+            };
+            match self.keys(command).first() {
+                Some(key) => filled.push_str(key),
+                None => filled.extend([":", command.id]),
+            }
+            rest = after;
+        }
+        filled + rest
+    }
+
     /// The command of a key: one of the pane before one of everywhere.
     pub fn command(&self, key: &str, pane: Pane) -> Option<&'static Command> {
         let has_key = |command: &&Command| self.keys(command).iter().any(|held| held == key);
@@ -133,6 +154,13 @@ mod tests {
         assert_eq!(keymap.keys(page_up), ["pgup"], "ctrl-u was its key");
         // In a pane of its own a key may mean something else than everywhere.
         assert_eq!(parse("sort = \"u\"").unwrap().command("u", Pane::Results).unwrap().id, "sort");
+    }
+
+    #[test]
+    fn texts_name_the_users_keys() {
+        let keymap = parse("run = \"f9\"\nundo = []").unwrap();
+        let text = keymap.fill("{run} runs, {undo} undoes, {retry} tries again; {this} and {that are no commands");
+        assert_eq!(text, "f9 runs, :undo undoes, r tries again; {this} and {that are no commands");
     }
 
     #[test]

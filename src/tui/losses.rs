@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::document::{Document, Draft};
 use super::measurements::Origin;
-use super::message::Effect;
+use super::message::{Effect, ToSolve};
 use crate::analysis::allocate::{Activations, AllocateRequest, Correction, Solution, checks_of};
 use crate::analysis::knapsack::Front;
 use crate::analysis::sensitivity::{Sensitivities, SensitivitySpec};
@@ -65,15 +65,32 @@ pub struct Predicted {
 }
 
 /// The front of a request, which answers it with any other budget too.
-struct Solved {
-    losses: Arc<Sensitivities>,
-    request: AllocateRequest,
-    front: Arc<Front>,
+#[derive(Debug)]
+pub struct Solved {
+    pub losses: Arc<Sensitivities>,
+    pub request: AllocateRequest,
+    /// Or what of the request cannot be.
+    pub front: Result<Arc<Front>>,
+}
+
+impl Solved {
+    /// Solves for every budget, which takes longer than a frame may.
+    pub fn new(asked: ToSolve) -> Self {
+        let ToSolve { losses, layout, request } = asked;
+        let front = Solution::new(&losses, &layout, &request).map(|solution| solution.shared_front());
+        Self { losses, request, front }
+    }
+
+    fn answers(&self, losses: &Arc<Sensitivities>, request: &AllocateRequest) -> bool {
+        Arc::ptr_eq(&self.losses, losses) && self.request == AllocateRequest { budget: self.request.budget, ..request.clone() }
+    }
 }
 
 /// The plan that was found for a draft.
 #[derive(Debug)]
 struct Found {
+    /// The draft's, which stays the same while it is edited.
+    draft: u32,
     losses: Arc<Sensitivities>,
     origin: Origin,
     plan: Result<Plan>,
@@ -92,6 +109,10 @@ struct Shown {
 pub struct Losses {
     known: Vec<(Key, Known)>,
     solved: Option<Solved>,
+    /// What was asked for last and is not solved.
+    asked: Option<ToSolve>,
+    /// Something is being solved.
+    solving: bool,
     found: Option<Found>,
     shown: Option<Shown>,
 }
@@ -108,7 +129,8 @@ impl Losses {
         if let Some(Known::Measured(losses)) = self.known(draft) { Some(losses) } else { None }
     }
 
-    /// Asks for what is known of drafts that were not asked for yet.
+    /// Asks for what is known of drafts that were not asked for yet, and for the front that is needed: one at a time, so that
+    /// of many that follow each other, as edits do, only the last is solved.
     pub fn wanted(&mut self, document: &Document) -> Vec<Effect> {
         let mut effects = Vec::new();
         for draft in &document.drafts {
@@ -119,6 +141,12 @@ impl Losses {
                 let spec = Box::new(SensitivitySpec::new(draft.recipe.steps(), &draft.plan, sample));
                 effects.push(Effect::RecallLosses { model: document.settings().model.name(), key, spec });
             }
+        }
+        if !self.solving
+            && let Some(asked) = self.asked.take()
+        {
+            self.solving = true;
+            effects.push(Effect::Solve(Box::new(asked)));
         }
         effects
     }
@@ -140,7 +168,14 @@ impl Losses {
         self.known.push((key, Known::Measured(Arc::new(losses))));
     }
 
+    /// Takes in a front.
+    pub fn solved(&mut self, solved: Solved) {
+        self.asked = self.asked.take().filter(|asked| !solved.answers(&asked.losses, &asked.request));
+        (self.solving, self.solved) = (false, Some(solved));
+    }
+
     /// Follows the document: finds the plan of a draft whose formats are left to measurement, unless it was found before.
+    /// While it is being solved the plan that the draft had before stays.
     pub fn find(&mut self, document: &Document) {
         let draft = document.draft();
         let Some(losses) = self.of(draft).filter(|_| draft.is_allocated()).cloned() else {
@@ -151,15 +186,18 @@ impl Losses {
         if self.found.as_ref().is_some_and(|found| found.origin == origin && Arc::ptr_eq(&found.losses, &losses)) {
             return;
         }
-        let plan = self.allocated(document, &losses, &origin);
-        self.found = Some(Found { losses, origin, plan });
+        match self.allocated(document, &losses, &origin).transpose() {
+            Some(plan) => self.found = Some(Found { draft: draft.id, losses, origin, plan }),
+            None => self.found = self.found.take().filter(|found| found.draft == draft.id),
+        }
     }
 
-    fn allocated(&mut self, document: &Document, losses: &Arc<Sensitivities>, origin: &Origin) -> Result<Plan> {
-        let Some((spec, pins)) = &origin.allocate else { return Ok(origin.plan.clone()) };
+    /// The plan that measurement gives; nothing while it is being solved.
+    fn allocated(&mut self, document: &Document, losses: &Arc<Sensitivities>, origin: &Origin) -> Result<Option<Plan>> {
+        let Some((spec, pins)) = &origin.allocate else { return Ok(Some(origin.plan.clone())) };
         let request = AllocateRequest::of_recipe(spec, pins, &document.config, &document.layout, &origin.plan)?;
-        let solution = self.solution(losses, &document.layout, &request)?;
-        Ok(solution.at(solution.find(request.budget)?).plan)
+        let Some(solution) = self.solution(losses, &document.layout, &request)? else { return Ok(None) };
+        Ok(Some(solution.at(solution.find(request.budget)?).plan))
     }
 
     /// The plan that measurement gives the variant being edited, or why it gives none; nothing where none is to be found.
@@ -225,16 +263,18 @@ impl Losses {
         })
     }
 
-    /// Every plan that `request` allows; what differs in the budget only is solved once.
-    pub fn solution<'a>(&mut self, losses: &'a Arc<Sensitivities>, layout: &'a Layout, request: &AllocateRequest) -> Result<Solution<'a>> {
-        let same = |solved: &&Solved| {
-            Arc::ptr_eq(&solved.losses, losses) && solved.request == AllocateRequest { budget: solved.request.budget, ..request.clone() }
-        };
-        if let Some(solved) = self.solved.as_ref().filter(same) {
-            return Solution::with_front(losses, layout, request, Arc::clone(&solved.front));
+    /// Every plan that `request` allows; what differs in the budget only is solved once. Nothing while it is being solved, which
+    /// [`Self::wanted`] asks for.
+    pub fn solution<'a>(
+        &mut self,
+        losses: &'a Arc<Sensitivities>,
+        layout: &'a Arc<Layout>,
+        request: &AllocateRequest,
+    ) -> Result<Option<Solution<'a>>> {
+        if let Some(solved) = self.solved.as_ref().filter(|solved| solved.answers(losses, request)) {
+            return Solution::with_front(losses, layout, request, Arc::clone(solved.front.as_ref().map_err(Clone::clone)?)).map(Some);
         }
-        let solution = Solution::new(losses, layout, request)?;
-        self.solved = Some(Solved { losses: Arc::clone(losses), request: request.clone(), front: solution.shared_front() });
-        Ok(solution)
+        self.asked = Some(ToSolve { losses: Arc::clone(losses), layout: Arc::clone(layout), request: request.clone() });
+        Ok(None)
     }
 }

@@ -8,11 +8,13 @@ use crossterm::event::{KeyEvent, MouseEvent};
 
 use super::document::Document;
 use super::known::Known;
-use super::losses::Key;
+use super::losses::{Key, Solved};
 use super::queue::Purpose;
 use super::state::Compared;
 use crate::analysis::Inventory;
+use crate::analysis::allocate::AllocateRequest;
 use crate::analysis::sensitivity::{Sensitivities, SensitivitySpec};
+use crate::checkpoint::Layout;
 use crate::engine::inspect::Look;
 use crate::engine::{Event, GpuReading, Job, JobId};
 use crate::error::Result;
@@ -83,6 +85,8 @@ pub enum Msg {
         key: Key,
         found: Result<Option<Box<Sensitivities>>>,
     },
+    /// The answer to [`Effect::Solve`].
+    Solved(Box<Solved>),
     /// The answer to [`Effect::Restore`].
     Restored {
         lost: Box<Lost>,
@@ -127,6 +131,14 @@ pub struct ToCompare {
     pub data: Option<PathBuf>,
 }
 
+/// Plans of every budget are to be found.
+#[derive(Debug)]
+pub struct ToSolve {
+    pub losses: Arc<Sensitivities>,
+    pub layout: Arc<Layout>,
+    pub request: AllocateRequest,
+}
+
 /// Something is to be done outside the state.
 #[derive(Debug)]
 pub enum Effect {
@@ -149,6 +161,8 @@ pub enum Effect {
         key: Key,
         spec: Box<SensitivitySpec>,
     },
+    /// Find the plans of every budget.
+    Solve(Box<ToSolve>),
     /// Open what was lost, as a change of its file.
     Restore(Box<Lost>),
     Discard(Box<Lost>),

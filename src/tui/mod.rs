@@ -89,8 +89,7 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
     // What can be wrong with the input is said on the ordinary screen, before the other one is taken.
     let places = Places::user();
     let remembered = Remembered::read(&places.remembered());
-    let theme = Theme::find(options.theme.as_deref(), Theme::no_color())?;
-    let ask = options.theme.is_none() && !Theme::no_color();
+    let (theme, ask) = theme(&options, &remembered)?;
     let keymap = keymap::Keymap::of_user()?;
     let document = Document::open(options.session)?;
     let (engine, events) = Engine::start(&EngineOptions { threads: options.threads, device: options.device })?;
@@ -102,7 +101,7 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
     terminal::restore_on_panic();
     let outcome: Result<Option<String>> = runtime.block_on(async {
         let signals = signals()?;
-        let screen = TerminalScreen::take()?;
+        let mut screen = TerminalScreen::take()?;
         let mut state = State::new(document, options.session_path, theme, options.ascii, screen.size()?);
         state.keymap = keymap;
         if ask {
@@ -120,8 +119,14 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
         state.host_bytes = memory::total_bytes();
         state.read_only = options.read_only;
         state.recollect(&remembered);
-        state.say("4, 8 or 6 changes the format of a block; R runs the variant; ? lists the keys");
-        if let Some(lost) = recovery::lost(&places.recovery()).into_iter().next().filter(|_| !options.read_only) {
+        screen.set_mouse(state.mouse)?;
+        state.say(
+            "{format-w4a8}, {format-w8a8} or {format-w16a16} changes the format of a block; {run} runs the variant; {help} lists the keys",
+        );
+        // Looking for lost sessions takes away folders that hold nothing.
+        if !options.read_only
+            && let Some(lost) = recovery::lost(&places.recovery()).into_iter().next()
+        {
             actions::files::offer_lost(&mut state, lost);
         }
         let mut arguments = vec![format!("--device={}", options.device)];
@@ -135,6 +140,18 @@ pub fn run(options: WorkbenchOptions) -> Result<Option<String>> {
     runtime.shutdown_background();
     engine.shutdown(PATIENCE);
     outcome
+}
+
+/// The theme of the first frame, and whether the terminal's background may change it: the one that was asked for, or else
+/// none with `NO_COLOR`, or else the one that was chosen while running.
+fn theme(options: &WorkbenchOptions, remembered: &Remembered) -> Result<(Theme, bool)> {
+    let no_color = Theme::no_color();
+    let chosen = remembered.theme.as_deref().filter(|_| options.theme.is_none() && !no_color);
+    // A file that has gone since costs the choice.
+    if let Some(theme) = chosen.and_then(|name| Theme::find(Some(name), false).ok()) {
+        return Ok((theme, false));
+    }
+    Ok((Theme::find(options.theme.as_deref(), no_color)?, options.theme.is_none() && !no_color))
 }
 
 /// Signals as a channel of what they ask for.

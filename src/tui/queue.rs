@@ -313,7 +313,6 @@ impl Queue {
                     let errors = std::mem::take(&mut self.progress.errors);
                     self.progress = Progress::begin(step.title.clone(), clock);
                     if matches!(job, Job::Evaluate(_)) {
-                        // They are those of the variant that is evaluated.
                         self.progress.errors = errors;
                     }
                     return Some(job);
@@ -427,7 +426,13 @@ impl Queue {
 
     /// Follows an event of the engine; results go to `measurements`.
     pub fn take_in(&mut self, event: Event, measurements: &mut Measurements, clock: Duration) {
+        // The errors of the variant stay while it is evaluated.
+        let evaluates = matches!(event, Event::Started { .. }) && !self.models.is_empty();
+        let errors = if evaluates { std::mem::take(&mut self.progress.errors) } else { Vec::new() };
         self.progress.event(&event, clock);
+        if evaluates {
+            self.progress.errors = errors;
+        }
         match event {
             Event::Started { title, .. } => self.line(clock, Level::Info, format!("{title}: started")),
             Event::Report { report, .. } => match report {

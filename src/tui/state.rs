@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::allocating::Allocating;
+use super::allocating::{Allocating, Awaited};
 use super::background::Query;
 use super::document::{Document, Draft};
 use super::filter::Filter;
@@ -276,6 +276,8 @@ pub struct State {
     pub losses: Losses,
     /// The front, while a budget is moved over it.
     pub allocating: Option<Box<Allocating>>,
+    /// What waits for the plans of every budget to be found.
+    pub awaited: Option<Awaited>,
     pub results: ResultsView,
     pub looks: Looks,
     pub playground: Playground,
@@ -303,6 +305,8 @@ pub struct State {
     /// Since when the workbench waits for the job at hand to stop, to hand it over and leave.
     pub leaving: Option<Duration>,
     pub theme: Theme,
+    /// The theme that the user chose while running, now or in an earlier start; without one, the terminal decides.
+    pub chosen_theme: Option<String>,
     pub ascii: bool,
     pub size: (u16, u16),
     /// Since the start.
@@ -310,6 +314,19 @@ pub struct State {
     pub resident_bytes: u64,
     /// Memory of the machine.
     pub host_bytes: Option<u64>,
+}
+
+impl Strip {
+    const ALL: [Self; 3] = [Self::Bits, Self::Loss, Self::Error];
+
+    /// As it is kept from one start to the next.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bits => "bits",
+            Self::Loss => "loss",
+            Self::Error => "error",
+        }
+    }
 }
 
 impl State {
@@ -325,6 +342,7 @@ impl State {
             measurements: Measurements::default(),
             losses: Losses::default(),
             allocating: None,
+            awaited: None,
             results: ResultsView::default(),
             looks: Looks::default(),
             playground: Playground::default(),
@@ -344,6 +362,7 @@ impl State {
             read_only: false,
             leaving: None,
             theme,
+            chosen_theme: None,
             ascii,
             size,
             clock: Duration::ZERO,
@@ -354,27 +373,30 @@ impl State {
         state
     }
 
-    /// Puts the screen as the session's `[ui]` says.
+    /// Puts the screen as the session's `[ui]` says, where there is one.
     pub fn apply_ui(&mut self) {
         let ui = self.document.settings().ui.clone();
-        self.put(ui.pane.as_deref(), ui.sort.as_deref());
-        if let Some(sort) = ui.layers_sort {
+        if ui != UiSpec::default() {
+            self.put(&ui);
+        }
+    }
+
+    fn put(&mut self, ui: &UiSpec) {
+        let pane = |name: &String| Pane::ALL.into_iter().find(|pane| pane.title().eq_ignore_ascii_case(name));
+        if let Some(pane) = ui.pane.as_ref().and_then(pane) {
+            self.focus = pane;
+        }
+        if let Some(sort) = &ui.sort {
+            self.results.descending = sort.starts_with('-');
+            self.results.sort = Some(sort.trim_start_matches('-').to_owned());
+        }
+        if let Some(sort) = &ui.layers_sort {
             self.layers.descending = sort.starts_with('-');
             self.layers.sort = Column::ALL.into_iter().find(|column| column.title() == sort.trim_start_matches('-'));
         }
         self.layers.grouped = ui.layers_grouped;
-        if let Some(gpu) = ui.gpu.and_then(|name| Gpu::find(&name).ok()) {
+        if let Some(gpu) = ui.gpu.as_ref().and_then(|name| Gpu::find(name).ok()) {
             self.plan.gpu = gpu;
-        }
-    }
-
-    fn put(&mut self, pane: Option<&str>, sort: Option<&str>) {
-        if let Some(pane) = pane.and_then(|name| Pane::ALL.into_iter().find(|pane| pane.title().eq_ignore_ascii_case(name))) {
-            self.focus = pane;
-        }
-        if let Some(sort) = sort {
-            self.results.descending = sort.starts_with('-');
-            self.results.sort = Some(sort.trim_start_matches('-').to_owned());
         }
     }
 
@@ -392,9 +414,13 @@ impl State {
 
     /// Puts the screen as it was when the workbench was left last.
     pub fn recollect(&mut self, remembered: &Remembered) {
-        self.put(remembered.pane.as_deref(), remembered.sort.as_deref());
+        self.put(&remembered.ui);
         self.zoom = remembered.zoom;
         self.results.hide_differences = remembered.hide_differences;
+        self.mouse = !remembered.mouse_off;
+        let strip = |name: &String| Strip::ALL.into_iter().find(|strip| strip.name() == name);
+        self.layers.strip = remembered.strip.as_ref().and_then(strip).unwrap_or_default();
+        self.chosen_theme.clone_from(&remembered.theme);
         self.apply_ui();
         let model = self.document.settings().model.id.clone();
         self.document.select_named(remembered.edited(self.path.as_deref(), &model));
@@ -402,9 +428,10 @@ impl State {
 
     /// Takes note of how the screen is.
     pub fn remember(&self, remembered: &mut Remembered) {
-        let ui = self.ui();
-        (remembered.pane, remembered.sort) = (ui.pane, ui.sort);
+        remembered.ui = self.ui();
         (remembered.zoom, remembered.hide_differences) = (self.zoom, self.results.hide_differences);
+        (remembered.mouse_off, remembered.strip) = (!self.mouse, Some(self.layers.strip.name().to_owned()));
+        remembered.theme.clone_from(&self.chosen_theme);
         remembered.edits(self.path.as_deref(), &self.document.settings().model.id, &self.document.draft().name);
     }
 
@@ -414,9 +441,10 @@ impl State {
         self.queue.running().is_some() || !self.toasts.is_empty() || self.leaving.is_some() || follows
     }
 
-    /// Says `text` in the status line.
-    pub fn say(&mut self, text: impl Into<String>) {
-        self.tell(Message { level: Level::Info, text: text.into() });
+    /// Says `text` in the status line, with the keys of the commands that it names (`{undo}`).
+    pub fn say(&mut self, text: impl AsRef<str>) {
+        let text = self.keymap.fill(text.as_ref());
+        self.tell(Message { level: Level::Info, text });
     }
 
     /// Says in a corner what happened by itself.
@@ -443,7 +471,7 @@ impl State {
 
     /// Says what went wrong in the status line.
     pub fn complain(&mut self, error: &Error) {
-        let hint = error.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
+        let hint = error.hint.as_ref().map(|hint| format!(" ({})", self.keymap.fill(hint))).unwrap_or_default();
         self.tell(Message { level: Level::Error, text: format!("{}{hint}", error.message) });
     }
 
@@ -468,6 +496,9 @@ impl State {
         let draft = self.document.draft();
         if self.allocating.as_ref().is_some_and(|allocating| !allocating.holds(draft)) {
             self.allocating = None;
+        }
+        if self.awaited.as_ref().is_some_and(|awaited| awaited.draft != *draft) {
+            self.awaited = None;
         }
         self.losses.find(&self.document);
         let made = || self.measurements.of(draft).filter(|_| draft.is_allocated()).map(|row| &row.plan);

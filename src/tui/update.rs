@@ -22,6 +22,8 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
     match msg {
         Msg::Key(event) => match state.background.keys(event, state.clock) {
             Answer::Keys(keys) => effects.extend(keys.into_iter().flat_map(|event| key(state, event))),
+            // Who chose meanwhile is not asked again.
+            Answer::Light(_) if state.chosen_theme.is_some() => {}
             Answer::Light(light) => match Theme::find(Some(if light { "light" } else { "dark" }), false) {
                 Ok(theme) => state.theme = theme,
                 Err(error) => state.complain(&error),
@@ -63,6 +65,10 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
                 state.losses.recalled(&key, found);
             }
         }
+        Msg::Solved(solved) => {
+            state.losses.solved(*solved);
+            actions::allocate::go_on(state);
+        }
         Msg::Recent(files) => actions::files::choose_recent(state, files),
         Msg::Trouble(error) => {
             let hint = error.hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
@@ -77,7 +83,7 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
             Ok(document) => {
                 replace_document(state, *document, lost.path.clone(), &mut effects);
                 effects.push(Effect::Discard(lost));
-                state.say("restored what was not saved; ctrl-s saves it");
+                state.say("restored what was not saved; {save} saves it");
             }
             Err(error) => state.complain(&error.context("not restored")),
         },
@@ -131,12 +137,16 @@ pub fn update(state: &mut State, msg: Msg) -> Vec<Effect> {
             }
         }
     }
-    effects.extend(state.losses.wanted(&state.document));
     state.follow();
+    effects.extend(state.losses.wanted(&state.document));
     // A run has its folder before its first job begins.
     effects.extend(state.queue.bookkeeping());
     if let Some(job) = state.queue.next(&state.measurements, state.clock) {
         effects.push(Effect::Submit(Box::new(job)));
+    }
+    if state.queue.running().is_none() {
+        // Nobody reads them any more.
+        state.gpus.clear();
     }
     effects.extend(actions::looks::wanted(state));
     effects.extend(actions::results::to_compare(state));
@@ -152,7 +162,7 @@ fn key(state: &mut State, event: crossterm::event::KeyEvent) -> Vec<Effect> {
     if let Some(command) = state.keymap.command(&name, state.focus) {
         return command.invoke(state);
     }
-    state.say(format!("{name} does nothing here; ? lists the keys"));
+    state.say(format!("{name} does nothing here; {{help}} lists the keys"));
     Vec::new()
 }
 
@@ -236,7 +246,9 @@ fn replace_document(state: &mut State, document: Document, path: Option<PathBuf>
         state.losses = Losses::default();
     }
     state.allocating = None;
-    state.layers = Layers::default();
+    // How the list is shown stays, unless the session says otherwise.
+    let Layers { sort, descending, grouped, strip, .. } = std::mem::take(&mut state.layers);
+    state.layers = Layers { sort, descending, grouped, strip, ..Layers::default() };
     state.results = ResultsView::default();
     state.looks = Looks::default();
     state.document = document;

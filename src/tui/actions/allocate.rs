@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::super::allocating::{self, Allocating};
+use super::super::allocating::{self, Allocating, Awaited, Then};
 use super::super::losses::Known;
 use super::super::message::Effect;
 use super::super::popups::{Choice, Choose, Confirm, Pager, Prompt};
@@ -12,12 +12,12 @@ use super::super::theme::Role;
 use super::jobs;
 use crate::analysis::allocate::{Activations, Exchange};
 use crate::analysis::sensitivity::unit_format;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::Format;
 use crate::session::report;
 
 pub fn is_open(state: &State) -> std::result::Result<(), &'static str> {
-    if state.allocating.is_some() { Ok(()) } else { Err("a opens the front of plans, whose budget moves") }
+    if state.allocating.is_some() { Ok(()) } else { Err("{allocate} opens the front of plans, whose budget moves") }
 }
 
 /// Opens the front, or says what has to be measured first.
@@ -33,23 +33,41 @@ pub fn open(state: &mut State) -> Vec<Effect> {
             return offer_to_measure(state, why);
         }
     }
+    state.focus = Pane::Plan;
     open_with(state, Activations::Int8);
     Vec::new()
 }
 
 fn open_with(state: &mut State, activations: Activations) {
     match Allocating::new(state, activations) {
-        Ok(allocating) => {
+        Ok(None) => wait(state, Then::Open(activations)),
+        Ok(Some(allocating)) => {
             let pins = match allocating.pins() {
                 0 => String::new(),
                 1 => "; one part keeps its format".into(),
                 count => format!("; {count} parts keep their formats"),
             };
-            state.say(format!("{} plans: ← → move the budget, enter takes the plan, esc leaves{pins}", allocating.points.len()));
+            let keys = "{budget-less} {budget-more} move the budget, {take-plan} takes the plan, {leave-plan} leaves";
+            state.say(format!("{} plans: {keys}{pins}", allocating.points.len()));
             state.allocating = Some(Box::new(allocating));
-            state.focus = Pane::Plan;
         }
         Err(error) => state.complain(&error),
+    }
+}
+
+/// Lets something wait for the plans of every budget.
+fn wait(state: &mut State, then: Then) {
+    state.awaited = Some(Awaited { draft: state.document.draft().clone(), then });
+    state.say("finding the plans of every budget …");
+}
+
+/// Goes on with what waited for the plans of every budget.
+pub fn go_on(state: &mut State) {
+    let Some(awaited) = state.awaited.take() else { return };
+    state.message = None;
+    match awaited.then {
+        Then::Open(activations) => open_with(state, activations),
+        Then::Explain => explain(state),
     }
 }
 
@@ -107,7 +125,7 @@ pub fn formats(state: &mut State) -> Vec<Effect> {
         return Vec::new();
     }
     let kinds = [Activations::Int8, Activations::Float, Activations::Any];
-    let current = state.allocating.as_ref().and_then(|open| kinds.iter().position(|kind| *kind == open.request.activations));
+    let current = state.allocating.as_ref().and_then(|open| kinds.iter().position(|kind| *kind == open.activations()));
     let items =
         [("int8", "weights of any width, as in the phases"), ("float", "weights only"), ("any", "both, which at equal bytes means float")];
     let items = items.map(|(name, what)| (name.to_owned(), what.to_owned())).to_vec();
@@ -121,7 +139,7 @@ pub fn formats(state: &mut State) -> Vec<Effect> {
 /// Takes the plan.
 pub fn apply(state: &mut State) -> Vec<Effect> {
     match allocating::apply(state) {
-        Ok(Some(label)) => state.say(format!("{}: {label}; u takes it back", state.document.draft().name)),
+        Ok(Some(label)) => state.say(format!("{}: {label}; {{undo}} takes it back", state.document.draft().name)),
         Ok(None) => state.say("the variant has this plan already"),
         Err(error) => state.complain(&error),
     }
@@ -151,30 +169,35 @@ pub fn strip(state: &mut State) -> Vec<Effect> {
 
 /// Why the block under the cursor has the bits that it has on the screen.
 pub fn why(state: &mut State) -> Vec<Effect> {
+    explain(state);
+    Vec::new()
+}
+
+fn explain(state: &mut State) {
     match reasons(state) {
-        Ok(lines) => {
+        Ok(None) => wait(state, Then::Explain),
+        Ok(Some(lines)) => {
             let block = state.layers.cursor;
             let kind = state.document.kinds[block];
             state.popups.push(Pager::popup(format!("Block {block} ({kind}): why these bits"), lines, false));
         }
         Err(error) => state.complain(&error),
     }
-    Vec::new()
 }
 
-fn reasons(state: &mut State) -> Result<Vec<(Role, String)>> {
+/// The lines; nothing while the plans beside this one are being found.
+fn reasons(state: &mut State) -> Result<Option<Vec<(Role, String)>>> {
     let (block, plan) = (state.layers.cursor, state.plan().clone());
     let (layout, draft) = (Arc::clone(&state.document.layout), state.document.draft().clone());
-    let Some(losses) = state.losses.of(&draft).cloned() else {
-        return Err(Error::input("what the parts of the model lose is not measured yet").hint("M measures it"));
-    };
+    let Some(losses) = state.losses.of(&draft).cloned() else { return Err(allocating::not_measured()) };
     // Beside a format stand those with the same activations.
     let float = plan.blocks[block].weight_bits() < 16 && !plan.blocks[block].quantizes_activations();
-    let request = match &state.allocating {
-        Some(open) => open.request.clone(),
-        None => allocating::request(state, &draft, if float { Activations::Float } else { Activations::Int8 })?,
+    let request = allocating::request(state, &draft, if float { Activations::Float } else { Activations::Int8 })?;
+    let solution = match &state.allocating {
+        Some(open) => Some(open.solution(&layout)?),
+        None => state.losses.solution(&losses, &layout, &request)?,
     };
-    let solution = state.losses.solution(&losses, &layout, &request)?;
+    let Some(solution) = solution else { return Ok(None) };
     let choices = solution.choices(&plan);
     let price = solution.price(layout.linear_bytes(&plan));
     let bits = layout.bits_per_weight(&plan);
@@ -203,7 +226,7 @@ fn reasons(state: &mut State) -> Result<Vec<(Role, String)>> {
             lines.push((Role::Text, exchange(to, ["↑", "takes", "wins"], verdict)));
         }
     }
-    Ok(lines)
+    Ok(Some(lines))
 }
 
 /// An exchange in words, `verdict` of its price among them.

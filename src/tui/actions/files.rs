@@ -48,7 +48,7 @@ pub fn ask_to_overwrite(state: &mut State, path: PathBuf) {
 }
 
 pub fn can_open(state: &State) -> Result<(), &'static str> {
-    if state.queue.is_busy() { Err("a job runs on this session: cancel it first (x)") } else { Ok(()) }
+    if state.queue.is_busy() { Err("a job runs on this session: cancel it first ({cancel})") } else { Ok(()) }
 }
 
 /// Goes on with `then` once the changes of the session that is open are saved or given up.
@@ -88,7 +88,7 @@ pub fn recent(state: &mut State) -> Vec<Effect> {
 /// Offers the session files that were opened or saved last.
 pub fn choose_recent(state: &mut State, files: Vec<PathBuf>) {
     if files.is_empty() {
-        state.say("no session file was opened or saved yet; ctrl-o opens one by its path");
+        state.say("no session file was opened or saved yet; {open} opens one by its path");
         return;
     }
     let name = |path: &PathBuf| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());

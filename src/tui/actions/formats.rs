@@ -29,6 +29,22 @@ pub fn w4a16(state: &mut State) -> Vec<Effect> {
     set_blocks(state, Format::W4A16)
 }
 
+pub fn w3a16(state: &mut State) -> Vec<Effect> {
+    set_blocks(state, Format::W3A16)
+}
+
+pub fn w3a8(state: &mut State) -> Vec<Effect> {
+    set_blocks(state, Format::W3A8)
+}
+
+pub fn w2a16(state: &mut State) -> Vec<Effect> {
+    set_blocks(state, Format::W2A16)
+}
+
+pub fn w2a8(state: &mut State) -> Vec<Effect> {
+    set_blocks(state, Format::W2A8)
+}
+
 /// The formats that one steps through; those below 4 bits are in the palette.
 const STEPS: [Format; 5] = [Format::W16A16, Format::W8A16, Format::W8A8, Format::W4A16, Format::W4A8];
 
@@ -56,14 +72,14 @@ pub fn copy(state: &mut State) -> Vec<Effect> {
         state.layers.selected.iter().map(|index| blocks[*index]).collect()
     };
     state.say(match state.plan.clipboard.as_slice() {
-        [format] => format!("{format} copied; p gives it to other blocks"),
-        formats => format!("{} formats copied; p gives them to the blocks from the cursor on", formats.len()),
+        [format] => format!("{format} copied; {{paste-format}} gives it to other blocks"),
+        formats => format!("{} formats copied; {{paste-format}} gives them to the blocks from the cursor on", formats.len()),
     });
     Vec::new()
 }
 
 pub fn can_paste(state: &State) -> Result<(), &'static str> {
-    if state.plan.clipboard.is_empty() { Err("nothing is copied: y copies the format of a block") } else { Ok(()) }
+    if state.plan.clipboard.is_empty() { Err("nothing is copied: {copy-format} copies the format of a block") } else { Ok(()) }
 }
 
 /// Gives one copied format to the selection or the block under the cursor, several to the blocks from the cursor on.

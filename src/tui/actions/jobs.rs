@@ -65,7 +65,7 @@ pub fn cancel(state: &mut State) -> Vec<Effect> {
 
 pub fn pause(state: &mut State) -> Vec<Effect> {
     state.queue.paused = !state.queue.paused;
-    state.say(if state.queue.paused { "pausing at the next step; p goes on" } else { "going on" });
+    state.say(if state.queue.paused { "pausing at the next step; {pause} goes on" } else { "going on" });
     vec![Effect::Pause(state.queue.paused)]
 }
 

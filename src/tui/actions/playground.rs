@@ -20,7 +20,9 @@ pub fn prompt(state: &mut State) -> Vec<Effect> {
     let title = format!("Prompt for {} and {}", a.name, b.name);
     let missing = [a, b].into_iter().find(|side| side.path.is_none()).map(|side| side.name);
     if let Some(missing) = missing {
-        state.say(format!("{missing} is not quantized yet: R does that; a and b in the results choose other models"));
+        state.say(format!(
+            "{missing} is not quantized yet: {{run}} does that; {{side-a}} and {{side-b}} in the results choose other models"
+        ));
         return Vec::new();
     }
     let prompt = Prompt::new(title, &state.playground.prompt, |state, text| {

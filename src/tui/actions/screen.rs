@@ -108,12 +108,17 @@ pub fn help(state: &mut State) -> Vec<Effect> {
 }
 
 pub fn theme(state: &mut State) -> Vec<Effect> {
-    let items = theme::BUILT_IN.iter().map(|(name, _)| ((*name).to_owned(), String::new())).collect();
-    let selected = theme::BUILT_IN.iter().position(|(name, _)| *name == state.theme.name).unwrap_or(0);
+    let names = || theme::BUILT_IN.iter().map(|(name, _)| *name);
+    let automatic = ("automatic".to_owned(), "by the terminal's background, at the next start".to_owned());
+    let items = names().map(|name| (name.to_owned(), String::new())).chain([automatic]).collect();
+    let selected = names().position(|name| name == state.theme.name).unwrap_or(0);
     state.popups.push(Choose::popup("Theme", items, selected, |state, index| {
-        match Theme::find(Some(theme::BUILT_IN[index].0), false) {
-            Ok(theme) => state.theme = theme,
-            Err(error) => state.complain(&error),
+        let name = theme::BUILT_IN.get(index).map(|(name, _)| *name);
+        state.chosen_theme = name.map(str::to_owned);
+        match name.map(|name| Theme::find(Some(name), false)) {
+            Some(Ok(theme)) => state.theme = theme,
+            Some(Err(error)) => state.complain(&error),
+            None => {}
         }
         Vec::new()
     }));

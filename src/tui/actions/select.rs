@@ -26,7 +26,7 @@ pub fn range(state: &mut State) -> Vec<Effect> {
     if state.layers.anchor.take().is_none() {
         state.layers.anchor = Some(cursor);
         state.layers.selected.insert(cursor);
-        state.say("range: move, then 4, 8 or 6; v ends it");
+        state.say("range: move, then {format-w4a8}, {format-w8a8} or {format-w16a16}; {select-range} ends it");
     }
     Vec::new()
 }

@@ -6,7 +6,11 @@ use super::super::state::State;
 use crate::quant::Recipe;
 
 pub fn has_others(state: &State) -> Result<(), &'static str> {
-    if state.document.drafts.len() > 1 { Ok(()) } else { Err("there is only this variant: press n in the Plan pane for a new one") }
+    if state.document.drafts.len() > 1 {
+        Ok(())
+    } else {
+        Err("there is only this variant: press {new-variant} in the Plan pane for a new one")
+    }
 }
 
 fn switch(state: &mut State, by: usize) -> Vec<Effect> {
@@ -65,7 +69,7 @@ pub fn delete(state: &mut State) -> Vec<Effect> {
     let choices = vec![Choice::new('y', "delete", |state| {
         let name = state.document.draft().name.clone();
         match state.document.remove() {
-            Ok(()) => state.say(format!("{name} deleted; u brings it back")),
+            Ok(()) => state.say(format!("{name} deleted; {{undo}} brings it back")),
             Err(error) => state.complain(&error),
         }
         Vec::new()

@@ -5,7 +5,7 @@ use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 
 use super::{dim, percent, predicted, scheme_name, short};
-use crate::checkpoint::BlockSpec;
+use crate::checkpoint::{BlockSpec, TensorSpec};
 use crate::engine::inspect::LinearLook;
 use crate::format::{Format, Plan};
 use crate::quant::Method;
@@ -34,13 +34,15 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     }
     lines.extend(formats(state, block));
     lines.extend(roundings(state, block));
+    lines.extend(floats(state, block, width));
     let scroll = state.looks.scroll.min(lines.len().saturating_sub(room));
     let more = lines.len().saturating_sub(scroll + room);
     let mut shown: Vec<Line> = lines.into_iter().skip(scroll).take(room).collect();
     if more > 0
         && let Some(last) = shown.last_mut()
     {
-        *last = Line::from(dim(state, format!(" … {} more lines: pgdn, or z", more + 1)));
+        let keys = state.keymap.fill("{page-down}, or {zoom}");
+        *last = Line::from(dim(state, format!(" … {} more lines: {keys}", more + 1)));
     }
     for (line, y) in shown.into_iter().zip(area.y..area.bottom()) {
         frame.render_widget(line, Rect { y, height: 1, ..area });
@@ -169,6 +171,28 @@ fn formats(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
     shown.chunks(2).map(|pair| Line::from(pair.iter().flat_map(|format| cell(*format)).collect::<Vec<_>>())).collect()
 }
 
+/// The tensors that no format touches: shape and bytes, two a line where there is room.
+fn floats(state: &State, block: &BlockSpec, width: usize) -> Vec<Line<'static>> {
+    let float_bytes = state.document.layout.float_bytes as u64;
+    let bytes = |tensor: &TensorSpec| tensor.elements() * float_bytes;
+    let total: u64 = block.others.iter().map(bytes).sum();
+    let cell = |tensor: &TensorSpec| {
+        let name = tensor.name.trim_start_matches(&block.prefix).trim_end_matches(".weight");
+        // The block and its mixer both have a norm.
+        let name = name.strip_prefix("mixer.").filter(|name| *name != "norm").unwrap_or(name);
+        let shape = tensor.shape.iter().map(ToString::to_string).collect::<Vec<_>>().join("×");
+        [
+            Span::raw(format!("   {:<14}", cut(name, 14))),
+            dim(state, format!("{shape:>11}")),
+            Span::raw(format!("{:>9}", report::bytes(bytes(tensor)))),
+        ]
+    };
+    let mut lines = vec![Line::from(dim(state, format!(" float in every format  {}", report::bytes(total))))];
+    let row = |tensors: &[TensorSpec]| Line::from(tensors.iter().flat_map(cell).collect::<Vec<_>>());
+    lines.extend(block.others.chunks(if width >= 74 { 2 } else { 1 }).map(row));
+    lines
+}
+
 /// What each way of rounding loses on the weights themselves.
 fn roundings(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
     let mut lines = Vec::new();
@@ -198,7 +222,11 @@ fn roundings(state: &State, block: &BlockSpec) -> Vec<Line<'static>> {
     if !state.looks.inputs.contains_key(&block.index) {
         lines.push(Line::from(dim(
             state,
-            if observing { " inputs: being observed …" } else { " inputs: i observes them over the calibration sample" },
+            state.keymap.fill(if observing {
+                " inputs: being observed …"
+            } else {
+                " inputs: {observe} observes them over the calibration sample"
+            }),
         )));
     }
     lines

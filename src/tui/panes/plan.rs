@@ -116,17 +116,17 @@ fn predictions(state: &State, width: usize) -> Vec<Line<'static>> {
 /// The divergence that the plan on the screen is predicted to have, or what has to be measured first.
 pub fn loss(state: &State, width: usize) -> Line<'static> {
     let (draft, room) = (state.document.draft(), width.saturating_sub(LABEL));
-    let said = |text: &str| Line::from(vec![label(state, "KLD"), dim(state, cut(text, room))]);
+    let said = |text: &str| Line::from(vec![label(state, "KLD"), dim(state, cut(&state.keymap.fill(text), room))]);
     if let (Some(Err(error)), None) = (state.losses.found(), &state.allocating) {
         return Line::from(vec![label(state, "KLD"), Span::styled(cut(&error.message, room), state.theme.style(Role::Bad))]);
     }
     match state.losses.known(draft) {
         None | Some(Known::Asked) => return said("looking for what was measured …"),
-        Some(Known::Nothing(None)) => return said("not predicted yet: M measures what each part loses"),
+        Some(Known::Nothing(None)) => return said("not predicted yet: {measure} measures what each part loses"),
         Some(Known::Nothing(Some(error))) => {
             let why = error.message.rsplit_once(": ").map_or(error.message.as_str(), |(_, why)| why);
             let why = why.strip_prefix("they were measured ").map_or_else(|| why.to_owned(), |rest| format!("so far {rest}"));
-            return said(&format!("M measures it; {why}"));
+            return said(&format!("{{measure}} measures it; {why}"));
         }
         Some(Known::Measured(_)) => {}
     }
@@ -254,19 +254,20 @@ fn edits(state: &State, width: usize, most: usize) -> Vec<Line<'static>> {
         lines.push(Line::from(vec![label(state, "history"), dim(state, "no edits yet")]));
         return lines;
     }
+    let (undo, redo) = (state.keymap.fill("{undo}"), state.keymap.fill("{redo}"));
     let future = undone.iter().take(most.saturating_sub(1)).rev();
     let mut rows: Vec<Span> = future.map(|label| dim(state, cut(&format!("  undone: {label}"), room))).collect();
     let past = most - rows.len();
     for (place, label) in done.iter().rev().take(past).enumerate() {
         let text = match place {
-            0 if done.len() > past => format!("{label}  (u undoes; {} in all)", done.len()),
-            0 => format!("{label}  (u undoes)"),
+            0 if done.len() > past => format!("{label}  ({undo} undoes; {} in all)", done.len()),
+            0 => format!("{label}  ({undo} undoes)"),
             _ => (*label).to_owned(),
         };
         rows.push(Span::raw(cut(&text, room)));
     }
     if done.is_empty() {
-        rows.push(dim(state, format!("all undone (U does them again; {} in all)", undone.len())));
+        rows.push(dim(state, format!("all undone ({redo} does them again; {} in all)", undone.len())));
     }
     for (place, row) in rows.into_iter().take(most).enumerate() {
         lines.push(Line::from(vec![label(state, if place == 0 { "history" } else { "" }), row]));

@@ -20,7 +20,7 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let style = |role| state.theme.style(role);
     let line = |y: u16| Rect { y: area.y + y, height: 1, ..area };
     let prompt = if playground.prompt.is_empty() {
-        Line::from(dim(state, " enter gives a prompt to A and B"))
+        Line::from(dim(state, state.keymap.fill(" {prompt} gives a prompt to A and B")))
     } else {
         let text = cut(&playground.prompt.replace('\n', " "), area.width as usize - 10);
         Line::from(vec![dim(state, " prompt "), Span::styled(text, style(Role::Strong))])

@@ -248,7 +248,7 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let (width, height) = (area.width as usize, area.height as usize);
     let lines = match state.results.tab {
         ResultsTab::Table => table_lines(state, area),
-        ResultsTab::Compare => compare::lines(state, width),
+        ResultsTab::Compare => compare::lines(state, width, height),
         ResultsTab::Flips => flips::lines(state, width, height),
         ResultsTab::Plot => return pareto::draw(frame, area, state),
     };
@@ -282,9 +282,13 @@ fn table_lines(state: &State, area: Rect) -> Vec<Line<'static>> {
         let first = if evaluates {
             "    a run is under way: rows fill when it evaluates"
         } else {
-            "    nothing is measured yet: A runs all variants"
+            "    nothing is measured yet: {run-all} runs all variants"
         };
-        lines.extend([Line::default(), Line::from(dim(state, first)), Line::from(dim(state, "    ~ marks what follows from the plan"))]);
+        lines.extend([
+            Line::default(),
+            Line::from(dim(state, state.keymap.fill(first))),
+            Line::from(dim(state, "    ~ marks what follows from the plan")),
+        ]);
     }
     lines
 }

@@ -22,8 +22,12 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     let queue = &state.queue;
     let mut lines = Vec::new();
     if queue.runs.is_empty() {
-        lines.push(Line::from(dim(state, " R quantizes and evaluates the variant being edited,")));
-        lines.push(Line::from(dim(state, " A all variants of the session; v lists earlier runs.")));
+        for text in [
+            " {run} quantizes and evaluates the variant being edited,",
+            " {run-all} all variants of the session; {runs} lists earlier runs.",
+        ] {
+            lines.push(Line::from(dim(state, state.keymap.fill(text))));
+        }
     }
     lines.extend(queue_lines(state, (area.height as usize / 3).clamp(2, QUEUE_ROWS), width));
     if queue.running().is_some() {
@@ -95,8 +99,8 @@ fn run_line(state: &State, run: &Run, chosen: bool, width: usize) -> Line<'stati
         Status::Waiting if finished == 0 => "waits".to_owned(),
         Status::Waiting | Status::Running(_) => format!("step {} of {steps}", finished + 1),
         Status::Done => "done".into(),
-        Status::Failed { .. } => "failed; r tries again".into(),
-        Status::Cancelled => "cancelled; r tries again".into(),
+        Status::Failed { .. } => state.keymap.fill("failed; {retry} tries again"),
+        Status::Cancelled => state.keymap.fill("cancelled; {retry} tries again"),
         Status::Skipped => "skipped".into(),
     };
     let title = cut(&run.title, width.saturating_sub(note.chars().count() + 12));

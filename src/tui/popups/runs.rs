@@ -112,7 +112,7 @@ impl Runs {
         let list = &state.runs.0;
         let mut lines = Vec::new();
         if list.is_empty() {
-            lines.push(Line::styled(" no runs yet: R starts one", state.theme.style(Role::Dim)));
+            lines.push(Line::styled(state.keymap.fill(" no runs yet: {run} starts one"), state.theme.style(Role::Dim)));
         }
         let at = self.at(state);
         let rows = if self.follow { at..(at + 1).min(list.len()) } else { window(at, list.len(), room) };

@@ -15,14 +15,14 @@ pub struct Tour;
 
 /// A step: keys and what they do.
 const STEPS: [(&str, &str); 8] = [
-    ("j k", "move over the blocks; the two lines on top are the whole model"),
-    ("4 8 6", "give a block 4, 8 or 16 bits: figures marked ~ follow at once"),
-    ("s v space", "select a kind, a range, a block; / finds, l opens a block"),
-    ("2", "the plan: n makes a variant, P takes a preset's formats"),
-    ("R", "quantizes and evaluates the variant; go on browsing meanwhile"),
-    ("5", "the results: a and b pick two variants, c compares, p plots"),
-    ("ctrl-s", "saves the session; `strata replay FILE` gives it again"),
-    ("? :", "all keys; every command by name"),
+    ("{down} {up}", "move over the blocks; the two lines on top are the whole model"),
+    ("{format-w4a8} {format-w8a8} {format-w16a16}", "give a block 4, 8 or 16 bits: figures marked ~ follow at once"),
+    ("{select-kind} {select-range} {select}", "select a kind, a range, a block; {filter} finds, {open-block} opens a block"),
+    ("{pane-plan}", "the plan: {new-variant} makes a variant, {preset} takes a preset's formats"),
+    ("{run}", "quantizes and evaluates the variant; go on browsing meanwhile"),
+    ("{pane-results}", "the results: {side-a} and {side-b} pick two variants, {compare} compares, {plot} plots"),
+    ("{save}", "saves the session; `strata replay FILE` gives it again"),
+    ("{help} {palette}", "all keys; every command by name"),
 ];
 
 impl Tour {
@@ -41,7 +41,8 @@ impl Tour {
         let style = |role| state.theme.style(role);
         let mut lines = vec![Line::default()];
         for (keys, what) in STEPS {
-            lines.push(Line::from(vec![Span::styled(format!(" {keys:>10}  "), style(Role::Key)), Span::raw(what)]));
+            let keys = state.keymap.fill(keys);
+            lines.push(Line::from(vec![Span::styled(format!(" {keys:>10}  "), style(Role::Key)), Span::raw(state.keymap.fill(what))]));
         }
         lines.push(Line::default());
         let kinds =

@@ -7,7 +7,8 @@ use crate::engine::{Event, Job, JobId};
 use crate::error::Error;
 use crate::format::{Format, Plan};
 use crate::tui::bench::losses;
-use crate::tui::losses::Key;
+use crate::tui::keys;
+use crate::tui::losses::{Key, Solved};
 use crate::tui::message::{Effect, Msg};
 use crate::tui::queue::{Purpose, Status};
 use crate::tui::state::{Pane, State};
@@ -142,6 +143,28 @@ fn a_budget_moves_over_the_front_and_its_plan_is_taken_and_undone() {
     assert!(text(&render(&state, (80, 24))).contains("1 pinned"));
     press(&mut state, &["8"]);
     assert!(state.allocating.is_none() && state.plan().blocks[0] == Format::W8A8);
+}
+
+#[test]
+fn the_front_is_found_beside_the_loop_and_an_edit_meanwhile_gives_it_up() {
+    let mut state = with_losses(fresh((80, 24)));
+    let key = |state: &mut State, name: &str| update(state, Msg::Key(keys::event(name).unwrap()));
+    let asked = |effects: Vec<Effect>| {
+        effects.into_iter().find_map(|effect| if let Effect::Solve(asked) = effect { Some(Solved::new(*asked)) } else { None })
+    };
+    let front = asked(key(&mut state, "a")).unwrap();
+    assert_eq!((state.focus, state.allocating.is_none()), (Pane::Plan, true));
+    assert!(screen(&state).contains("finding the plans of every budget"));
+    assert!(asked(key(&mut state, "a")).is_none(), "one at a time");
+    assert!(asked(update(&mut state, Msg::Solved(Box::new(front)))).is_none(), "what was asked for twice is found once");
+    assert!(state.allocating.is_some());
+
+    // What keeps its format makes another front; the edit that comes in between leaves none to wait for.
+    press(&mut state, &["esc", "1", "g", "space"]);
+    let front = asked(key(&mut state, "a")).unwrap();
+    key(&mut state, "4");
+    update(&mut state, Msg::Solved(Box::new(front)));
+    assert!(state.allocating.is_none() && state.document.draft().plan.blocks[0] == Format::W4A8);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use ratatui::buffer::Buffer;
 
 use crate::checkpoint::{BlockRecord, Config, Provenance, SampleRecord, StorageLayout, VARIANT_SCHEMA, VariantManifest};
 use crate::engine::inspect::{LinearLook, RoundingError};
-use crate::engine::{BlockInputs, Event, JobId, Spoken};
+use crate::engine::{BlockInputs, Event, GpuReading, JobId, Spoken};
 use crate::eval::ModelResult;
 use crate::eval::result::{Evidence, Memory};
 use crate::eval::run::Evaluated;
@@ -20,11 +20,12 @@ use crate::eval::statistics::DivergenceSummary;
 use crate::format::Format;
 use crate::monitor::Report;
 use crate::quant::Method;
-use crate::session::Session;
+use crate::session::{Session, runs};
 use crate::tui::bench::losses;
 use crate::tui::document::Document;
 use crate::tui::effects;
 use crate::tui::keys;
+use crate::tui::losses::Solved;
 use crate::tui::measurements::Origin;
 use crate::tui::message::{Effect, Msg};
 use crate::tui::state::{BlockLook, State};
@@ -54,7 +55,7 @@ pub fn synthetic(pattern: &str, size: (u16, u16)) -> State {
 /// Phases 1 and 2 measured, a third variant with edits, its job half done.
 pub fn busy(size: (u16, u16)) -> State {
     let mut state = fresh(size);
-    state.resident_bytes = 43_500_000;
+    (state.resident_bytes, state.host_bytes) = (43_500_000, Some(64_000_000_000));
     state.measurements.base_evaluated(evaluated("base", 10_600_000, 16.0, 0.0));
     for (index, bytes, bits, loss) in [(0, 5_380_000, 8.09, 0.002), (1, 2_750_000, 4.13, 0.024)] {
         let draft = state.document.drafts[index].clone();
@@ -66,29 +67,100 @@ pub fn busy(size: (u16, u16)) -> State {
     let id = JobId(1);
     update(&mut state, Msg::Submitted(Ok(id)));
     update(&mut state, Msg::Engine(Event::Started { id, title: "quantize phase3".into() }));
+    update(&mut state, Msg::Gpus(vec![gpu()]));
     tick(&mut state, 2);
-    report(&mut state, Report::Stage { name: "quantize".into(), total: 12 });
-    tick(&mut state, 20);
+    let mut report = |report| drop(update(&mut state, Msg::Engine(Event::Report { id, report })));
+    report(Report::Plan(vec![("calibrate".into(), 4.0), ("quantize".into(), 12.0), ("validate".into(), 2.0)]));
+    report(Report::Stage { name: "quantize".into(), total: 12 });
+    report(Report::Log("going on after 2 finished blocks".into()));
+    report(Report::Warning("block 3: down_proj takes int8".into()));
     for index in 0..5 {
-        report(&mut state, Report::Block { index, error: 0.01 + 0.007 * index as f64, bytes: 1000 });
+        tick(&mut state, 4 * (index as u64 + 1));
+        let mut report = |report| drop(update(&mut state, Msg::Engine(Event::Report { id, report })));
+        let error = 0.01 + 0.007 * index as f64;
+        report(Report::Block { index, error, bytes: 1000 });
+        report(Report::Step { done: index + 1, note: format!("block {index} ssm w4a8 error {error:.2e}") });
     }
-    report(&mut state, Report::Log("going on after 2 finished blocks".into()));
-    report(&mut state, Report::Warning("block 3: down_proj takes int8".into()));
-    report(&mut state, Report::Step { done: 5, note: "block 4 ssm w4a8 error 3.80e-2".into() });
     state
 }
 
-fn report(state: &mut State, report: Report) {
-    update(state, Msg::Engine(Event::Report { id: JobId(1), report }));
+/// A GPU that works.
+fn gpu() -> GpuReading {
+    GpuReading {
+        name: "NVIDIA H100 PCIe".into(),
+        used_bytes: 22_400_000_000,
+        total_bytes: 85_000_000_000,
+        utilization: 97,
+        temperature: Some(61),
+        power: Some(312_000),
+    }
+}
+
+/// The status of a run on disk, with the progress of the job at hand.
+pub fn run_status(state: &State, number: usize, run_state: runs::State) -> runs::Status {
+    runs::Status {
+        schema: runs::RUN_SCHEMA.into(),
+        id: format!("20260101-04200{number}-0"),
+        title: format!("phase{number}"),
+        model: "demo".into(),
+        state: run_state,
+        job: 1,
+        jobs: 2,
+        progress: state.queue.progress.snapshot(state.clock),
+        resident_bytes: 43_500_000,
+        began: "2026-01-01T04:20:01Z".into(),
+        updated: "2026-01-01T04:20:21Z".into(),
+        message: None,
+        hint: None,
+    }
+}
+
+/// The same when the variant is quantized and is being evaluated.
+pub fn evaluating(mut state: State) -> State {
+    let id = JobId(1);
+    let (path, manifest) = (PathBuf::from("variant"), Box::new(manifest(&state, 2, 0.02)));
+    let quantized = Event::Quantized { id, name: "phase3".into(), path, manifest, reused: false };
+    let (id, title) = (JobId(2), "evaluate base, phase3".to_owned());
+    for event in [quantized, Event::Finished { id: JobId(1), outcome: Ok(()) }] {
+        update(&mut state, Msg::Engine(event));
+    }
+    update(&mut state, Msg::Submitted(Ok(id)));
+    update(&mut state, Msg::Gpus(vec![gpu()]));
+    let mut events = vec![Event::Started { id, title }];
+    let mut report = |report| events.push(Event::Report { id, report });
+    report(Report::Plan(vec![("rows".into(), 3.0), ("windows".into(), 24.0)]));
+    report(Report::Stage { name: "windows".into(), total: 24 });
+    for windows in 1..=15 {
+        report(Report::Divergence { windows, mean: 4e-3 / (windows as f64).sqrt() });
+    }
+    report(Report::Step { done: 15, note: "window 15".into() });
+    for event in events {
+        update(&mut state, Msg::Engine(event));
+    }
+    // The toast of the finished job goes.
+    tick(&mut state, 40);
+    state
 }
 
 pub fn tick(state: &mut State, seconds: u64) {
     update(state, Msg::Tick { clock: Duration::from_secs(seconds), resident_bytes: 43_500_000 });
 }
 
-/// Types keys; returns every effect they had.
+/// Types keys; returns every effect they had. Fronts are solved as the loop has them solved, before the next key.
 pub fn press(state: &mut State, script: &[&str]) -> Vec<Effect> {
-    script.iter().flat_map(|key| update(state, Msg::Key(keys::event(key).unwrap()))).collect()
+    script.iter().flat_map(|key| solve(state, Msg::Key(keys::event(key).unwrap()))).collect()
+}
+
+/// Takes a message in, and the fronts that are to be solved for it.
+fn solve(state: &mut State, msg: Msg) -> Vec<Effect> {
+    let mut others = Vec::new();
+    for effect in update(state, msg) {
+        match effect {
+            Effect::Solve(asked) => others.extend(solve(state, Msg::Solved(Box::new(Solved::new(*asked))))),
+            effect => others.push(effect),
+        }
+    }
+    others
 }
 
 /// Types a text, letter by letter.
@@ -267,7 +339,7 @@ pub fn spoken(mut state: State) -> State {
 /// With losses measured for the variant being edited.
 pub fn with_losses(mut state: State) -> State {
     let sensitivities = Box::new(losses(&state.document));
-    update(&mut state, Msg::Engine(Event::Sensitivities { id: JobId(0), sensitivities }));
+    solve(&mut state, Msg::Engine(Event::Sensitivities { id: JobId(0), sensitivities }));
     state
 }
 

@@ -550,3 +550,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn readings_of_gpus_go_with_the_job() {
+    let mut state = busy((80, 24));
+    let readings = state.gpus.clone();
+    assert!(!readings.is_empty());
+    press(&mut state, &["x", "y"]);
+    update(&mut state, Msg::Engine(Event::Finished { id: JobId(1), outcome: Err(Error::cancelled()) }));
+    assert!(state.gpus.is_empty());
+    // An answer may come after the end.
+    update(&mut state, Msg::Gpus(readings));
+    assert!(state.gpus.is_empty());
+}

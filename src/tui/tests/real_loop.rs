@@ -14,15 +14,17 @@ use super::fixture::{render, text};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
 use crate::session::paths::Places;
-use crate::session::{EvaluateSpec, Session};
+use crate::session::remembered::Remembered;
+use crate::session::{EvaluateSpec, Session, UiSpec};
 use crate::tui::document::Document;
 use crate::tui::effects::Outside;
 use crate::tui::event_loop::{EventLoop, Signal};
 use crate::tui::keys;
 use crate::tui::measurements::Origin;
-use crate::tui::state::State;
+use crate::tui::state::{State, Strip};
 use crate::tui::terminal::Screen;
 use crate::tui::theme::Theme;
+use crate::tui::tree::Column;
 
 /// A screen in memory that the script can read.
 struct MemoryScreen {
@@ -165,6 +167,10 @@ fn browse_plan_undo_run_compare_save_reload() {
         typist.sees("✓ quantize phase1").await;
         typist.sees("✓ evaluate base, phase1, phase2").await;
         typist.sees("against base").await;
+        typist.press(&["5", "c"]);
+        typist.sees("95% interval").await;
+        typist.sees_not("comparing row by row").await;
+        typist.sees("B−A most").await;
         typist.press(&["ctrl-s", "ctrl-u"]);
         typist.type_text(path.to_str().unwrap());
         typist.press(&["enter"]);
@@ -174,7 +180,7 @@ fn browse_plan_undo_run_compare_save_reload() {
     let reloaded = Session::read(&path).unwrap();
     assert_eq!(reloaded, state.document.session());
     assert_eq!(reloaded.variants[0].overrides.len(), 1);
-    // What a replay of the saved file would make is just what was measured on screen.
+    // The saved file's variants are those that were measured on screen.
     for (spec, draft) in reloaded.variants.iter().zip(&state.document.drafts) {
         let (recipe, plan) = spec.plan(&state.document.layout).unwrap();
         let measured = state.measurements.find(&Origin::new(&recipe, &plan, &spec.overrides)).unwrap();
@@ -190,6 +196,39 @@ fn browse_plan_undo_run_compare_save_reload() {
         typist.press(&["q"]);
     });
     assert!(!state.document.unsaved());
+}
+
+#[test]
+fn how_the_screen_looked_is_kept_from_one_start_to_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let remembered = folder.path().join("state/workbench.toml");
+    let left = with_loop(small_session(), folder.path(), async |typist: Typist| {
+        typist.press(&["o", "O", "K", "m", "ctrl-t", ":"]);
+        typist.type_text("theme");
+        typist.press(&["enter"]);
+        typist.sees("automatic").await;
+        typist.press(&["j", "j", "enter", "2", "t", "j", "j", "enter", "z"]);
+        typist.sees("A100 40GB").await;
+        typist.press(&["q"]);
+    });
+    let mut state = State::new(Document::open(small_session()).unwrap(), None, left.theme.clone(), false, (160, 48));
+    state.recollect(&Remembered::read(&remembered));
+    let looks = |state: &State| {
+        let layers = &state.layers;
+        let list = (layers.sort, layers.descending, layers.grouped, layers.strip);
+        (list, state.mouse, state.zoom, state.focus, state.plan.gpu.name, state.chosen_theme.clone())
+    };
+    assert_eq!(looks(&state), looks(&left));
+    assert!(!state.mouse && state.layers.grouped && state.layers.strip != Strip::default());
+    let choice = state.chosen_theme.as_deref();
+    assert_eq!((choice, left.theme.name.as_str()), (Some("light"), "light"));
+
+    // What a session's file says of the screen comes first.
+    let ui = UiSpec { layers_sort: Some("bytes".into()), ..UiSpec::default() };
+    let session = Session { ui, ..small_session() };
+    let mut state = State::new(Document::open(session).unwrap(), None, left.theme.clone(), false, (160, 48));
+    state.recollect(&Remembered::read(&remembered));
+    assert_eq!((state.layers.sort, state.layers.grouped), (Some(Column::Bytes), false));
 }
 
 #[test]

@@ -1,12 +1,20 @@
 //! Whole screens with their styles in every theme, and without Unicode.
 
+use std::path::Path;
+
 use ratatui::buffer::Buffer;
 use ratatui::style::Style;
 use rstest::rstest;
 
-use super::fixture::{answer, busy, fresh, looked, press, render, spoken, text, type_text, with_losses};
+use super::fixture::{answer, busy, evaluating, fresh, looked, press, render, run_status, spoken, text, type_text, with_losses};
+use crate::session::recovery::{Recovery, lost};
+use crate::session::runs;
+use crate::tui::actions::files::offer_lost;
+use crate::tui::message::Msg;
+use crate::tui::queue::Level;
 use crate::tui::state::State;
 use crate::tui::theme::{BUILT_IN, Theme};
+use crate::tui::update::update;
 
 /// The themes in the order of the legend.
 fn themes() -> Vec<Theme> {
@@ -64,7 +72,7 @@ fn describe(style: &Style) -> String {
 }
 
 /// Every view by name: its pane and what is typed to see it. `measured` views know what the model's parts lose.
-const VIEWS: [(&str, bool, &[&str]); 14] = [
+const VIEWS: [(&str, bool, &[&str]); 15] = [
     ("layers", false, &["1", "esc", "l", "j", "j", "4"]),
     ("layers_grouped", false, &["1", "o", "o", "o", "O", "K", "esc"]),
     ("layers_losses", true, &["1", "esc", "m", "j", "4"]),
@@ -73,10 +81,11 @@ const VIEWS: [(&str, bool, &[&str]); 14] = [
     ("plan_front", true, &["2", "a", "left", "left", "left", "left", "left", "left", "left", "left"]),
     ("why", true, &["1", "esc", "g", "w"]),
     ("run", false, &["f3"]),
+    ("run_evaluation", false, &["f3"]),
     ("block", false, &["f4"]),
     ("results", false, &["f5"]),
-    ("compare", false, &["f5", "j", "j", "b", "c"]),
-    ("flips", false, &["f5", "j", "j", "b", "f", "j"]),
+    ("compare", false, &["f5", "j", "j", "j", "b", "c"]),
+    ("flips", false, &["f5", "j", "j", "j", "b", "f", "j"]),
     ("plot", false, &["f5", "p"]),
     ("playground", false, &["f6", "p"]),
 ];
@@ -88,6 +97,9 @@ fn view(name: &str, size: (u16, u16)) -> State {
         // The variant that was edited first.
         press(&mut state, &["[", "["]);
         state = with_losses(state);
+    }
+    if name == "run_evaluation" {
+        state = evaluating(state);
     }
     let effects = press(&mut state, script);
     answer(&mut state, &effects);
@@ -105,6 +117,7 @@ fn a_view_in_every_theme(
         "plan_front",
         "why",
         "run",
+        "run_evaluation",
         "block",
         "results",
         "compare",
@@ -118,13 +131,36 @@ fn a_view_in_every_theme(
     insta::assert_snapshot!(format!("{name}_80x24"), styled(&mut view(name, size), size));
 }
 
-/// What `all_120x40` does not hold: views that take the place of another, and the pane that is always alone.
+/// Panes that fill a larger screen, which `all_120x40` shows side by side, and views that take the place of another.
 #[rstest]
-fn a_larger_view_in_every_theme(#[values("layers_losses", "plan_front", "compare", "plot", "playground")] name: &str) {
+fn a_larger_view_in_every_theme(
+    #[values(
+        "layers",
+        "layers_losses",
+        "plan",
+        "plan_front",
+        "why",
+        "run",
+        "run_evaluation",
+        "block",
+        "results",
+        "compare",
+        "flips",
+        "plot",
+        "playground"
+    )]
+    name: &str,
+) {
     let size = (120, 40);
     let mut state = view(name, size);
     state.zoom = true;
     insta::assert_snapshot!(format!("{name}_120x40"), styled(&mut state, size));
+}
+
+#[test]
+fn too_small_a_screen_in_every_theme() {
+    let size = (40, 10);
+    insta::assert_snapshot!("too_small_40x10", styled(&mut busy(size), size));
 }
 
 /// No view is drawn on too small a screen, and none fails on the smallest.
@@ -163,27 +199,58 @@ fn unmeasured() {
     insta::assert_snapshot!("results_fresh_80x24", text(&render(&state, (80, 24))));
 }
 
+/// Popups by name: what is typed to open them, and then into them.
+#[rstest]
+#[case("help", &["?"], "format")]
+#[case("palette", &[":"], "sav")]
+#[case("confirm_quit", &["q"], "")]
+#[case("confirm_cancel", &["x"], "")]
+#[case("choose_recipe", &["2", "n"], "")]
+#[case("history", &["H"], "")]
+#[case("prompt_filter", &["/"], "ssm")]
+#[case("changes", &["C"], "")]
+#[case("messages", &["E"], "")]
+#[case("theme", &[":", "t", "h", "e", "m", "e", "enter"], "")]
+#[case("tour", &[":", "t", "o", "u", "r", "enter"], "")]
+fn a_popup_in_every_theme(#[case] name: &str, #[case] script: &[&str], #[case] typed: &str) {
+    let size = (80, 24);
+    let mut state = busy(size);
+    press(&mut state, script);
+    type_text(&mut state, typed);
+    insta::assert_snapshot!(format!("popup_{name}"), styled(&mut state, size));
+}
+
 #[test]
-fn popups() {
-    for (name, script, typed) in [
-        ("help", &["?"][..], "format"),
-        ("palette", &[":"], "sav"),
-        ("confirm_quit", &["q"], ""),
-        ("confirm_cancel", &["x"], ""),
-        ("choose_recipe", &["2", "n"], ""),
-        ("history", &["H"], ""),
-        ("prompt_filter", &["/"], "ssm"),
-    ] {
-        let mut state = busy((80, 24));
-        press(&mut state, script);
-        type_text(&mut state, typed);
-        insta::assert_snapshot!(format!("popup_{name}"), text(&render(&state, (80, 24))));
-    }
-    let mut state = fresh((80, 24));
-    press(&mut state, &[":"]);
-    type_text(&mut state, "tour");
+fn runs_of_all_processes_in_every_theme() {
+    let size = (80, 24);
+    let mut state = busy(size);
+    press(&mut state, &["3", "v"]);
+    let log = ["04:20:01 info quantize phase1: started", "04:20:09 warning block 3: down_proj takes int8"].map(str::to_owned).to_vec();
+    let list = vec![run_status(&state, 2, runs::State::Running), run_status(&state, 1, runs::State::Interrupted)];
+    update(&mut state, Msg::Runs { list: list.clone(), log: Vec::new() });
+    insta::assert_snapshot!("popup_runs", styled(&mut state, size));
     press(&mut state, &["enter"]);
-    insta::assert_snapshot!("popup_tour", styled(&mut state, (80, 24)));
+    update(&mut state, Msg::Runs { list, log });
+    insta::assert_snapshot!("popup_run_followed", styled(&mut state, size));
+}
+
+#[test]
+fn what_was_lost_is_offered_in_every_theme() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut state = fresh((80, 24));
+    Recovery::begin(folder.path()).unwrap().keep(&state.document.session(), Some(Path::new("/home/me/fit.toml"))).unwrap();
+    offer_lost(&mut state, lost(folder.path()).remove(0));
+    insta::assert_snapshot!("popup_recovery", styled(&mut state, (80, 24)));
+}
+
+#[test]
+fn toasts_in_every_theme() {
+    let size = (80, 24);
+    let mut state = busy(size);
+    state.toast(Level::Info, "evaluate base, phase1: done");
+    state.toast(Level::Warning, "1 run interrupted; :runs can go on with it");
+    state.toast(Level::Error, "quantize phase2: block 3 overflows in int8 (choose wider activations for it)");
+    insta::assert_snapshot!("toasts_80x24", styled(&mut state, size));
 }
 
 #[test]
@@ -191,11 +258,11 @@ fn ascii_screens_hold_ascii_only_and_nothing_unknown() {
     for size in [(80, 24), (160, 48)] {
         for (name, ..) in VIEWS {
             let mut state = view(name, size);
+            let plain = text(&render(&state, size));
             state.ascii = true;
             let text = text(&render(&state, size));
             assert!(text.is_ascii());
-            // The hint of the help key is the only question mark.
-            assert_eq!(text.matches('?').count(), 1, "{name}\n{text}");
+            assert_eq!(text.matches('?').count(), plain.matches('?').count(), "{name}\n{text}");
         }
     }
 }

@@ -6,17 +6,26 @@ use super::{COLUMNS, Figure, dim};
 use crate::eval::paired::Paired;
 use crate::eval::{ModelResult, Task};
 use crate::session::report::Table;
-use crate::tui::panes::percent;
+use crate::tui::panes::{percent, short};
 use crate::tui::state::{Side, State};
 use crate::tui::text::cut;
 use crate::tui::theme::Role;
 use crate::tui::view::bar_letter;
 
+/// Below this height the space between tasks and figures goes.
+const TIGHT: usize = 19;
+
 /// Width of the column of names.
 const NAME: usize = 10;
 
-/// The lines of the view.
-pub fn lines(state: &State, width: usize) -> Vec<Line<'static>> {
+/// Width of a block's difference.
+const DIFFERENCE: usize = 17;
+
+/// Lines of blocks that differ, at most.
+const MOST_APART: usize = 4;
+
+/// The lines of the view; there is room for `height`.
+pub fn lines(state: &State, width: usize, height: usize) -> Vec<Line<'static>> {
     let style = |role| state.theme.style(role);
     let (a, b) = (state.side(Side::A), state.side(Side::B));
     let mut lines = vec![Line::from(vec![
@@ -24,11 +33,12 @@ pub fn lines(state: &State, width: usize) -> Vec<Line<'static>> {
         Span::styled(cut(&a.name, 24), style(Role::Strong)),
         Span::styled("   B ", style(Role::Key)),
         Span::styled(cut(&b.name, 24), style(Role::Strong)),
-        dim(state, "   a and b take the row of the table"),
+        dim(state, state.keymap.fill("   {side-a} and {side-b} take the row of the table")),
     ])];
     let (Some(first), Some(second)) = (a.result, b.result) else {
         let missing = if a.result.is_none() { &a.name } else { &b.name };
-        lines.push(Line::from(dim(state, format!(" {missing} is not measured yet: R runs the variant being edited"))));
+        let missing = format!(" {missing} is not measured yet: {{run}} runs the variant being edited");
+        lines.push(Line::from(dim(state, state.keymap.fill(&missing))));
         return lines;
     };
     lines.push(Line::from(dim(state, head(width))));
@@ -47,7 +57,9 @@ pub fn lines(state: &State, width: usize) -> Vec<Line<'static>> {
         }
         None => lines.push(Line::from(dim(state, " intervals: comparing row by row …"))),
     }
-    lines.push(Line::default());
+    if height > TIGHT {
+        lines.push(Line::default());
+    }
     for column in COLUMNS.iter().filter(|column| !matches!(column.figure, Figure::Task(_) | Figure::Ratio)) {
         let values = (column.value(first, first.weight_bytes), column.value(second, first.weight_bytes));
         let (None, None) = values else {
@@ -64,7 +76,9 @@ pub fn lines(state: &State, width: usize) -> Vec<Line<'static>> {
     let errors = [("A", a.errors), ("B", b.errors)].into_iter().filter_map(|(name, errors)| errors.map(|errors| (name, errors)));
     let errors: Vec<(&str, &[f64])> = errors.collect();
     let worst = errors.iter().flat_map(|(_, errors)| errors.iter()).copied().fold(0.0, f64::max);
-    for (name, errors) in errors {
+    // Where one line has to go, it is A's.
+    let spare = (lines.len() + errors.len() + 1).saturating_sub(height).min(errors.len());
+    for (name, errors) in errors.into_iter().skip(spare) {
         let bars: String = errors.iter().take(width.saturating_sub(NAME + 16)).map(|error| bar_letter(error / worst.max(1e-12))).collect();
         let own = errors.iter().copied().fold(0.0, f64::max);
         lines.push(Line::from(vec![
@@ -73,7 +87,39 @@ pub fn lines(state: &State, width: usize) -> Vec<Line<'static>> {
             dim(state, format!("  worst {}", percent(own))),
         ]));
     }
+    let room = height.saturating_sub(lines.len()).clamp(1, MOST_APART);
+    lines.extend(most_apart(state, width, room));
     lines
+}
+
+/// Errors of each block: A's, B's. The unquantized model makes none.
+fn errors(state: &State) -> Vec<(usize, f64, f64)> {
+    let (a, b) = (state.side(Side::A), state.side(Side::B));
+    if a.errors.is_none() && b.errors.is_none() {
+        return Vec::new();
+    }
+    let of = |errors: Option<&[f64]>, block: usize| errors.and_then(|errors| errors.get(block)).copied().unwrap_or(0.0);
+    (0..state.document.kinds.len()).map(|block| (block, of(a.errors, block), of(b.errors, block))).collect()
+}
+
+/// The blocks whose errors differ most, in `room` lines.
+fn most_apart(state: &State, width: usize, room: usize) -> Vec<Line<'static>> {
+    let mut errors = errors(state);
+    errors.retain(|(_, a, b)| a != b);
+    errors.sort_by(|(_, a, b), (_, c, d)| (d - c).abs().total_cmp(&(b - a).abs()));
+    let columns = (width.saturating_sub(NAME + 1) / DIFFERENCE).max(1);
+    let cell = |(block, a, b): &(usize, f64, f64)| {
+        let kind = state.document.kinds[*block];
+        let (sign, role) = if b < a { ("−", Role::Good) } else { ("+", Role::Bad) };
+        let difference = format!("{sign}{}", percent((b - a).abs()));
+        [
+            Span::styled(format!("{block:>4} {} ", short(kind)), state.theme.style(Role::of_kind(kind))),
+            Span::styled(format!("{difference:<8}"), state.theme.style(role)),
+        ]
+    };
+    let rows = errors.chunks(columns).take(room).enumerate();
+    let label = |row: usize| dim(state, format!(" {:<NAME$}", if row == 0 { "B−A most" } else { "" }));
+    rows.map(|(row, blocks)| std::iter::once(label(row)).chain(blocks.iter().flat_map(cell)).collect()).collect()
 }
 
 fn head(width: usize) -> String {
@@ -116,7 +162,7 @@ fn task_line(state: &State, name: &str, scores: Option<(f64, f64)>, paired: Opti
     Line::from(spans)
 }
 
-/// The comparison as a table, to export.
+/// The comparison as a table, to export: the tasks, then the errors of the blocks.
 pub fn table(state: &State) -> Table {
     let mut table = Table::new(&["task", "metric", "rows", "difference", "low", "high", "right to wrong", "wrong to right", "p"]);
     if let Some(compared) = state.compared() {
@@ -134,6 +180,11 @@ pub fn table(state: &State) -> Table {
                 format!("{:.4}", paired.p_value),
             ]);
         }
+    }
+    for (block, a, b) in errors(state) {
+        let mut row = vec![format!("block {block}"), "error".to_owned(), String::new(), format!("{:.6}", b - a)];
+        row.resize(9, String::new());
+        table.push(row);
     }
     table
 }

@@ -16,8 +16,8 @@ pub fn lines(state: &State, width: usize, height: usize) -> Vec<Line<'static>> {
     let Some(compared) = state.compared() else {
         let (a, b) = (state.side(Side::A), state.side(Side::B));
         let measured = a.result.is_some() && b.result.is_some();
-        let text = if measured { "comparing row by row …" } else { "both A and B have to be measured: R runs a variant" };
-        return vec![Line::from(dim(state, format!(" {text}")))];
+        let text = if measured { "comparing row by row …" } else { "both A and B have to be measured: {run} runs a variant" };
+        return vec![Line::from(dim(state, state.keymap.fill(&format!(" {text}"))))];
     };
     let flips = &compared.comparison.flips;
     let (lost, won) = flips.iter().fold((0, 0), |(lost, won), flip| if flip.base == flip.gold { (lost + 1, won) } else { (lost, won + 1) });

@@ -60,7 +60,7 @@ pub fn draw(frame: &mut Frame, area: Rect, state: &State) {
     frame.render_widget(Line::from(vec![dim(state, title), dim(state, "   y changes it")]), Rect { height: 1, ..area });
     if points.is_empty() || area.height < 6 {
         let line = Rect { y: area.y + 1, height: 1.min(area.height.saturating_sub(1)), ..area };
-        frame.render_widget(Line::from(dim(state, " nothing is measured yet: A runs all variants")), line);
+        frame.render_widget(Line::from(dim(state, state.keymap.fill(" nothing is measured yet: {run-all} runs all variants"))), line);
         return;
     }
     let ordinate = state.results.ordinate;
