@@ -7,7 +7,7 @@ namespace {
 
 constexpr int QUERIES = 64;
 constexpr int KEYS = 32;
-constexpr int STEP_KEYS = 16;  // that a warp of a decoding step takes at a time
+constexpr int STEP_KEYS = 8;  // that a warp of a decoding step takes at a time
 constexpr int STEP_WARPS = 4;
 constexpr int MAX_DIM = 128;
 constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
@@ -220,18 +220,19 @@ template <> struct Four<i8> {
 };
 
 // One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A warp takes
-// STEP_KEYS keys at a time and reads all of them, and their values, before it uses the first: four lanes share a key of the lower and one of
-// the upper half; of the values a lane has four features.
+// STEP_KEYS keys at a time and reads all of them, and their values, before it uses the first: four lanes share a key, and of the values a
+// lane has four features. Code is kept short: a step comes here once a layer, and the weights read meanwhile have driven it from the caches.
 template <class C, int RATIO>
 DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[STEP_KEYS], float (*merged)[MAX_DIM + 4]) {
-    constexpr int FOURS = MAX_DIM / 16, HALF = STEP_KEYS / 2;
+    constexpr int FOURS = MAX_DIM / 16;
     const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
     const int ratio = heads / kv_heads, width = kv_heads * d, length = minimum(lengths[slot], capacity);
     // Tiles of keys, divided among the warps of all splits.
     const int tiles = divide_up(length, STEP_KEYS), unit = split * STEP_WARPS + warp, units = splits * STEP_WARPS;
     const int first_tile = static_cast<int>(static_cast<i64>(tiles) * unit / units), end_tile = static_cast<int>(static_cast<i64>(tiles) * (unit + 1) / units);
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
-    for (int i = threadIdx.x; i < ratio * d; i += blockDim.x) query[i / d][i % d] = q[(static_cast<i64>(slot) * heads + kv_head * ratio) * d + i] * scale;
+    for (int r = warp; r < ratio; r += STEP_WARPS)
+        for (int c = lane; c < d; c += 32) query[r][c] = q[(static_cast<i64>(slot) * heads + kv_head * ratio + r) * d + c] * scale;
     __syncthreads();
     float largest[RATIO], sum[RATIO], result[RATIO][4];
 #pragma unroll
@@ -241,67 +242,47 @@ DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& valu
         for (int i = 0; i < 4; ++i) result[r][i] = 0.0f;
     }
     const i64 rows = static_cast<i64>(slot) * capacity;
-    // Behind the last key it is read again; it weighs nothing there.
-    const auto row_of = [&](int key) { return rows + minimum(key, length - 1); };
-    const auto read = [&](const Rows<C>& of, int key, int c) { return Four<C>{load_four(of.values + row_of(key) * width + kv_head * d + minimum(c, d - 4))}; };
+    const C *own_keys = keys.values + rows * width + kv_head * d, *own_values = values.values + rows * width + kv_head * d + minimum(lane * 4, d - 4);
     for (int tile = first_tile; tile < end_tile; ++tile) {
-        const int first = tile * STEP_KEYS, count = minimum(STEP_KEYS, length - first);
-        Four<C> k[2][FOURS], v[STEP_KEYS];
-        float key_scales[2];
+        // Behind the last key that one is read again; it weighs nothing there.
+        const int first = tile * STEP_KEYS, key = minimum(first + lane / 4, length - 1);
+        const bool counts = first + lane / 4 < length;
+        Four<C> k[FOURS], v[STEP_KEYS];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            key_scales[half] = keys.scale(row_of(first + half * HALF + lane / 4), kv_head);
+        for (int j = 0; j < FOURS; ++j) k[j] = {load_four(own_keys + static_cast<i64>(key) * width + minimum(j * 16 + quad * 4, d - 4))};
 #pragma unroll
-            for (int j = 0; j < FOURS; ++j) k[half][j] = read(keys, first + half * HALF + lane / 4, j * 16 + quad * 4);
-        }
-        const auto read_values = [&] {
-#pragma unroll
-            for (int i = 0; i < STEP_KEYS; ++i) v[i] = read(values, first + i, lane * 4);
-        };
-        // Of f32 there would be more than registers hold.
-        if (sizeof(C) < 4) read_values();
-        float scores[2][RATIO] = {};
+        for (int i = 0; i < STEP_KEYS; ++i) v[i] = {load_four(own_values + static_cast<i64>(minimum(first + i, length - 1)) * width)};
+        const float key_scale = keys.scale(rows + key, kv_head);
+        float scores[RATIO] = {};
 #pragma unroll
         for (int j = 0; j < FOURS; ++j) {
             if (j * 16 + quad * 4 >= d) break;
-            const float4 lower = k[0][j].floats(key_scales[0]), upper = k[1][j].floats(key_scales[1]);
+            const float4 own = k[j].floats(key_scale);
 #pragma unroll
             for (int r = 0; r < RATIO; ++r) {
                 if (r >= ratio) break;
                 const float4 x = *reinterpret_cast<const float4*>(&query[r][j * 16 + quad * 4]);
-                scores[0][r] = fmaf(x.x, lower.x, fmaf(x.y, lower.y, fmaf(x.z, lower.z, fmaf(x.w, lower.w, scores[0][r]))));
-                scores[1][r] = fmaf(x.x, upper.x, fmaf(x.y, upper.y, fmaf(x.z, upper.z, fmaf(x.w, upper.w, scores[1][r]))));
+                scores[r] = fmaf(x.x, own.x, fmaf(x.y, own.y, fmaf(x.z, own.z, fmaf(x.w, own.w, scores[r]))));
             }
         }
 #pragma unroll
         for (int r = 0; r < RATIO; ++r) {
             if (r >= ratio) break;
-            float own[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float score = scores[half][r];
-                score += shuffle_xor(score, 1);
-                score += shuffle_xor(score, 2);
-                own[half] = half * HALF + lane / 4 < count ? score : NONE;
-            }
-            const float new_largest = fmaxf(largest[r], warp_max(fmaxf(own[0], own[1]))), correction = expf(largest[r] - new_largest);
-            float total = 0.0f;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float p = half * HALF + lane / 4 < count ? expf(own[half] - new_largest) : 0.0f;
-                if (quad == 0) weights[warp * RATIO + r][half * HALF + lane / 4] = p;
-                total += quad == 0 ? p : 0.0f;
-            }
-            sum[r] = sum[r] * correction + warp_sum(total);
+            float score = scores[r];
+            score += shuffle_xor(score, 1);
+            score += shuffle_xor(score, 2);
+            const float new_largest = fmaxf(largest[r], warp_max(score)), correction = expf(largest[r] - new_largest);
+            const float p = counts ? expf(score - new_largest) : 0.0f;
+            if (quad == 0) weights[warp * RATIO + r][lane / 4] = p;
+            sum[r] = sum[r] * correction + warp_sum(quad == 0 ? p : 0.0f);
             largest[r] = new_largest;
 #pragma unroll
             for (int i = 0; i < 4; ++i) result[r][i] *= correction;
         }
-        if (sizeof(C) == 4) read_values();
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < STEP_KEYS; ++i) {
-            const float4 x = v[i].floats(values.scale(row_of(first + i), kv_head));
+            const float4 x = v[i].floats(values.scale(rows + minimum(first + i, length - 1), kv_head));
 #pragma unroll
             for (int r = 0; r < RATIO; ++r) {
                 if (r >= ratio) break;
@@ -321,8 +302,9 @@ DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& valu
         if (lane * 4 < d) *reinterpret_cast<float4*>(own + 4 + lane * 4) = make_float4(result[r][0], result[r][1], result[r][2], result[r][3]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < ratio * d; i += blockDim.x) {
-        const int r = i / d, c = i % d;
+    const int c = threadIdx.x;
+#pragma unroll 1
+    for (int r = 0; r < ratio && c < d; ++r) {
         float overall = NONE, total = 0.0f, value = 0.0f;
 #pragma unroll
         for (int w = 0; w < STEP_WARPS; ++w) overall = fmaxf(overall, merged[w * RATIO + r][0]);
