@@ -13,7 +13,7 @@ constexpr int PITCH = PIECE + 64;  // from one row to the next: two rows that a 
 constexpr int WINDOW = 32;         // groups of int4 weights in a stage
 constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
 constexpr int STAGE = ROWS * (PITCH + SCALES);
-constexpr int UNDER_WAY = 2;  // stages asked for at a time while a ring fills for the first time
+constexpr int UNDER_WAY = 2;  // stages asked for at a time: they keep the memory busy, and what others read does not queue behind a whole ring
 constexpr int BRINGING = 4;  // warps that bring, the last of a block: each asks for copies one by one, some hundred cycles each
 
 // Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.
@@ -68,8 +68,7 @@ DEVICE Tiles tiles_of_block(int first, int rows) {
 // Where a row's scales lie in a stage. They came from the 16 bytes in which the first of them is.
 DEVICE const bf16* scales_of(const u8* stage, int row, i64 first) { return reinterpret_cast<const bf16*>(stage + ROWS * PITCH + row * SCALES) + first % 8; }
 
-// Who brings: the stage to be asked for next, and while the ring fills for the first time, the one that must have come before, UNDER_WAY in
-// front of it. That keeps the memory busy, too, and what the other warps read meanwhile does not queue behind a whole ring.
+// Who brings: the stage to be asked for next, and the one that must have come before, UNDER_WAY in front of it.
 struct Bringing {
     Stages next, awaited;
     int asked = 0;
@@ -78,7 +77,7 @@ struct Bringing {
 
     void advance() {
         next.next();
-        if (++asked < UNDER_WAY || asked >= next.count) return;
+        if (++asked < UNDER_WAY) return;
         awaited.wait_full();
         awaited.next();
     }

@@ -89,7 +89,9 @@ fn front(lab: &Lab, launch: Launch, kind_of_weights: Weights, kind: Kind, rows: 
             }
             for values in values.chunks_exact_mut(group) {
                 let factor = 1.0 / (values.iter().map(|x| x * x).sum::<f64>() / group as f64 + f64::from(EPS)).sqrt();
-                values.iter_mut().for_each(|x| *x *= factor);
+                for x in values {
+                    *x *= factor;
+                }
             }
             values.iter().zip(&weight).map(|(x, weight)| (x * f64::from(*weight)) as f32).collect()
         }

@@ -73,12 +73,13 @@ fn gemm_kernel(suffix: &str) -> &'static str {
     }
 }
 
-/// What a matrix product may differ by.
-fn gemm_tolerance(weights: Weights, int8: bool) -> f64 {
+/// What a matrix product of so many inputs may differ by. Tensor cores cut off what they add, where other sums round it, so that errors of
+/// long sums do not cancel (2.3e-5 of 15680 inputs on an H200).
+fn gemm_tolerance(weights: Weights, int8: bool, cols: usize) -> f64 {
     match (weights, int8) {
         (_, true) => EXACT,
         (Weights::Int4(_), false) => BF16_WEIGHTS,
-        _ => FLOAT,
+        _ => FLOAT * (cols as f64 / 8192.0).max(1.0),
     }
 }
 
@@ -121,7 +122,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
         for (weights, int8) in formats(cols) {
             let kernel = gemm_kernel(weights.suffix(int8));
             let shape = format!("{tokens}x{rows}x{cols} {weights:?}");
-            all.push(Check::new(kernel, shape, gemm_tolerance(weights, int8), move |lab| {
+            all.push(Check::new(kernel, shape, gemm_tolerance(weights, int8, cols), move |lab| {
                 linear(lab, kernel, weights, int8, tokens, rows, cols)
             }));
         }
@@ -130,7 +131,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
         for (weights, int8) in formats(cols) {
             let suffix = weights.suffix(int8);
             let few = (few_kernel(suffix), FEW_TILE, if int8 { EXACT } else { FLOAT });
-            let many = (gemm_kernel(suffix), if weights == Weights::F32 { 64 } else { 128 }, gemm_tolerance(weights, int8));
+            let many = (gemm_kernel(suffix), if weights == Weights::F32 { 64 } else { 128 }, gemm_tolerance(weights, int8, cols));
             for (kernel, height, tolerance) in [few, many] {
                 let shape = format!("experts {rows}x{cols} {weights:?}");
                 all.push(Check::new(kernel, shape, tolerance, move |lab| experts(lab, kernel, height, weights, int8, rows, cols)));
