@@ -90,3 +90,22 @@ fn a_run_is_followed_and_cancelled_by_another_process_and_its_id_is_checked() {
     succeeded(&strata(data.path()).args(["runs", "remove", "last"]).output().unwrap());
     assert_eq!(succeeded(&strata(data.path()).args(["runs"]).output().unwrap()), "no runs yet\n");
 }
+
+/// A benchmark's temporary checkpoint may have tens of gigabytes.
+#[test]
+fn a_benchmark_of_quantizing_that_is_told_to_end_leaves_nothing_behind() {
+    let data = TempDir::new().unwrap();
+    let temporary = data.path().join("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let entries = || std::fs::read_dir(&temporary).unwrap().count();
+    let arguments = ["bench", "--quantize", "--blocks", "2", "--sequences", "1", "--length", "16"];
+    let mut child =
+        strata(data.path()).args(arguments).env("TMPDIR", &temporary).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while entries() == 0 {
+        assert!(child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60), "no temporary checkpoint");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
+    assert_eq!((child.wait().unwrap().code(), entries()), (Some(1), 0));
+}

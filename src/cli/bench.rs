@@ -16,6 +16,7 @@ use strata::error::{Error, Result};
 use strata::format::{CacheFormat, Format};
 use strata::monitor::{CancelToken, Monitor, Report};
 use strata::session::report;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Common, output};
 
@@ -86,8 +87,10 @@ impl Bench {
     }
 
     fn measure<B: Backend + Clone>(&self, backend: &B, common: &Common) -> Result<()> {
-        let monitor = Monitor::new(progress, CancelToken::default());
+        let cancel = CancelToken::default();
+        let monitor = Monitor::new(progress, cancel.clone());
         if self.quantize {
+            cancel_on_signals(cancel)?;
             let request = QuantizeSpeedRequest {
                 shape: self.shape.clone().unwrap_or_else(|| PUBLISHED[0].0.into()),
                 recipe: self.recipe.clone(),
@@ -232,6 +235,31 @@ fn print_models(models: &[ModelSpeed]) -> Result<()> {
             ))?;
         }
     }
+    Ok(())
+}
+
+/// What ends the process cancels instead, so that a temporary checkpoint of tens of gigabytes is removed; the second time it ends it.
+fn cancel_on_signals(cancel: CancelToken) -> Result<()> {
+    let failed = |error: std::io::Error| Error::run(format!("signals cannot be waited for: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let (mut interrupt, mut terminate) = {
+        let _entered = runtime.enter();
+        (signal(SignalKind::interrupt()).map_err(failed)?, signal(SignalKind::terminate()).map_err(failed)?)
+    };
+    let mut next = async move || {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            next().await;
+            cancel.cancel();
+            next().await;
+        });
+        std::process::exit(1);
+    });
     Ok(())
 }
 

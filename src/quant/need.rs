@@ -11,7 +11,8 @@ const STREAMS: u64 = 3;
 pub struct MemoryNeed {
     /// Residual streams of the sample, [`STREAMS`] of them.
     pub streams: u64,
-    /// The largest block: in f64 for the transforms, three times in f32 (checkpoint's, transformed, quantized) and as codes.
+    /// The largest block, or embedding or head where these are larger: in f64 for the transforms, three times in f32 (checkpoint's, transformed,
+    /// quantized) and as codes.
     pub block: u64,
     /// Hessians of the linears of the block with the largest, in f64, and the factorization of one.
     pub statistics: u64,
@@ -28,7 +29,8 @@ impl MemoryNeed {
         };
         Self {
             streams: STREAMS * 4 * (tokens * hidden) as u64,
-            block: (8 + 3 * 4 + 2) * layout.blocks.iter().map(weights).max().unwrap_or(0),
+            block: (8 + 3 * 4 + 2)
+                * layout.blocks.iter().map(weights).chain([layout.embedding.weights(), layout.head.weights()]).max().unwrap_or(0),
             statistics: if hessians { layout.blocks.iter().map(moments).max().unwrap_or(0) } else { 0 },
         }
     }
@@ -38,7 +40,7 @@ impl MemoryNeed {
     pub fn held(&self, limit: u64) -> Result<u64> {
         limit.checked_sub(self.block + self.statistics).map(|left| left / STREAMS).ok_or_else(|| {
             Error::input(format!(
-                "quantizing takes about {} for the largest block and {} for its statistics, and {} of memory may be taken",
+                "quantizing takes about {} for the largest block, embedding or head and {} for statistics, and {} of memory may be taken",
                 mb(self.block),
                 mb(self.statistics),
                 mb(limit)
@@ -56,7 +58,9 @@ impl MemoryNeed {
     pub fn statement(&self) -> String {
         let total = mb(self.total());
         let (streams, block, statistics) = (mb(self.streams), mb(self.block), mb(self.statistics));
-        format!("needs about {total} of memory: {streams} for the sample, {block} for the largest block, {statistics} for its statistics")
+        format!(
+            "needs about {total} of memory: {streams} for the sample, {block} for the largest block, embedding or head, {statistics} for statistics"
+        )
     }
 }
 
