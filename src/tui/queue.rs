@@ -275,6 +275,12 @@ impl Queue {
         self.runs.iter().any(|run| !run.is_over())
     }
 
+    /// Whether what the parts lose under the steps of a variant is being measured, or will be.
+    pub fn measures(&self, variant: &str) -> bool {
+        let own = |run: &&Run| run.purpose == Purpose::Measure && run.targets.iter().any(|target| target.spec.name == variant);
+        self.runs.iter().filter(own).any(|run| !run.is_over())
+    }
+
     /// The run under the cursor.
     pub fn selected(&self) -> Option<&Run> {
         self.runs.get(self.cursor)

@@ -76,6 +76,10 @@ fn offer_to_measure(state: &mut State, why: Option<String>) -> Vec<Effect> {
         state.say("what each part loses is not measured yet, and a read-only workbench measures nothing");
         return Vec::new();
     }
+    if state.queue.measures(&state.document.draft().name) {
+        state.say("what each part loses is being measured: {allocate} works when that is done");
+        return Vec::new();
+    }
     let mut lines: Vec<String> = why.into_iter().collect();
     lines.push("A plan is found from what each part of the model loses, which is not measured yet for this recipe.".into());
     lines.push("Measuring takes a while; it can be paused and stopped, and what is measured is kept.".into());

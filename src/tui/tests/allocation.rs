@@ -44,6 +44,9 @@ fn what_is_not_measured_is_said_and_can_be_measured() {
     let opened = effects.iter().any(|effect| matches!(effect, Effect::OpenRun { purpose: Purpose::Measure, .. }));
     assert!(opened && matches!(submitted(&effects), Some(Job::Sensitivity(_))), "{effects:?}");
     assert_eq!(state.focus, Pane::Run);
+    press(&mut state, &["a"]);
+    let said = screen(&state);
+    assert!(said.contains("is being measured: a works when that is done") && !said.contains("Measure first?"), "{said}");
 
     // What does not fit is said with its reason; an answer about another model is none.
     let mut state = fresh((160, 48));
