@@ -90,6 +90,13 @@ pub struct DivergenceSummary {
     pub tokens: usize,
 }
 
+impl DivergenceSummary {
+    /// Whether it has the percentiles that earlier versions did not keep of decoding.
+    pub fn has_percentiles(&self) -> bool {
+        self.max > 0.0 || self.mean == 0.0
+    }
+}
+
 /// How far a model is from itself when it computes less precisely: divergences near this say nothing about a variant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NoiseFloor {

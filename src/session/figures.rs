@@ -66,9 +66,10 @@ fn figures(result: &ModelResult, tasks: &BTreeSet<String>) -> Row {
     for (name, summary) in [("kld", result.kld.as_ref()), ("kld_decode", result.kld_decode.as_ref().map(|found| &found.summary))] {
         let of = |figure: fn(&DivergenceSummary) -> f64| summary.map(|summary| figure(summary).to_string());
         add(&format!("{name}.mean"), of(|kld| kld.mean));
-        add(&format!("{name}.median"), of(|kld| kld.median));
+        let whole = summary.filter(|kld| kld.has_percentiles());
+        add(&format!("{name}.median"), whole.map(|kld| kld.median.to_string()));
         add(&format!("{name}.p99"), of(|kld| kld.p99));
-        add(&format!("{name}.max"), of(|kld| kld.max));
+        add(&format!("{name}.max"), whole.map(|kld| kld.max.to_string()));
         add(&format!("{name}.top1"), of(|kld| kld.top1));
         add(&format!("{name}.rms_probability"), summary.and_then(|kld| kld.rms_probability).map(|rms| rms.to_string()));
         add(&format!("{name}.tokens"), summary.map(|kld| kld.tokens.to_string()));

@@ -173,7 +173,9 @@ pub fn divergence(results: &[ModelResult]) -> Table {
 /// Mean, median, 90, 95, 99 and 99.9 %, largest, share of the same most probable token, RMS Δp.
 fn summary(kld: Option<&DivergenceSummary>) -> Vec<String> {
     let Some(kld) = kld else { return vec!["-".to_owned(); 9] };
-    let nats = [kld.mean, kld.median, kld.p90, kld.p95, kld.p99, kld.p999, kld.max].map(|nats| format!("{nats:.2e}"));
+    let known = |nats: f64| if kld.has_percentiles() { format!("{nats:.2e}") } else { "-".to_owned() };
+    let of_all = |nats: f64| format!("{nats:.2e}");
+    let nats = [of_all(kld.mean), known(kld.median), known(kld.p90), known(kld.p95), of_all(kld.p99), known(kld.p999), known(kld.max)];
     let rms = kld.rms_probability.map_or_else(|| "-".to_owned(), |rms| format!("{:.2}%", 100.0 * rms));
     nats.into_iter().chain([format!("{:.2}%", 100.0 * kld.top1), rms]).collect()
 }

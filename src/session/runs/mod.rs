@@ -314,9 +314,13 @@ impl Run {
         let bytes = fs::read(self.file("results.jsonl")).unwrap_or_default();
         let mut made = Made::default();
         // A line that was cut off by a kill says nothing.
-        let lines = bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Line>(line).ok());
-        for line in lines.filter(|line| line.schema == LINE_SCHEMA) {
-            match line.entry {
+        let entry = |line: &[u8]| match serde_json::from_slice::<Line>(line) {
+            Ok(line) => (line.schema == LINE_SCHEMA).then_some(line.entry),
+            // As runs were written before lines had a schema.
+            Err(_) => serde_json::from_slice(line).ok(),
+        };
+        for entry in bytes.split(|byte| *byte == b'\n').filter_map(entry) {
+            match entry {
                 Entry::Made { variant, path } => drop(made.variants.insert(variant, path)),
                 Entry::Evaluating => made.evaluation_begun = true,
                 Entry::Measured { result, samples } => {
