@@ -50,6 +50,9 @@ impl Replay {
         if self.own_session {
             rustix::process::setsid().map_err(|error| Error::run(format!("a session of its own is refused: {error}")))?;
         }
+        if self.html.is_some() && self.resume.len() > 1 {
+            return Err(Error::input("one page cannot be of several runs").hint("resume them one by one"));
+        }
         for name in &self.resume {
             let results = resume(&runs::find(name)?, common)?;
             self.print(results, common)?;
