@@ -152,7 +152,10 @@ fn a_measurement_that_was_stopped_says_so_until_it_is_finished() {
     assert_eq!(measure(&narrow, &Monitor::silent()), (true, true, false));
     let again = std::fs::read_to_string(rows_file(folder.path())).unwrap().lines().filter(|line| !line.is_empty()).count();
     assert_eq!(again, lines, "nothing is left to be said");
-    // A further format is a measurement of its own.
+    // More of what was measured, and a further format, are measurements of their own.
+    let exact = SensitivitySpec { exact: 1.0, ..narrow.clone() };
+    assert_eq!(measure(&exact, &measure_until_stage("measure")), (false, false, false));
+    assert_eq!(measure(&exact, &Monitor::silent()), (true, true, false));
     assert_eq!(measure(&wide, &measure_until_stage("check")), (false, false, false));
     assert_eq!(measure(&wide, &Monitor::silent()), (true, true, false));
 }

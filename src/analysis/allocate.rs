@@ -502,19 +502,6 @@ mod tests {
         assert!(found.units.iter().filter(|unit| unit.block == 5).all(|unit| unit.pinned && unit.kld == 0.0));
     }
 
-    /// A budget between two plans is asked what the best plan within it may lose, not within the bytes that were found.
-    #[test]
-    fn the_gap_is_that_of_the_budget() {
-        let layout = layout();
-        let losses = losses(&layout);
-        let solution = Solution::new(&losses, &layout, &request(&layout, Budget::Share(0.0))).unwrap();
-        let bytes = solution.front()[20].linear_bytes;
-        let own = solution.at(solution.find(Budget::LinearBytes(bytes)).unwrap());
-        assert_eq!(own.gap, solution.front()[20].gap);
-        let wide = solution.at(Place { index: 20, allowed: bytes + 10_000 });
-        assert!(own.plan == wide.plan && (own.gap == 0.0 || wide.gap > own.gap), "{} {}", own.gap, wide.gap);
-    }
-
     /// Where time is short and not bytes, int8 activations are taken where they are worth it, and a narrow budget is met.
     #[test]
     fn time_as_the_cost_chooses_activations_too() {
@@ -529,6 +516,12 @@ mod tests {
         let solution = Solution::new(&losses, layout, &timed(Budget::Share(0.0))).unwrap();
         let front = solution.front();
         assert!(front.windows(2).all(|pair| pair[0].seconds < pair[1].seconds && pair[0].predicted_kld >= pair[1].predicted_kld));
+        // A budget between two plans is asked what the best plan within it may lose, not within what was found. (The front by bytes has no
+        // gaps.)
+        let index = (0..front.len() - 1).find(|index| front[*index].gap > 0.0).unwrap();
+        let (own, next) = (solution.place(index), solution.place(index + 1));
+        let wide = solution.at(Place { allowed: next.allowed - 1, ..own });
+        assert!(solution.at(own).plan == wide.plan && solution.at(own).gap == front[index].gap && wide.gap > front[index].gap);
         let (fastest, slowest) = (front[0].seconds.unwrap(), front[front.len() - 1].seconds.unwrap());
         for share in [0.0, 0.3, 0.7] {
             let budget = fastest + share * (slowest - fastest) + 1e-12;

@@ -280,6 +280,7 @@ impl<B: Backend> Run<'_, B> {
     fn losses(&mut self, reference: &Reference<'_, B>, pairs: &[Pair], stage: &str) -> Result<()> {
         let open: Vec<Pair> = pairs.iter().copied().filter(|pair| !self.measured(*pair)).collect();
         let Some(last) = open.iter().map(|(unit, _)| self.units[*unit].block).max() else { return Ok(()) };
+        self.store.begin(&self.request.formats)?;
         self.monitor.stage(stage, open.len());
         let mut stream = reference.stream()?;
         let mut done = 0;

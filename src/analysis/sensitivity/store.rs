@@ -39,6 +39,8 @@ enum Row {
     Check(Box<Check>),
     /// All that was asked for with these formats is in the lines before.
     Done { formats: Vec<Format> },
+    /// More was asked for with them since.
+    Begun { formats: Vec<Format> },
 }
 
 /// The identity and the model's name, for those who look for measurements of the same model.
@@ -73,6 +75,7 @@ impl Rows {
     fn keep(&mut self, row: Row) {
         match row {
             Row::Done { formats } => self.done.extend(formats),
+            Row::Begun { formats } => self.done.retain(|format| !formats.contains(format)),
             Row::Screen { unit, format, output_error } => drop(self.screened.insert((unit, format), output_error)),
             Row::Loss { unit, format, kld, stderr } => drop(self.losses.insert((unit, format), (kld, stderr))),
             Row::Ends { kld, stderr } => self.ends = Some((kld, stderr)),
@@ -133,6 +136,12 @@ impl Store {
 
     pub fn add_check(&mut self, check: Check) -> Result<()> {
         self.add(Row::Check(Box::new(check)))
+    }
+
+    /// Says that more is to be measured with `formats`, if it was said that nothing is.
+    pub fn begin(&mut self, formats: &[Format]) -> Result<()> {
+        let ended = formats.iter().any(|format| self.rows.done.contains(format));
+        if ended { self.add(Row::Begun { formats: formats.to_vec() }) } else { Ok(()) }
     }
 
     /// Says that nothing is left to be measured with `formats`.
