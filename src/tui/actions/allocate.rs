@@ -152,7 +152,7 @@ pub fn apply(state: &mut State) -> Vec<Effect> {
 
 /// Leaves the variant as it is.
 pub fn leave(state: &mut State) -> Vec<Effect> {
-    state.allocating = None;
+    (state.allocating, state.awaited) = (None, None);
     Vec::new()
 }
 
@@ -196,10 +196,12 @@ fn reasons(state: &mut State) -> Result<Option<Vec<(Role, String)>>> {
     let Some(losses) = state.losses.of(&draft).cloned() else { return Err(allocating::not_measured()) };
     // Beside a format stand those with the same activations.
     let float = plan.blocks[block].weight_bits() < 16 && !plan.blocks[block].quantizes_activations();
-    let request = allocating::request(state, &draft, if float { Activations::Float } else { Activations::Int8 })?;
     let solution = match &state.allocating {
         Some(open) => Some(open.solution(&layout)?),
-        None => state.losses.solution(&losses, &layout, &request)?,
+        None => {
+            let request = allocating::request(state, &draft, if float { Activations::Float } else { Activations::Int8 })?;
+            state.losses.solution(&losses, &layout, &request)?
+        }
     };
     let Some(solution) = solution else { return Ok(None) };
     let choices = solution.choices(&plan);

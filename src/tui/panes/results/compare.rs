@@ -92,10 +92,10 @@ pub fn lines(state: &State, width: usize, height: usize) -> Vec<Line<'static>> {
     lines
 }
 
-/// Errors of each block: A's, B's. The unquantized model makes none.
+/// Errors of each block of two models that are measured: A's, B's. The unquantized model makes none.
 fn errors(state: &State) -> Vec<(usize, f64, f64)> {
     let (a, b) = (state.side(Side::A), state.side(Side::B));
-    if a.errors.is_none() && b.errors.is_none() {
+    if a.result.is_none() || b.result.is_none() || (a.errors.is_none() && b.errors.is_none()) {
         return Vec::new();
     }
     let of = |errors: Option<&[f64]>, block: usize| errors.and_then(|errors| errors.get(block)).copied().unwrap_or(0.0);
