@@ -19,12 +19,13 @@ constexpr int PLAIN_HELD = 11;  // the same of a row without norm
 constexpr int SEGMENT = 128;   // a warp's values of one of them
 constexpr int SCRATCH = 1024;  // bytes of its own
 
-// Shared memory of a front: sums of segments, or maxima of warps, and factors of groups.
+// Shared memory of a front: sums of segments, or maxima of warps, and factors of groups, of which there are at most 80.
 struct Scratch {
     float* partial;
     float* factors;
+    float* scale;  // of the codes, for others than those who compute the front
 
-    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), factors(partial + 128) {}
+    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), factors(partial + 128), scale(factors + 127) {}
 };
 
 DEVICE float dot(const float4& a) { return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, a.w * a.w))); }
@@ -97,57 +98,56 @@ template <int THREADS> DEVICE int front_max(int own, const Scratch& scratch) {
     return largest;
 }
 
-// Where code k of a row lies. PAIRED: of each 1024 the first sixteen of every 32 come first, so that a warp which reads 32 codes a lane,
-// sixteen at a time, meets all banks.
-template <bool PAIRED> DEVICE int code_place(int k) { return PAIRED ? k / 1024 * 1024 + k % 32 / 16 * 512 + k / 32 % 32 * 16 + k % 16 : k; }
-
 constexpr int ROW_CODES = 4096;  // what rows of codes are filled up to a multiple of, with zeros
 
-// Codes in shared memory, by `code_place`, and their scale.
+// Codes in shared memory, and their scale.
 struct Codes {
     const i8* codes;
     float scale;
 };
 
 // Rounds what threads hold of a row to codes.
-template <int THREADS, bool PAIRED, int COUNT> DEVICE float round_row(const float4 (&held)[COUNT], u8* to, const Scratch& scratch, int cols, const float* static_scale) {
+template <int THREADS, int COUNT> DEVICE float round_row(float4 (&held)[COUNT], u8* to, const Scratch& scratch, int cols, const float* static_scale) {
     int largest = 0;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) largest = maximum(largest, magnitude_of(held[i]));
     const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(front_max<THREADS>(largest, scratch))), 127.0f);
-    const float reciprocal = __fdiv_rn(1.0f, scale);
+    const Rounding rounding(scale);
+    if (static_scale)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) held[i] = make_float4(rounding.within(held[i].x), rounding.within(held[i].y), rounding.within(held[i].z), rounding.within(held[i].w));
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const int at = threadIdx.x + i * THREADS;
         if (at >= cols / 4) break;
-        const float4& x = held[i];
-        const u32 word = code_of(x.x, scale, reciprocal) | code_of(x.y, scale, reciprocal) << 8 | code_of(x.z, scale, reciprocal) << 16 | code_of(x.w, scale, reciprocal) << 24;
-        *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = scale > 0.0f ? word : 0;
+        const u32 word = rounding.codes(held[i].x, held[i].y, held[i].z, held[i].w);
+        *reinterpret_cast<u32*>(to + 4 * at) = scale > 0.0f ? word : 0;
     }
     return scale;
 }
 
 // By the first THREADS threads, into `shared`, whose first SCRATCH bytes are for its own use.
-template <int THREADS, bool PAIRED> DEVICE Codes front_codes(u8* shared, int cols, CODES_PARAMETERS, FRONT_PARAMETERS) {
+template <int THREADS> DEVICE Codes front_codes(u8* shared, int cols, CODES_PARAMETERS, FRONT_PARAMETERS) {
     const Scratch scratch(shared);
     u8* to = shared + SCRATCH;
     const int words = (row ? cols : ld(cols)) / 4;
-    for (int at = threadIdx.x + words; at < divide_up(cols, ROW_CODES) * (ROW_CODES / 4); at += THREADS) *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = 0;
+    for (int at = threadIdx.x + words; at < divide_up(cols, ROW_CODES) * (ROW_CODES / 4); at += THREADS) *reinterpret_cast<u32*>(to + 4 * at) = 0;
     float scale;
     if (weight) {
         float4 held[HELD];
         norm_row<THREADS>(held, scratch, cols, FRONT_ARGUMENTS);
-        scale = round_row<THREADS, PAIRED>(held, to, scratch, cols, static_scale);
+        scale = round_row<THREADS>(held, to, scratch, cols, static_scale);
     } else if (row) {
         float4 held[PLAIN_HELD];
         plain_row<THREADS>(held, row, square, cols);
-        scale = round_row<THREADS, PAIRED>(held, to, scratch, cols, static_scale);
+        scale = round_row<THREADS>(held, to, scratch, cols, static_scale);
     } else {
         wait_previous();
         scale = *scales;
         for (int at = threadIdx.x; at < words; at += THREADS)
-            *reinterpret_cast<u32*>(to + code_place<PAIRED>(4 * at)) = *reinterpret_cast<const u32*>(codes + 4 * at);
+            *reinterpret_cast<u32*>(to + 4 * at) = *reinterpret_cast<const u32*>(codes + 4 * at);
     }
+    if (threadIdx.x == 0) *scratch.scale = scale;
     group_wait(FRONT_BARRIER, THREADS);
     return {reinterpret_cast<const i8*>(to), scale};
 }

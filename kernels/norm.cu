@@ -167,20 +167,15 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
     if (out) for (int c = threadIdx.x; c < cols; c += blockDim.x) out[token * cols + c] = row[place(c)];
     if (!codes) return;
     const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(block_max(largest, partial))), 127.0f);
-    const float reciprocal = __fdiv_rn(1.0f, scale);
+    const Rounding rounding(scale);
     if (threadIdx.x == 0) scales[token] = scale;
     const int width = ld(cols);
     u32* words = reinterpret_cast<u32*>(codes + token * width);
 #pragma unroll 2
     for (int word = threadIdx.x; word < width / 4; word += blockDim.x) {
-        u32 packed = 0;
         const float* four = row + place(4 * word);
-        if (scale > 0.0f) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (4 * word + i < cols) packed |= code_of(four[i], scale, reciprocal) << 8 * i;
-        }
-        words[word] = packed;
+        const auto value = [&](int i) { return 4 * word + i < cols ? rounding.within(four[i]) : 0.0f; };
+        words[word] = scale > 0.0f ? rounding.codes(value(0), value(1), value(2), value(3)) : 0;
     }
 }
 

@@ -22,11 +22,11 @@ struct Stages {
     u64 *full, *empty;
     int count, at, parity;
 
-    // `shared`: the stages, then two barriers for each. As many warps as `readers` read each stage.
-    Stages(u8* shared, int count, int readers) : pieces(shared), full(reinterpret_cast<u64*>(shared + count * STAGE)), empty(full + count), count(count), at(0), parity(0) {
+    // `shared`: the stages, then two barriers for each. As many warps as `readers` read each stage, and as many threads as `adders` hand it back.
+    Stages(u8* shared, int count, int readers, int adders = 0) : pieces(shared), full(reinterpret_cast<u64*>(shared + count * STAGE)), empty(full + count), count(count), at(0), parity(0) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; ++i) {
-                barrier_start(full + i, 2 * ROWS);  // for a row's weights and for its scales
+                barrier_start(full + i, 2 * ROWS + adders);  // for a row's weights, for its scales, and for what was left with it the last time
                 barrier_start(empty + i, 32 * readers);
             }
             barriers_ready();
@@ -46,6 +46,14 @@ struct Stages {
     void release() {
         __syncwarp();
         barrier_arrive(empty + at);
+        next();
+    }
+    // For those who add up what readers left with a stage: all have read it; and it may be filled again, which they say of every stage once
+    // in front of the first.
+    void wait_released() const { barrier_wait(empty + at, parity); }
+    void hand_back() {
+        __syncwarp();
+        barrier_arrive(full + at);
         next();
     }
 };

@@ -7,12 +7,25 @@ DEVICE bool aligned(const void* a) { return reinterpret_cast<u64>(a) % 16 == 0; 
 // Bits of |x|, which compare like the magnitudes themselves, NaN above all.
 DEVICE int magnitude(float x) { return static_cast<int>(float_bits(x) & 0x7fffffff); }
 
-// round-half-even(x / scale) within ±127, as the low byte of a word. The product with the reciprocal is within 2^-15 of the quotient: only where
-// it lies near the middle between two codes, or is no number, is the division made.
-DEVICE u32 code_of(float x, float scale, float reciprocal) {
-    constexpr float INTEGERS = 12582912.0f;  // numbers from here on have no bits behind the point
-    const float ratio = fminf(fmaxf(__fmul_rn(x, reciprocal), -127.0f), 127.0f);
-    float shifted = __fadd_rn(ratio, INTEGERS);
-    if (!(fabsf(__fsub_rn(ratio, __fsub_rn(shifted, INTEGERS))) < 0.4999f)) shifted = __fadd_rn(fminf(fmaxf(__fdiv_rn(x, scale), -127.0f), 127.0f), INTEGERS);
-    return float_bits(shifted) & 0xff;
-}
+// Rounds to the codes of a scale.
+struct Rounding {
+    float power, divisor, reciprocal, limit;
+
+    // Powers of two bring the scale, whatever it is, to where nothing below underflows.
+    explicit Rounding(float scale) : power(bits_float(254 - (float_bits(scale) >> 23) << 23)), divisor(__fmul_rn(scale, power)), reciprocal(__fdiv_rn(1.0f, divisor)), limit(__fmul_rn(scale, 127.0f)) {}
+
+    // x to within ±127 codes: only static scales need it.
+    float within(float x) const { return fminf(fmaxf(x, -limit), limit); }
+
+    // round-half-even(x / scale) in the low byte of a word, the others undefined. The quotient is that of a division: corrected twice by the rest it
+    // leaves, under the correctly rounded reciprocal (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
+    u32 code(float x) const {
+        constexpr float INTEGERS = 12582912.0f;  // numbers from here on have no bits behind the point
+        const float value = __fmul_rn(x, power);
+        float quotient = __fmul_rn(value, reciprocal);
+        quotient = fmaf(fmaf(-quotient, divisor, value), reciprocal, quotient);
+        quotient = fmaf(fmaf(-quotient, divisor, value), reciprocal, quotient);
+        return float_bits(__fadd_rn(quotient, INTEGERS));
+    }
+    u32 codes(float a, float b, float c, float d) const { return low_bytes(code(a), code(b), code(c), code(d)); }
+};

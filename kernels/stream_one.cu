@@ -9,8 +9,12 @@
 
 namespace {
 
-constexpr int WORKING = 32 * ROWS;  // threads that do not bring
+constexpr int WORKING = 32 * ROWS;  // threads that multiply
 constexpr int THREADS = WORKING + 32 * BRINGING;
+constexpr int ADDING = 32;          // threads that add up products of int4 weights
+constexpr int HANDED = WINDOW + 4;  // from one row's products of a stage to the next's: eight lanes that read sixteen bytes meet all banks
+
+DEVICE u32 word(const uint4& words, int k) { return k == 0 ? words.x : k == 1 ? words.y : k == 2 ? words.z : words.w; }
 
 // A warp's row of a tile, whose result its first lane stores.
 struct Own {
@@ -48,9 +52,8 @@ DEVICE void multiply_bf16(Stages& ring, Tiles tiles, const float* x, int rows, i
     }
 }
 
-// Sixteen inputs a lane at a time. PAIRED: as the codes lie. Behind the last input codes are zeros, so that what stages hold there is
-// multiplied as well.
-template <bool PAIRED> DEVICE void multiply_int8(Stages& ring, Tiles tiles, const i8* x, float x_scale, const float* w_scales, int rows, int width, TAIL_PARAMETERS) {
+// Sixteen inputs a lane at a time. Behind the last input codes are zeros, so that what stages hold there is multiplied as well.
+DEVICE void multiply_int8(Stages& ring, Tiles tiles, const i8* x, float x_scale, const float* w_scales, int rows, int width, TAIL_PARAMETERS) {
     constexpr int STEPS = PIECE / 512;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (; tiles.more(); tiles.next()) {
@@ -58,12 +61,12 @@ template <bool PAIRED> DEVICE void multiply_int8(Stages& ring, Tiles tiles, cons
         const float scale = own.stores ? __fmul_rn(x_scale, w_scales[own.row]) : 0.0f;
         int first_sum = 0, second_sum = 0;
         for (int at = 0; at < width; at += PIECE) {
-            const i8* inputs = x + at;
+            const i8* inputs = x + at + lane * 16;
             ring.wait_full();
             const u8* weights = ring.stage() + warp * PITCH + lane * 16;
             uint4 w[STEPS], v[STEPS];
 #pragma unroll
-            for (int i = 0; i < STEPS; ++i) w[i] = load(weights + i * 512), v[i] = load(inputs + code_place<PAIRED>(i * 512 + lane * 16));
+            for (int i = 0; i < STEPS; ++i) w[i] = load(weights + i * 512), v[i] = load(inputs + i * 512);
 #pragma unroll
             for (int i = 0; i < STEPS; ++i) {
                 first_sum = dot4(w[i].x, v[i].x, first_sum), second_sum = dot4(w[i].y, v[i].y, second_sum);
@@ -76,74 +79,81 @@ template <bool PAIRED> DEVICE void multiply_int8(Stages& ring, Tiles tiles, cons
     }
 }
 
-// Of COUNT sums of each of COUNT lanes next to each other: lane i gets the i-th sum over them.
-template <int COUNT> DEVICE int exchange_sums(int (&sums)[COUNT], int lane) {
+// Multiplies int4 weights on the tensor cores, PARTS groups in a segment of 128 inputs, and leaves acc_g·s_w[g] of each row with the stage. A warp
+// has the same segments of all 16 rows, so that each weight and each input is read from shared memory once. The product's eight columns are
+// one token's inputs, with zeros where a column's group is another's.
+template <int PARTS> DEVICE void multiply_int4(Stages& ring, Tiles tiles, const i8* x, float* products, int rows, int cols) {
+    constexpr int SPAN = PIECE * 2 / PARTS, SEGMENTS = PARTS == 1 ? 2 : 1;  // inputs of a row in a stage, and segments of a warp
+    const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, width = ld(cols), groups = cols / (128 / PARTS);
+    const bool works = warp * SEGMENTS * 128 < SPAN, mine = PARTS == 1 || line % PARTS == quad * PARTS / 4;
+    // What a lane hands over: row `own`'s product with the group at `place` of the window, and with PARTS = 4 the one behind.
+    const int lower = quad / 2, own = line + 8 * lower, place = PARTS == 4 ? warp * 4 + quad % 2 * 2 : warp * 2 + quad % 2;
+    uint4 low[SEGMENTS], high[SEGMENTS];
+    const auto fetch = [&](int at) {
 #pragma unroll
-    for (int half = COUNT / 2; half > 0; half /= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const int kept = upper ? sums[i + half] : sums[i], given = upper ? sums[i] : sums[i + half];
-            sums[i] = kept + shuffle_xor(given, half);
+        for (int i = 0; i < SEGMENTS; ++i) {
+            const i8* inputs = x + at + (warp * SEGMENTS + i) * 128 + quad * 32;
+            low[i] = works && mine ? load(inputs) : zero(), high[i] = works && mine ? load(inputs + 16) : zero();
         }
-    }
-    return sums[0];
-}
-
-// Adds the products of a window to `total` in ascending order; all lanes do the same.
-DEVICE void add_window(float& total, const float* products, int count) {
-    const float4* fours = reinterpret_cast<const float4*>(products);
-    if (count >= WINDOW) {
-        float4 held[WINDOW / 4];
-#pragma unroll
-        for (int i = 0; i < WINDOW / 4; ++i) held[i] = fours[i];
-#pragma unroll
-        for (int i = 0; i < WINDOW / 4; ++i) total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, held[i].x), held[i].y), held[i].z), held[i].w);
-    } else {
-        for (int i = 0; i < count; ++i) total = __fadd_rn(total, products[i]);
-    }
-}
-
-// 32 inputs a lane at a time, PARTS groups in 128; `products`: room for acc_g·s_w[g] of two windows of each warp. A window is added up while the
-// next is multiplied.
-template <int PARTS> DEVICE void multiply_int4(Stages& ring, Tiles tiles, const i8* x, float x_scale, float* products, int rows, int cols, TAIL_PARAMETERS) {
-    constexpr int STEPS = 4 / PARTS;  // of a lane in a stage, and lanes that share a group
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = ld(cols), groups = cols / (128 / PARTS);
-    products += warp * 2 * WINDOW;
-    int slot = 0;
+    };
+    fetch(0);
     for (; tiles.more(); tiles.next()) {
-        const Own own(tiles, rows, TAIL_ARGUMENTS);
-        i64 group = static_cast<i64>(minimum(own.row, rows - 1)) * groups;
-        float total = 0.0f;
-        int handed = 0, left = groups;  // groups of the window before, and from this one on
-        for (int at = 0; at < width; at += STEPS * 1024, left -= WINDOW, group += WINDOW, slot ^= 1) {
-            const i8* inputs = x + at + lane * 16;
+        i64 group = static_cast<i64>(minimum(tiles.row() + own, rows - 1)) * groups;
+        for (int at = 0; at < width; at += SPAN, group += WINDOW) {
             ring.wait_full();
-            const u8* weights = ring.stage() + warp * PITCH + lane * 16;
-            uint4 w[STEPS], low[STEPS], high[STEPS];
-            int sums[STEPS];
+            if (works) {
+                const u8* upper = ring.stage() + line * PITCH + warp * SEGMENTS * 64 + quad * 16;
+                const bf16* scales = scales_of(ring.stage(), own, group) + place;
+                uint4 a[SEGMENTS], b[SEGMENTS];
+                int sums[SEGMENTS][4] = {};
 #pragma unroll
-            for (int i = 0; i < STEPS; ++i) w[i] = load(weights + i * 512), low[i] = load(inputs + i * 1024), high[i] = load(inputs + i * 1024 + 512);
-            // After the exchange a lane has the group with this place in the window.
-            const int place = lane % STEPS * (32 / STEPS) + lane / STEPS;
-            const float scale = widen(scales_of(ring.stage(), warp, group)[place]);
-            add_window(total, products + (slot ^ 1) * WINDOW, handed);
-#pragma unroll
-            for (int i = 0; i < STEPS; ++i) {
+                for (int i = 0; i < SEGMENTS; ++i) a[i] = load(upper + i * 64), b[i] = load(upper + 8 * PITCH + i * 64);
+                const float scale = widen(scales[0]), next = PARTS == 4 ? widen(scales[1]) : 0.0f;
                 // Codes in the high half of a byte are 16 times themselves, which is divided out below.
-                int low_sum = dot4(w[i].x << 4 & 0xf0f0f0f0u, low[i].x, 0), high_sum = dot4(w[i].x & 0xf0f0f0f0u, high[i].x, 0);
-                low_sum = dot4(w[i].y << 4 & 0xf0f0f0f0u, low[i].y, low_sum), high_sum = dot4(w[i].y & 0xf0f0f0f0u, high[i].y, high_sum);
-                low_sum = dot4(w[i].z << 4 & 0xf0f0f0f0u, low[i].z, low_sum), high_sum = dot4(w[i].z & 0xf0f0f0f0u, high[i].z, high_sum);
-                low_sum = dot4(w[i].w << 4 & 0xf0f0f0f0u, low[i].w, low_sum), high_sum = dot4(w[i].w & 0xf0f0f0f0u, high[i].w, high_sum);
-                sums[i] = low_sum + high_sum;
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+#pragma unroll
+                    for (int i = 0; i < SEGMENTS; ++i) {
+                        const u32 above = word(a[i], k), below = word(b[i], k);
+                        mma_s8(sums[i], above << 4 & 0xf0f0f0f0u, below << 4 & 0xf0f0f0f0u, above & 0xf0f0f0f0u, below & 0xf0f0f0f0u, word(low[i], k), word(high[i], k));
+                    }
+                const int(&last)[4] = sums[SEGMENTS - 1];
+                const int first = lower ? sums[0][2] : sums[0][0], second = SEGMENTS == 2 ? (lower ? last[2] : last[0]) : (lower ? last[3] : last[1]);
+                const auto scaled = [](int sum, float by) { return __fmul_rn(static_cast<float>(sum >> 4), by); };
+                // Nobody adds up what lies behind the last group.
+                float* to = products + (ring.at * ROWS + own) * HANDED + place;
+                to[0] = scaled(PARTS < 4 && quad % 2 ? second : first, scale);
+                if (PARTS == 4) to[1] = scaled(second, next);
             }
-            // Nobody adds up what lies behind the last group.
-            products[slot * WINDOW + place] = __fmul_rn(static_cast<float>(exchange_sums(sums, lane) >> 4), scale);
             ring.release();
-            handed = minimum(WINDOW, left);
+            if (width > SPAN) fetch(at + SPAN < width ? at + SPAN : 0);
         }
-        add_window(total, products + (slot ^ 1) * WINDOW, handed);
-        if (own.stores) finish(__fmul_rn(total, x_scale), own.to, TAIL_ARGUMENTS);
+    }
+}
+
+// Adds up in ascending order what `multiply_int4` leaves, a lane a row.
+DEVICE void add_int4(Stages& ring, Tiles tiles, const float* products, const float* x_scale, int rows, int groups, TAIL_PARAMETERS) {
+    const int lane = threadIdx.x % 32;
+    for (; tiles.more(); tiles.next()) {
+        const int row = tiles.row() + lane;
+        const bool stores = lane < ROWS && row < rows;
+        const Result to = result(stores, 0, row, TAIL_ARGUMENTS);
+        float total = 0.0f;
+        for (int left = groups; left > 0; left -= WINDOW) {
+            ring.wait_released();
+            const float4* fours = reinterpret_cast<const float4*>(products + (ring.at * ROWS + lane % ROWS) * HANDED);
+            if (left >= WINDOW) {
+                float4 held[WINDOW / 4];
+#pragma unroll
+                for (int i = 0; i < WINDOW / 4; ++i) held[i] = fours[i];
+#pragma unroll
+                for (int i = 0; i < WINDOW / 4; ++i) total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, held[i].x), held[i].y), held[i].z), held[i].w);
+            } else {
+                for (int i = 0; i < left; ++i) total = __fadd_rn(total, reinterpret_cast<const float*>(fours)[i]);
+            }
+            ring.hand_back();
+        }
+        if (stores) finish(__fmul_rn(total, *x_scale), to, TAIL_ARGUMENTS);
     }
 }
 
@@ -173,29 +183,39 @@ RESIDENT_KERNEL(THREADS, 1, one_w8a8, (const i8* w, const float* w_scales, int r
         bring(bringing, tiles, w, nullptr, 0, rows, ld(cols), PIECE);
         return;
     }
-    const Codes x = front_codes<WORKING, false>(ring.behind(), cols, CODES_ARGUMENTS, FRONT_ARGUMENTS);
-    multiply_int8<false>(ring, tiles, x.codes, x.scale, w_scales, rows, ld(cols), TAIL_ARGUMENTS);
+    const Codes x = front_codes<WORKING>(ring.behind(), cols, CODES_ARGUMENTS, FRONT_ARGUMENTS);
+    multiply_int8(ring, tiles, x.codes, x.scale, w_scales, rows, ld(cols), TAIL_ARGUMENTS);
 }
 
 // A linear of two parts, `rows` int4 rows in front of `other_rows` int8 rows, of which there may be none: int8 tiles are the first.
-RESIDENT_KERNEL(THREADS, 1, one_w4a8, (const u8* w, const bf16* w_scales, int group_size, int rows, const i8* other_w, const float* other_scales, int other_rows, int cols, int stages, CODES_PARAMETERS, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
+RESIDENT_KERNEL(THREADS + ADDING, 1, one_w4a8, (const u8* w, const bf16* w_scales, int group_size, int rows, const i8* other_w, const float* other_scales, int other_rows, int cols, int stages, CODES_PARAMETERS, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     DYNAMIC_SHARED(u8, shared);
     const Tiles others = tiles_of_block(0, other_rows), tiles = tiles_of_block(divide_up(other_rows, ROWS), rows);
-    Stages ring(shared, stages, ROWS);
-    if (threadIdx.x >= WORKING) {
+    Stages ring(shared, stages, ROWS, ADDING);
+    float* products = reinterpret_cast<float*>(ring.behind());
+    u8* front = ring.behind() + stages * ROWS * HANDED * sizeof(float);
+    const int groups = cols / group_size;
+    if (threadIdx.x >= WORKING + ADDING) {
         Bringing bringing(ring);
         if (other_rows > 0) bring(bringing, others, other_w, nullptr, 0, other_rows, ld(cols), PIECE);
-        bring(bringing, tiles, w, w_scales, cols / group_size, rows, ld(cols) / 2, PIECE / 128 * group_size);
+        bring(bringing, tiles, w, w_scales, groups, rows, ld(cols) / 2, PIECE / 128 * group_size);
         return;
     }
-    float* products = reinterpret_cast<float*>(ring.behind());
-    const Codes x = front_codes<WORKING, true>(ring.behind() + ROWS * 2 * WINDOW * sizeof(float), cols, CODES_ARGUMENTS, FRONT_ARGUMENTS);
+    if (threadIdx.x >= WORKING) {
+        wait_previous();
+        for (Stages first = ring; first.parity == ring.parity;) first.hand_back();
+        for (Tiles left = others; left.more(); left.next())
+            for (int at = 0; at < ld(cols); at += PIECE) ring.wait_released(), ring.hand_back();
+        add_int4(ring, tiles, products, Scratch(front).scale, rows, groups, TAIL_ARGUMENTS);
+        return;
+    }
+    const Codes x = front_codes<WORKING>(front, cols, CODES_ARGUMENTS, FRONT_ARGUMENTS);
     if (other_rows > 0)
-        multiply_int8<true>(ring, others, x.codes, x.scale, other_scales, other_rows, ld(cols), bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
-    if (group_size == 128) multiply_int4<1>(ring, tiles, x.codes, x.scale, products, rows, cols, TAIL_ARGUMENTS);
-    if (group_size == 64) multiply_int4<2>(ring, tiles, x.codes, x.scale, products, rows, cols, TAIL_ARGUMENTS);
-    if (group_size == 32) multiply_int4<4>(ring, tiles, x.codes, x.scale, products, rows, cols, TAIL_ARGUMENTS);
+        multiply_int8(ring, others, x.codes, x.scale, other_scales, other_rows, ld(cols), bias ? bias + rows : nullptr, residual ? residual + rows : nullptr, out + rows, out_stride);
+    if (group_size == 128) multiply_int4<1>(ring, tiles, x.codes, products, rows, cols);
+    if (group_size == 64) multiply_int4<2>(ring, tiles, x.codes, products, rows, cols);
+    if (group_size == 32) multiply_int4<4>(ring, tiles, x.codes, products, rows, cols);
 }
 
 #endif

@@ -47,13 +47,13 @@ pub struct Launch {
 impl Launch {
     /// For one token of so many inputs, whose front is computed as well.
     pub fn of_one(weights: Weights, cols: usize, arch: u32) -> Option<Self> {
-        // int4 weights hand over two windows of products of each row.
-        let (kernel, handed, row) = match weights {
-            Weights::Bf16 => ("one_bf16", 0, 4 * cols.next_multiple_of(256)),
-            Weights::Int8 => ("one_w8a8", 0, cols.next_multiple_of(4096)),
-            Weights::Int4 => ("one_w4a8", OUTPUTS * 2 * 32 * 4, cols.next_multiple_of(4096)),
+        // int4 weights have a warp more, and with each stage a window of products of each row.
+        let (kernel, threads, handed, row) = match weights {
+            Weights::Bf16 => ("one_bf16", 640, 0, 4 * cols.next_multiple_of(256)),
+            Weights::Int8 => ("one_w8a8", 640, 0, cols.next_multiple_of(4096)),
+            Weights::Int4 => ("one_w4a8", 672, OUTPUTS * (32 + 4) * 4, cols.next_multiple_of(4096)),
         };
-        Self::with_ring(kernel, 640, handed + SCRATCH + row, arch)
+        Self::with_ring(kernel, threads, STAGE + handed, SCRATCH + row, arch)
     }
 
     /// For int8 activations of several tokens.
@@ -64,13 +64,13 @@ impl Launch {
             Weights::Int8 => ("stream_w8a8", 8),
             Weights::Int4 => ("stream_w4a8", 32),
         };
-        Self::with_ring(kernel, 512, 2 * entries * TOKENS * OUTPUTS * 4, arch)
+        Self::with_ring(kernel, 512, STAGE, 2 * entries * TOKENS * OUTPUTS * 4, arch)
     }
 
-    /// With as many stages as there is room for; `None`: too few.
-    fn with_ring(kernel: &'static str, threads: usize, others: usize, arch: u32) -> Option<Self> {
-        let stages = super::shared_limit(arch).saturating_sub(others) / STAGE;
-        (stages >= LEAST_STAGES).then_some(Self { kernel, threads, stages, shared: stages * STAGE + others })
+    /// With as many stages, of so many bytes, as there is room for beside `others`; `None`: too few.
+    fn with_ring(kernel: &'static str, threads: usize, stage: usize, others: usize, arch: u32) -> Option<Self> {
+        let stages = super::shared_limit(arch).saturating_sub(others) / stage;
+        (stages >= LEAST_STAGES).then_some(Self { kernel, threads, stages, shared: stages * stage + others })
     }
 
     /// Blocks for so many tiles of 16 outputs: one on each multiprocessor, for every 8 tokens.

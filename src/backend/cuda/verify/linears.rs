@@ -139,7 +139,9 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
         }
     }
     for group in [128, 64, 32] {
-        for (tokens, rows, others, cols) in [(1, 37, 5, 384), (3, 32, 20, 128), (8, 70, 16, 1152)] {
+        // The first has blocks with tiles of both parts where there are few multiprocessors, the last everywhere.
+        let published = (extent == Extent::Published).then_some((1, 18432, 128, 4096));
+        for (tokens, rows, others, cols) in [(1, 150, 37, 384), (3, 32, 20, 128), (8, 70, 16, 1152)].into_iter().chain(published) {
             let shape = format!("{tokens}x({rows}+{others})x{cols} group {group}");
             for kernel in ["few_w4w8a8"].into_iter().chain(stream_kernels("few_w4w8a8", tokens).into_iter().filter(|_| streams)) {
                 all.push(Check::new(kernel, shape.clone(), EXACT, move |lab| two_parts(lab, kernel, group, tokens, rows, others, cols)));
