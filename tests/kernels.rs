@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 59] = [
+const MUTANTS: [(&str, &str, &str); 64] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -90,6 +90,11 @@ const MUTANTS: [(&str, &str, &str); 59] = [
     ("scan.cu", "products.z * factor(first + 8, s,", "products.z * factor(first, s,"),
     ("scan.cu", "held[i].second * share[t + 1]", "held[i].second * share[t]"),
     ("ssd.cu", "s <= t ?", "s < t ?"),
+    ("gate.cuh", "z[token * stride + c]", "z[c]"),
+    ("ssm.cu", "gate.at(slot, head * m.head_dim + p)", "gate.at(slot, p)"),
+    ("ssd.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
+    ("scan.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
+    ("internals.cu", "gates.at(row, span.first + lane + 32 * i)", "gates.at(row, span.first + lane)"),
     ("attention.cu", "total - (own[1] - 1 - (first + row))", "total - (own[1] - (first + row))"),
     ("attention.cu", "minimum(first + i, length - 1)) * width", "minimum(first, length - 1)) * width"),
     ("attention.cu", "const float p = counts ?", "const float p = true ?"),

@@ -118,13 +118,9 @@ impl Cuda {
     fn computed(&self, front: &Front, emit: Emit) -> Result<Forms> {
         let (tokens, cols) = (front.row.rows, front.row.cols);
         let row = Arguments::default().with(front.row.buffer());
-        let (kernel, arguments) = match (&front.norm, &front.gate) {
-            (Some(norm), None) => ("rms_norm", row.with(&*norm.weight).with(norm.eps).with(cols)),
-            (Some(norm), Some(gate)) => {
-                let gated = row.with(gate.buffer()).with(gate.cols);
-                ("gated_norm", gated.with(&*norm.weight).with(norm.eps).with(cols).with(norm.group))
-            }
-            (None, _) => (if front.square { "relu2" } else { "emit" }, row.with(cols)),
+        let (kernel, arguments) = match &front.norm {
+            Some(norm) => ("rms_norm", row.with(&*norm.weight).with(norm.eps).with(cols).with(norm.group)),
+            None => (if front.square { "relu2" } else { "emit" }, row.with(cols)),
         };
         let float = if emit.float { Some(self.tensor(tokens, cols)?) } else { None };
         let int8 = if emit.int8 { Some(self.codes(tokens, cols)?) } else { None };
