@@ -4,10 +4,10 @@
 #pragma once
 #include "rows.cuh"
 
-// `row` null: codes are given. With a `weight` a norm over each `group` values, of row · silu(gate) where there is a `gate`; otherwise the
-// row, or with `square` the squares of its positive values. Codes have the scale `static_scale`, or absmax / 127.
-#define FRONT_PARAMETERS const float *row, const float *gate, const float *weight, float eps, int group, int square, const float *static_scale
-#define FRONT_ARGUMENTS row, gate, weight, eps, group, square, static_scale
+// `row` null: codes are given. With a `weight` the norm of the row over each `group` values; otherwise the row, or with `square` the
+// squares of its positive values. Codes have the scale `static_scale`, or absmax / 127.
+#define FRONT_PARAMETERS const float *row, const float *weight, float eps, int group, int square, const float *static_scale
+#define FRONT_ARGUMENTS row, weight, eps, group, square, static_scale
 #define CODES_PARAMETERS const i8 *codes, const float *scales
 #define CODES_ARGUMENTS codes, scales
 
@@ -34,22 +34,17 @@ DEVICE float square_of(float x) { const float positive = fmaxf(x, 0.0f); return 
 // The norm of a row of at most 4·HELD·THREADS values, SEGMENT · n in a group: held[i] are the four from 4·(thread + i·THREADS) on.
 template <int THREADS> DEVICE void norm_row(float4 (&held)[HELD], const Scratch& scratch, int cols, FRONT_PARAMETERS) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const float4 *values = reinterpret_cast<const float4*>(row), *gates = reinterpret_cast<const float4*>(gate), *weights = reinterpret_cast<const float4*>(weight);
-    float4 own[HELD], gated[HELD];
+    const float4 *values = reinterpret_cast<const float4*>(row), *weights = reinterpret_cast<const float4*>(weight);
+    float4 own[HELD];
     // Weights, which no launch writes, are asked for before the launch in front is done.
 #pragma unroll
     for (int i = 0; i < HELD; ++i)
         if (thread + i * THREADS < cols / 4) own[i] = weights[thread + i * THREADS];
     wait_previous();
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-        const bool inside = thread + i * THREADS < cols / 4;
-        held[i] = inside ? values[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        gated[i] = inside && gate ? gates[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
+    for (int i = 0; i < HELD; ++i) held[i] = thread + i * THREADS < cols / 4 ? values[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-        if (gate) held[i] = make_float4(held[i].x * silu(gated[i].x), held[i].y * silu(gated[i].y), held[i].z * silu(gated[i].z), held[i].w * silu(gated[i].w));
         const float sum = warp_sum(dot(held[i]));
         if (lane == 0) scratch.partial[i * (THREADS / 32) + warp] = sum;
     }

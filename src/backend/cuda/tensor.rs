@@ -47,11 +47,9 @@ pub(super) struct Norm {
     pub group: usize,
 }
 
-/// What stands in front of a linear: a norm of `row`, or of row · silu(gate); without one the row as it is, or the squares of its positive
-/// values.
+/// What stands in front of a linear: a norm of `row`; without one the row as it is, or the squares of its positive values.
 pub(super) struct Front {
     pub row: CudaTensor,
-    pub gate: Option<CudaTensor>,
     pub norm: Option<Norm>,
     pub square: bool,
 }
@@ -59,7 +57,7 @@ pub(super) struct Front {
 impl Front {
     /// The row as it is.
     pub(super) fn plain(row: CudaTensor) -> Self {
-        Self { row, gate: None, norm: None, square: false }
+        Self { row, norm: None, square: false }
     }
 }
 
