@@ -4,10 +4,10 @@
 #pragma once
 #include "rows.cuh"
 
-// `row` null: codes are given. With a `weight` a norm over each `group` values, of row · silu(gate) where there is a `gate`; otherwise the
-// row, or with `square` the squares of its positive values. Codes have the scale `static_scale`, or absmax / 127.
-#define FRONT_PARAMETERS const float *row, const float *gate, const float *weight, float eps, int group, int square, const float *static_scale
-#define FRONT_ARGUMENTS row, gate, weight, eps, group, square, static_scale
+// `row` null: codes are given. With a `weight` the norm of the row over each `group` values; otherwise the row, or with `square` the
+// squares of its positive values. Codes have the scale `static_scale`, or absmax / 127.
+#define FRONT_PARAMETERS const float *row, const float *weight, float eps, int group, int square, const float *static_scale
+#define FRONT_ARGUMENTS row, weight, eps, group, square, static_scale
 #define CODES_PARAMETERS const i8 *codes, const float *scales
 #define CODES_ARGUMENTS codes, scales
 
@@ -19,13 +19,13 @@ constexpr int PLAIN_HELD = 11;  // the same of a row without norm
 constexpr int SEGMENT = 128;   // a warp's values of one of them
 constexpr int SCRATCH = 1024;  // bytes of its own
 
-// Shared memory of a front: sums of segments, or maxima of warps, and factors of groups, of which there are at most 80.
+// Shared memory of a front.
 struct Scratch {
-    float* partial;
-    float* factors;
-    float* scale;  // of the codes, for others than those who compute the front
+    float* partial;  // sums of segments, of which there are at most 80
+    int* largest;    // maxima of warps
+    float* scale;    // of the codes, for others than those who compute the front
 
-    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), factors(partial + 128), scale(factors + 127) {}
+    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), largest(reinterpret_cast<int*>(partial + 128)), scale(partial + 192) {}
 };
 
 DEVICE float dot(const float4& a) { return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, a.w * a.w))); }
@@ -35,38 +35,30 @@ DEVICE float square_of(float x) { const float positive = fmaxf(x, 0.0f); return 
 // The norm of a row of at most 4·HELD·THREADS values, SEGMENT · n in a group: held[i] are the four from 4·(thread + i·THREADS) on.
 template <int THREADS> DEVICE void norm_row(float4 (&held)[HELD], const Scratch& scratch, int cols, FRONT_PARAMETERS) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const float4 *values = reinterpret_cast<const float4*>(row), *gates = reinterpret_cast<const float4*>(gate), *weights = reinterpret_cast<const float4*>(weight);
-    float4 own[HELD], gated[HELD];
+    const float4 *values = reinterpret_cast<const float4*>(row), *weights = reinterpret_cast<const float4*>(weight);
+    float4 own[HELD];
     // Weights, which no launch writes, are asked for before the launch in front is done.
 #pragma unroll
     for (int i = 0; i < HELD; ++i)
         if (thread + i * THREADS < cols / 4) own[i] = weights[thread + i * THREADS];
     wait_previous();
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-        const bool inside = thread + i * THREADS < cols / 4;
-        held[i] = inside ? values[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        gated[i] = inside && gate ? gates[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
+    for (int i = 0; i < HELD; ++i) held[i] = thread + i * THREADS < cols / 4 ? values[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-        if (gate) held[i] = make_float4(held[i].x * silu(gated[i].x), held[i].y * silu(gated[i].y), held[i].z * silu(gated[i].z), held[i].w * silu(gated[i].w));
         const float sum = warp_sum(dot(held[i]));
         if (lane == 0) scratch.partial[i * (THREADS / 32) + warp] = sum;
     }
     group_wait(FRONT_BARRIER, THREADS);
+    // Each warp takes the sums of the groups in which its own values are.
     const int segments = group / SEGMENT;
-    for (int index = warp; index < cols / group; index += THREADS / 32) {
-        float sum = 0.0f;
-        for (int segment = lane; segment < segments; segment += 32) sum += scratch.partial[index * segments + segment];
-        sum = warp_sum(sum);
-        if (lane == 0) scratch.factors[index] = __fdiv_rn(1.0f, __fsqrt_rn(sum / static_cast<float>(group) + eps));
-    }
-    group_wait(FRONT_BARRIER, THREADS);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-        if (thread + i * THREADS >= cols / 4) continue;
-        const float factor = scratch.factors[(i * (THREADS / 32) + warp) / segments];
+        const int own_segment = i * (THREADS / 32) + warp, first = own_segment / segments * segments;
+        if (own_segment * SEGMENT >= cols) break;
+        float sum = 0.0f;
+        for (int segment = lane; segment < segments; segment += 32) sum += scratch.partial[first + segment];
+        const float factor = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(sum) / static_cast<float>(group) + eps));
         held[i] = make_float4(held[i].x * factor * own[i].x, held[i].y * factor * own[i].y, held[i].z * factor * own[i].z, held[i].w * factor * own[i].w);
     }
 }
@@ -87,14 +79,12 @@ template <int THREADS> DEVICE void plain_row(float4 (&held)[PLAIN_HELD], const f
 
 // The largest magnitude of the threads' own, as bits.
 template <int THREADS> DEVICE int front_max(int own, const Scratch& scratch) {
-    int* partial = reinterpret_cast<int*>(scratch.partial);
     own = warp_max(own);
-    // What the norm left there has been read: its last barrier lies behind.
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = own;
+    if (threadIdx.x % 32 == 0) scratch.largest[threadIdx.x / 32] = own;
     group_wait(FRONT_BARRIER, THREADS);
     int largest = 0;
 #pragma unroll
-    for (int warp = 0; warp < THREADS / 32; ++warp) largest = maximum(largest, partial[warp]);
+    for (int warp = 0; warp < THREADS / 32; ++warp) largest = maximum(largest, scratch.largest[warp]);
     return largest;
 }
 

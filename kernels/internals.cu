@@ -1,7 +1,7 @@
 // What passes through a Mamba-2 mixer as int8, and its rotation. A *span* is the channels that share a run-time scale: a head of z, x
 // or y, a state group of B or C, or all of dt. A row has `heads` spans of `head_dim` channels, then `groups` of `state`, then one of
 // `rest` (0: none). A warp takes a span, lane l its channels l, l + 32, …; scales are `[rows, spans]`, or `fixed`, one a channel.
-#include "device.cuh"
+#include "gate.cuh"
 
 namespace {
 
@@ -91,7 +91,7 @@ DEVICE Sequence sequence(const int* sequences, int index) {
 
 }  // namespace
 
-KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int groups, int state, int state_block, int rest, float* out, i8* codes, const float* fixed, float* scales, int* fault)) {
+KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int groups, int state, int state_block, int rest, float* out, GATE_PARAMETERS, i8* codes, const float* fixed, float* scales, int* fault)) {
     depend();
     const Layout layout = {heads, head_dim, head_block, groups, state, state_block, rest};
     const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
@@ -102,9 +102,10 @@ KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) v[i] = lane + 32 * i < span.width ? x[at + lane + 32 * i] : 0.0f;
     rotate(v, span.block);
+    const Gate gates = {GATE_ARGUMENTS};
     if (out)
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) if (lane + 32 * i < span.width) out[at + lane + 32 * i] = v[i];
+        for (int i = 0; i < COUNT; ++i) if (lane + 32 * i < span.width) out[at + lane + 32 * i] = v[i] * gates.at(row, span.first + lane + 32 * i);
     if (codes) round_span(v, span.width, fixed ? fixed + span.first : nullptr, codes + at, scales + row * count + index, fault);
 }
 

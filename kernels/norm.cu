@@ -15,16 +15,7 @@ constexpr int AHEAD = 6;  // vectors of four that a thread reads before it uses 
 // Where value c of the row lies in shared memory: one place is left out after 32, so that strides of 16 and 32 meet different banks.
 DEVICE int place(int c) { return c + (c >> 5); }
 
-// Sum (or maximum) over the block's threads; every thread gets it.
-DEVICE float block_sum(float x, float* partial) {
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-    __syncthreads();
-    float total = 0.0f;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) total += partial[warp];
-    return total;
-}
-
+// Maximum over the block's threads; every thread gets it.
 DEVICE int block_max(int x, int* partial) {
     x = warp_max(x);
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
@@ -89,30 +80,6 @@ struct Weight {
         }
     }
 };
-
-// The same with the values of two rows.
-template <class F> DEVICE void read_rows(const float* first, const float* second, int cols, F use) {
-    constexpr int HALF = AHEAD / 2;
-    if (cols % 4 != 0 || !aligned(first) || !aligned(second)) {
-        for (int c = threadIdx.x; c < cols; c += blockDim.x) use(c, first[c], second[c]);
-        return;
-    }
-    const float4 *a = reinterpret_cast<const float4*>(first), *b = reinterpret_cast<const float4*>(second);
-    for (int start = threadIdx.x; start < cols / 4; start += blockDim.x * HALF) {
-        float4 x[HALF], y[HALF];
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) {
-            const int at = start + i * blockDim.x;
-            if (at < cols / 4) x[i] = a[at], y[i] = b[at];
-        }
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) {
-            const int at = start + i * blockDim.x;
-            if (at >= cols / 4) break;
-            use(4 * at, x[i].x, y[i].x), use(4 * at + 1, x[i].y, y[i].y), use(4 * at + 2, x[i].z, y[i].z), use(4 * at + 3, x[i].w, y[i].w);
-        }
-    }
-}
 
 // BITS stages of the transform at once, on values 2^shift apart.
 template <int BITS> DEVICE void stages(float* row, int cols, int shift, float scale, bool last) {
@@ -181,29 +148,8 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
 
 }  // namespace
 
-KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, EMIT_PARAMETERS)) {
-    launch_next();
-    const Weight own_weight(weight, cols);
-    wait_previous();
-    DYNAMIC_SHARED(float, row);
-    SHARED(float, partial, THREADS / 32);
-    float sum = 0.0f;
-    read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
-        row[place(c)] = value;
-        sum = fmaf(value, value, sum);
-    });
-    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(block_sum(sum, partial) / static_cast<float>(cols) + eps));
-    // Each thread meets the values again that it wrote.
-    int largest = 0;
-    own_weight.each([&](int c, float value) {
-        const float result = row[place(c)] * scale * value;
-        row[place(c)] = result;
-        largest = maximum(largest, magnitude(result));
-    });
-    emit_row(row, cols, largest, EMIT_ARGUMENTS);
-}
-
-KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_stride, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
+// Over each `group` values of the row.
+KERNEL(1024, rms_norm, (const float* x, const float* weight, float eps, int cols, int group, EMIT_PARAMETERS)) {
     launch_next();
     const Weight own_weight(weight, cols);
     wait_previous();
@@ -211,9 +157,7 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
     SHARED(float, sums, MAX_GROUPS);
     SHARED(float, factors, MAX_GROUPS);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    y += static_cast<i64>(blockIdx.x) * cols;
-    projected += static_cast<i64>(blockIdx.x) * projected_stride;
-    read_rows(y, projected, cols, [&](int c, float value, float z) { row[place(c)] = value * silu(z); });
+    read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) { row[place(c)] = value; });
     __syncthreads();
     // Each group is a few warps', each of which adds up a part.
     const int groups = cols / group, sharing = maximum(1, warps / groups);
@@ -232,8 +176,8 @@ KERNEL(1024, gated_norm, (const float* y, const float* projected, int projected_
         factors[index] = __fdiv_rn(1.0f, __fsqrt_rn(sum / static_cast<float>(group) + eps));
     }
     __syncthreads();
-    int largest = 0, shift = -1;
-    if ((group & (group - 1)) == 0)
+    int largest = 0, shift = groups == 1 ? 31 : -1;
+    if (groups > 1 && (group & (group - 1)) == 0)
         for (shift = 0; 1 << shift < group;) ++shift;
     own_weight.each([&](int c, float value) {
         const float result = row[place(c)] * factors[shift < 0 ? c / group : c >> shift] * value;

@@ -2,6 +2,7 @@
 // for up to 128 states: `ssd_share` computes for every chunk what the heads of a group have in common, `ssd_scan` goes through a
 // sequence's chunks with the state of 64 channels in registers. No state comes to memory between chunks, and what is common is
 // computed once in place of once for every four heads. Other GPUs, and larger states, use `ssd.cu`, which has the equations.
+#include "gate.cuh"
 #include "ssd.cuh"
 
 #ifdef BULK_COPIES
@@ -44,7 +45,7 @@ template <class Source> DEVICE void share(const Source& xbc, const int* chunks, 
 
 // Warps as in `chunk_output` of `ssd.cu` for y: 16 tokens by 32 channels; for the state 16 channels, from 16 (w % 4) on, by 64 states, from
 // 64 (w / 4) on.
-template <class Source> DEVICE void scan(const Source& xbc, const float* dt, const float* decay, const Shared* shared_chunks, const float* d, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int groups, int state_size, float* cache, float* y) {
+template <class Source> DEVICE void scan(const Source& xbc, const float* dt, const float* decay, const Shared* shared_chunks, const float* d, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int groups, int state_size, float* cache, const Gate& gate, float* y) {
     DYNAMIC_SHARED(u8, shared);
     Shared* const ring = reinterpret_cast<Shared*>(shared);  // this chunk's and the next one's
     auto& state = *reinterpret_cast<Halves<CHANNELS, SLAB>*>(ring + 2);     // [channel][state]
@@ -83,6 +84,9 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             const int at = threadIdx.x + i * WIDE, p = p0 + at % CHANNELS, t = at / CHANNELS * 2, c = head * head_dim + p;
             held[i] = {p < head_dim && t < length ? rows.at(t, c, head) : 0.0f, p < head_dim && t + 1 < length ? rows.at(t + 1, c, head) : 0.0f};
         }
+        // Of each token two lines of z, which are read when the chunk's y is done.
+        const int token = threadIdx.x / 2, line = p0 + threadIdx.x % 2 * (CHANNELS / 2);
+        if (token < length && line < head_dim) gate.ask(begin + token, head * head_dim + line);
         if (threadIdx.x >= CHUNK) return;
         const bool inside = static_cast<int>(threadIdx.x) < length;
         const i64 at = static_cast<i64>(begin + threadIdx.x) * heads + head;
@@ -175,7 +179,7 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
                     if (t < length && channel < head_dim) use(results[m][i], t, head * head_dim + channel);
                 }
         };
-        each([&](float& result, int t, int c) { result += skip * rows.at(t, c, head); });
+        each([&](float& result, int t, int c) { result = (result + skip * rows.at(t, c, head)) * gate.at(begin + t, c); });
         each([&](float& result, int t, int c) { y[static_cast<i64>(begin + t) * inner + c] = result; });
 
         const float factor = expf(sum_decay[length - 1]);
@@ -205,14 +209,14 @@ RESIDENT_KERNEL(256, 1, ssd_share_i8, (const i8* xbc, const float* scales, const
     share(Codes{xbc, heads * head_dim + 2 * groups * state_size, scales, heads + 2 * groups, fixed}, chunks, heads, head_dim, groups, state_size, shared);
 }
 
-RESIDENT_KERNEL(256, 1, ssd_scan, (const float* xbc, const float* dt, const float* decay, const Shared* shared, const float* d, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int groups, int state_size, float* cache, float* y)) {
+RESIDENT_KERNEL(256, 1, ssd_scan, (const float* xbc, const float* dt, const float* decay, const Shared* shared, const float* d, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int groups, int state_size, float* cache, GATE_PARAMETERS, float* y)) {
     depend();
-    scan(Floats{xbc, heads * head_dim + 2 * groups * state_size}, dt, decay, shared, d, chunks, sequence_chunks, heads, head_dim, groups, state_size, cache, y);
+    scan(Floats{xbc, heads * head_dim + 2 * groups * state_size}, dt, decay, shared, d, chunks, sequence_chunks, heads, head_dim, groups, state_size, cache, {GATE_ARGUMENTS}, y);
 }
 
-RESIDENT_KERNEL(256, 1, ssd_scan_i8, (const i8* xbc, const float* scales, const float* fixed, const float* dt, const float* decay, const Shared* shared, const float* d, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int groups, int state_size, float* cache, float* y)) {
+RESIDENT_KERNEL(256, 1, ssd_scan_i8, (const i8* xbc, const float* scales, const float* fixed, const float* dt, const float* decay, const Shared* shared, const float* d, const int* chunks, const int* sequence_chunks, int heads, int head_dim, int groups, int state_size, float* cache, GATE_PARAMETERS, float* y)) {
     depend();
-    scan(Codes{xbc, heads * head_dim + 2 * groups * state_size, scales, heads + 2 * groups, fixed}, dt, decay, shared, d, chunks, sequence_chunks, heads, head_dim, groups, state_size, cache, y);
+    scan(Codes{xbc, heads * head_dim + 2 * groups * state_size, scales, heads + 2 * groups, fixed}, dt, decay, shared, d, chunks, sequence_chunks, heads, head_dim, groups, state_size, cache, {GATE_ARGUMENTS}, y);
 }
 
 #endif

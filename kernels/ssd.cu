@@ -2,7 +2,8 @@
 // dt·A within a chunk: the chunk's own contribution to the state is `Σ_t exp(D_end − D_t)·dt_t·x_t ⊗ B_t`; states are passed from
 // chunk to chunk; and `y_t = exp(D_t)·S·C_t + Σ_{s≤t} (C_t·B_s)·exp(D_t − D_s)·dt_s·x_s + D·x_t`, S the state at the chunk's
 // beginning. Products run on the tensor cores with halves (`halves.cuh`), C·B of codes in integers. What heads of a group share (B, C
-// and C·B) is loaded and computed once for up to four of them.
+// and C·B) is loaded and computed once for up to four of them. What is stored is y times its gate.
+#include "gate.cuh"
 #include "ssd.cuh"
 
 namespace {
@@ -174,7 +175,7 @@ namespace {
 // Warp w has 16 tokens, from 16 (w % 4) on, and 32 of the 64 channels that are computed at a time, from 32 (w / 4) on. `products` stay in
 // registers for all heads of the block, the same in two warps; with a head's decays they are the left side of the product with x as
 // they lie.
-template <class Source> DEVICE void chunk_output(const Source& xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y, float* sum_decay, float* step) {
+template <class Source> DEVICE void chunk_output(const Source& xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, const Gate& gate, float* y, float* sum_decay, float* step) {
     DYNAMIC_SHARED(u8, shared);
     auto& c = *reinterpret_cast<Halves<CHUNK, SLAB>*>(shared);                             // [token][state]
     auto& right = *reinterpret_cast<Halves<CHUNK, SLAB>*>(shared + sizeof(Halves<CHUNK, SLAB>));  // B [token][state], then S [channel][state]
@@ -199,7 +200,10 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
         // What the next head reads comes to the cache while this one is computed.
         if (head + 1 < static_cast<int>(blockIdx.x) + count) {
             for (int i = threadIdx.x; i * LINE < head_dim * state_size * 4; i += WIDE) prefetch(state + head_dim * state_size + i * (LINE / 4));
-            if (static_cast<int>(threadIdx.x) < length) prefetch(rows.place(threadIdx.x, (head + 1) * head_dim));
+            if (static_cast<int>(threadIdx.x) < length) {
+                prefetch(rows.place(threadIdx.x, (head + 1) * head_dim));
+                gate.ask(begin + threadIdx.x, (head + 1) * head_dim);
+            }
         }
         __syncthreads();
         const int first = warp * 16 + lane / 4;  // this lane's tokens: first and first + 8
@@ -258,7 +262,10 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
                         if (t < length && p < head_dim) use(sums[n][i], t, p);
                     }
             };
-            each([&](float& sum, int t, int p) { sum += skip * rows.at(t, head * head_dim + p, head); });
+            each([&](float& sum, int t, int p) {
+                const int c = head * head_dim + p;
+                sum = (sum + skip * rows.at(t, c, head)) * gate.at(begin + t, c);
+            });
             each([&](float& sum, int t, int p) { y[static_cast<i64>(begin + t) * inner + head * head_dim + p] = sum; });
         }
     }
@@ -266,16 +273,16 @@ template <class Source> DEVICE void chunk_output(const Source& xbc, const float*
 
 }  // namespace
 
-RESIDENT_KERNEL(256, 2, ssd_output, (const float* xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
+RESIDENT_KERNEL(256, 2, ssd_output, (const float* xbc, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, GATE_PARAMETERS, float* y)) {
     depend();
     SHARED(float, sum_decay, CHUNK);
     SHARED(float, step, CHUNK);
-    chunk_output(Floats{xbc, heads * head_dim + 2 * groups * state_size}, dt, decay, states, d, chunks, heads, head_dim, groups, state_size, y, sum_decay, step);
+    chunk_output(Floats{xbc, heads * head_dim + 2 * groups * state_size}, dt, decay, states, d, chunks, heads, head_dim, groups, state_size, {GATE_ARGUMENTS}, y, sum_decay, step);
 }
 
-RESIDENT_KERNEL(256, 2, ssd_output_i8, (const i8* xbc, const float* scales, const float* fixed, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, float* y)) {
+RESIDENT_KERNEL(256, 2, ssd_output_i8, (const i8* xbc, const float* scales, const float* fixed, const float* dt, const float* decay, const float* states, const float* d, const int* chunks, int heads, int head_dim, int groups, int state_size, GATE_PARAMETERS, float* y)) {
     depend();
     SHARED(float, sum_decay, CHUNK);
     SHARED(float, step, CHUNK);
-    chunk_output(Codes{xbc, heads * head_dim + 2 * groups * state_size, scales, heads + 2 * groups, fixed}, dt, decay, states, d, chunks, heads, head_dim, groups, state_size, y, sum_decay, step);
+    chunk_output(Codes{xbc, heads * head_dim + 2 * groups * state_size, scales, heads + 2 * groups, fixed}, dt, decay, states, d, chunks, heads, head_dim, groups, state_size, {GATE_ARGUMENTS}, y, sum_decay, step);
 }

@@ -1,8 +1,9 @@
 // One step of the selective recurrence: `S ← exp(dt·A)·S + dt·x ⊗ B`, `y = S·C + D·x`, dt = softplus(raw + bias) clamped.
 // State `[slots, heads, head_dim, state]` in f32, f16 or int8 with one scale a row; arithmetic in f32. A row of the state is a
 // warp's, four consecutive values a lane. y is read out before the new state is rounded to what stores it. x, B, C and dt are floats
-// or codes; of codes, C·B is an integer product: `y = exp(dt·A)·S·C + (C·B)·dt·x + D·x` with the state as it was.
-#include "device.cuh"
+// or codes; of codes, C·B is an integer product: `y = exp(dt·A)·S·C + (C·B)·dt·x + D·x` with the state as it was. What is stored is y
+// times its gate.
+#include "gate.cuh"
 
 namespace {
 
@@ -55,8 +56,8 @@ struct Floats {
     const float *xbc, *projected;
     int channels, stride, dt_offset;
     static constexpr bool INTEGER = false;
-    // dt and the states are read while the launch in front still runs: that one runs since `conv_step`, which lets nothing begin before all in
-    // front of itself is done, wrote neither.
+    // dt, z and the states are read while the launch in front still runs: that one runs since `conv_step`, which lets nothing begin before all
+    // in front of itself is done, wrote none of them.
     static constexpr bool AHEAD = true;
     float x(int slot, int c, int) const { return xbc[static_cast<i64>(slot) * channels + c]; }
     Four four(int slot, int c, int) const { return read(xbc + static_cast<i64>(slot) * channels + c, 1.0f); }
@@ -90,7 +91,7 @@ struct Mixer {
 
 // CHUNKS: vectors of four states that a lane has of a row, 128 states each.
 template <class State, int CHUNKS, class Input>
-DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, float* y) {
+DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, const Gate& gate, float* y) {
     constexpr int OWN = ROWS / WARPS;
     const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int inner = m.heads * m.head_dim, group = head / (m.heads / m.groups), size = m.size;
@@ -98,7 +99,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     const i64 first = (static_cast<i64>(slot) * m.heads + head) * m.head_dim;
     // Everything that is read from memory is under way before the first of it is used.
     Four s[OWN][CHUNKS], b[CHUNKS], c[CHUNKS];
-    float x[OWN];
+    float x[OWN], gates[OWN];
     int product = 0;
     if (!Input::AHEAD) wait_previous();
 #pragma unroll
@@ -111,6 +112,11 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
             const int n = chunk * 128 + lane * 4;
             if (n < size) s[own][chunk] = read(state + (first + p) * size + n, scale);
         }
+    }
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        if (p < m.head_dim) gates[own] = gate.at(slot, head * m.head_dim + p);
     }
     const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
     const float decay = expf(dt * m.a[head]);
@@ -161,7 +167,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         }
         if (lane == 0) {
             if (scaled<State>) state_scales[first + p] = scale;
-            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = sum + m.d[head] * x[own];
+            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = (sum + m.d[head] * x[own]) * gates[own];
         }
     }
 }
@@ -170,20 +176,20 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
 
 #define STEP(name, int8_name, State)                                                                                                            \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
-                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { \
+                       float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) { \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
         const Floats in = {xbc, projected, channels, stride, heads * head_dim + channels};                                                      \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
-        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, y);                                                               \
-        else step<State, 2>(in, mixer, state, state_scales, y);                                                                                 \
+        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                             \
+        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                               \
     }                                                                                                                                           \
     KERNEL(128, int8_name, (const i8* xbc, const float* scales, const float* fixed, const i8* projected, int stride, const float* dt_scales, int dt_scale_stride, const float* dt_fixed, \
-                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, float* y)) { \
+                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) { \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
         const Codes in = {xbc, projected, channels, stride, heads * head_dim + channels, heads + 2 * groups, dt_scale_stride, scales, fixed, dt_scales, dt_fixed}; \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
-        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, y);                                                               \
-        else step<State, 2>(in, mixer, state, state_scales, y);                                                                                 \
+        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                             \
+        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                               \
     }
 
 STEP(ssm_step_f32, ssm_step_codes_f32, float)

@@ -352,7 +352,11 @@ pub trait Backend: Send + Sync + 'static {
     /// Hands `x` on in the forms asked for.
     fn emit(&self, x: Self::Tensor, emit: Emit) -> Result<Self::Activation>;
     /// `x / rms(x) · weight` by row.
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, emit: Emit) -> Result<Self::Activation>;
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, emit: Emit) -> Result<Self::Activation> {
+        self.group_norm(x, weight, self.features(x), eps, emit)
+    }
+    /// The same over each `group` features of a row, which they divide.
+    fn group_norm(&self, x: &Self::Tensor, weight: &Self::Vector, group: usize, eps: f32, emit: Emit) -> Result<Self::Activation>;
     /// `relu(x)²`.
     fn relu2(&self, x: &Self::Tensor, emit: Emit) -> Result<Self::Activation>;
     /// `a + b`, reusing `a`'s memory where possible.
@@ -377,10 +381,10 @@ pub trait Backend: Send + Sync + 'static {
         parameters: &Self::Mamba,
         shape: &MambaShape,
     ) -> Result<Self::Projection>;
-    /// The selective scan between `in_proj` and the gated norm: causal convolution and SiLU over x | B | C, rotation and
-    /// rounding where the parameters say so, dt, state update and read-out, rotation undone. Returns y `[tokens, inner]`
-    /// with `D·x` added and the gate not yet applied. With a cache the sequences go on from it, and it is updated:
-    /// state and window are rounded to their formats at the end of each call, and of nothing else.
+    /// The selective scan between `in_proj` and the norm in front of `out_proj`: causal convolution and SiLU over x | B | C,
+    /// rotation and rounding where the parameters say so, dt, state update and read-out with `D·x` added, rotation undone.
+    /// Returns `y·silu(z)` `[tokens, inner]`: gated, the norm still to come. With a cache the sequences go on from it, and
+    /// it is updated: state and window are rounded to their formats at the end of each call, and of nothing else.
     fn mamba_scan(
         &self,
         projection: &Self::Projection,
@@ -389,17 +393,6 @@ pub trait Backend: Send + Sync + 'static {
         sequences: &Sequences,
         cache: Option<&mut Self::SsmCache>,
     ) -> Result<Self::Tensor>;
-    /// `y·silu(z)`, then RMS norm in groups of `inner / groups` channels with `weight`; z is a slice of `projection`.
-    fn gated_norm(
-        &self,
-        y: &Self::Tensor,
-        projection: &Self::Projection,
-        parameters: &Self::Mamba,
-        weight: &Self::Vector,
-        shape: &MambaShape,
-        eps: f32,
-        emit: Emit,
-    ) -> Result<Self::Activation>;
 
     /// An empty cache for `sequences` sequences. New keys and values are rounded to the format before any query sees
     /// them, so that a prefill in one call and token by token agree.

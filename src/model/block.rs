@@ -275,11 +275,11 @@ impl<B: Backend> Block<B> {
                 let x = norm(backend.reads(&ssm.in_proj))?;
                 observe::<B>(tap, "in_proj", &x)?;
                 let projection = backend.project(&ssm.in_proj, &x, &ssm.parameters, &ssm.shape)?;
-                let y = backend.mamba_scan(&projection, &ssm.parameters, &ssm.shape, sequences, cache)?;
-                let emit = backend.reads(&ssm.out_proj);
-                let gated = backend.gated_norm(&y, &projection, &ssm.parameters, &ssm.norm, &ssm.shape, self.eps, emit)?;
-                observe::<B>(tap, "out_proj", &gated)?;
-                write(backend, into, &ssm.out_proj, &gated)
+                let gated = backend.mamba_scan(&projection, &ssm.parameters, &ssm.shape, sequences, cache)?;
+                let group = ssm.shape.inner() / ssm.shape.groups;
+                let x = backend.group_norm(&gated, &ssm.norm, group, self.eps, backend.reads(&ssm.out_proj))?;
+                observe::<B>(tap, "out_proj", &x)?;
+                write(backend, into, &ssm.out_proj, &x)
             }
             Mixer::Mlp(mlp) => mlp.forward(backend, &norm(mlp.reads(backend))?, tap, into),
             Mixer::Attention(attention) => {

@@ -21,7 +21,7 @@ use self::cache::SequenceState;
 use self::chunks::{HeadState, Inputs};
 use self::convolution::Convolution;
 use self::projection::{Borrowed, Rows, Slice, SlicedRows, Spans};
-use super::hadamard;
+use super::{hadamard, norm};
 use crate::backend::{MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation};
 use crate::format::CacheFormats;
 
@@ -90,7 +90,7 @@ impl Head {
     }
 }
 
-/// See [`crate::backend::Backend::mamba_scan`]. Returns y `[tokens, inner]`.
+/// See [`crate::backend::Backend::mamba_scan`]. Returns `y·silu(z)` `[tokens, inner]`.
 pub fn scan(
     projection: &Borrowed<'_>,
     parameters: &Parameters,
@@ -118,6 +118,8 @@ pub fn scan(
     if let Some(rotation) = parameters.rotation {
         hadamard::transform_rows(&mut y, inner, rotation.head);
     }
+    let (z, stride) = projection.gate(parameters, shape);
+    norm::gate(&mut y, inner, &z, stride);
     y
 }
 

@@ -238,8 +238,8 @@ impl Backend for Cpu {
         Ok(CpuActivation { float: emit.float.then_some(x), int8 })
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32, emit: Emit) -> Result<CpuActivation> {
-        Self::activation(with_values(x, |x| norm::rms(x, weight, eps))?, weight.len(), emit)
+    fn group_norm(&self, x: &Tensor, weight: &Vec<f32>, group: usize, eps: f32, emit: Emit) -> Result<CpuActivation> {
+        Self::activation(with_values(x, |x| norm::rms(x, weight, group, eps))?, weight.len(), emit)
     }
 
     fn relu2(&self, x: &Tensor, emit: Emit) -> Result<CpuActivation> {
@@ -283,22 +283,6 @@ impl Backend for Cpu {
     ) -> Result<Tensor> {
         let y = projection.with(|projection| mamba::scan(projection, parameters, shape, sequences, cache))?;
         tensor(y, shape.inner())
-    }
-
-    fn gated_norm(
-        &self,
-        y: &Tensor,
-        projection: &mamba::Projection,
-        parameters: &mamba::Parameters,
-        weight: &Vec<f32>,
-        shape: &MambaShape,
-        eps: f32,
-        emit: Emit,
-    ) -> Result<CpuActivation> {
-        let group = shape.inner() / shape.groups;
-        let (z, width) = projection.gate(parameters, shape)?;
-        let values = with_values(y, |y| with_values(&z, |z| norm::gated(y, z, width, weight, group, eps)))??;
-        Self::activation(values, weight.len(), emit)
     }
 
     fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> kv_cache::KvCache {

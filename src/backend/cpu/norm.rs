@@ -1,4 +1,4 @@
-//! Norms, relu² and logits statistics on the CPU, row by row.
+//! Norms, gates, relu² and logits statistics on the CPU, row by row.
 
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -12,44 +12,33 @@ const ROWS_PER_TASK: usize = 16;
 /// Values that one task of an elementwise operation takes.
 const CHUNK: usize = 1 << 15;
 
-/// `x / rms(x) · weight` by row of `weight.len()`.
-pub fn rms(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+/// `x / rms(x) · weight` by row of `weight.len()`, over each `group` of its values.
+pub fn rms(x: &[f32], weight: &[f32], group: usize, eps: f32) -> Vec<f32> {
     let width = weight.len();
     let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(width).with_min_len(ROWS_PER_TASK).zip(x.par_chunks(width)).for_each(|(out, x)| rms_row(x, weight, eps, out));
+    out.par_chunks_mut(width).with_min_len(ROWS_PER_TASK).zip(x.par_chunks(width)).for_each(|(out, x)| rms_row(x, weight, group, eps, out));
     out
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn rms_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let scale = 1.0 / (math::sum(x, |x| x * x) / x.len() as f32 + eps).sqrt();
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
-    }
-}
-
-/// `y·silu(z)`, then RMS norm in groups of `group` channels; z is the first `weight.len()` of each row of `projected`.
-pub fn gated(y: &[f32], projected: &[f32], projected_width: usize, weight: &[f32], group: usize, eps: f32) -> Vec<f32> {
-    let width = weight.len();
-    let mut out = vec![0.0; y.len()];
-    out.par_chunks_mut(width)
-        .with_min_len(ROWS_PER_TASK)
-        .zip(y.par_chunks(width))
-        .zip(projected.par_chunks(projected_width))
-        .for_each(|((out, y), projected)| gated_row(y, &projected[..width], weight, group, eps, out));
-    out
-}
-
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn gated_row(y: &[f32], z: &[f32], weight: &[f32], group: usize, eps: f32, out: &mut [f32]) {
-    for ((out, y), z) in out.iter_mut().zip(y).zip(z) {
-        *out = y * math::silu(*z);
-    }
-    for (out, weight) in out.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
-        let scale = 1.0 / (math::sum(out, |x| x * x) / group as f32 + eps).sqrt();
-        for (out, weight) in out.iter_mut().zip(weight) {
-            *out = *out * scale * weight;
+fn rms_row(x: &[f32], weight: &[f32], group: usize, eps: f32, out: &mut [f32]) {
+    for ((out, x), weight) in out.chunks_exact_mut(group).zip(x.chunks_exact(group)).zip(weight.chunks_exact(group)) {
+        let scale = 1.0 / (math::sum(x, |x| x * x) / group as f32 + eps).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
         }
+    }
+}
+
+/// `y·silu(z)` in place, by row of `width`; z is the first columns of rows of `stride` values.
+pub fn gate(y: &mut [f32], width: usize, z: &[f32], stride: usize) {
+    y.par_chunks_mut(width).with_min_len(ROWS_PER_TASK).zip(z.par_chunks(stride)).for_each(|(y, z)| gate_row(y, z));
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn gate_row(y: &mut [f32], z: &[f32]) {
+    for (y, z) in y.iter_mut().zip(z) {
+        *y *= math::silu(*z);
     }
 }
 

@@ -127,7 +127,7 @@ impl Cuda {
     }
 
     /// A tensor that holds z in its first columns.
-    pub(super) fn gate(&self, projection: &Projection, parameters: &Parameters, shape: &MambaShape) -> Result<CudaTensor> {
+    fn gate(&self, projection: &Projection, parameters: &Parameters, shape: &MambaShape) -> Result<CudaTensor> {
         match projection {
             Projection::Float(projected) => Ok(projected.clone()),
             Projection::Int8(slices) => {
@@ -156,13 +156,16 @@ impl Cuda {
         sequences: &Sequences,
         cache: Option<&mut SsmCache>,
     ) -> Result<CudaTensor> {
+        let gate = self.gate(projection, parameters, shape)?;
+        // Whoever makes y multiplies by it; but rotated heads are turned back first.
+        let own_gate = parameters.rotation.is_none().then_some(&gate);
         let y = match cache {
             None => {
                 let tables = self.tables(sequences, false)?;
                 let slots =
                     if tables.slots > 0 { Some(self.slots(tables.slots, shape, parameters, CacheFormats::default())?) } else { None };
                 let slots = slots.as_ref().map(|Slots { windows, states }| (windows, &windows.values, &states.values));
-                self.scan_sequences(projection, parameters, shape, &tables, slots)
+                self.scan_sequences(projection, parameters, shape, &tables, slots, own_gate)
             }
             Some(cache) if cache.sequences != sequences.count() => {
                 Err(Error::run(format!("a cache of {} sequences was given {}", cache.sequences, sequences.count())))
@@ -170,19 +173,20 @@ impl Cuda {
             Some(cache) => {
                 let slots = cache.slots(self, parameters)?;
                 if sequences.tokens() == sequences.count() {
-                    self.scan_step(projection, parameters, shape, sequences.count(), slots)
+                    self.scan_step(projection, parameters, shape, sequences.count(), slots, own_gate)
                 } else {
                     let tables = self.tables(sequences, true)?;
                     let scan = |windows: &Buffer| {
                         self.widened_states(&slots.states, |states| {
-                            self.scan_sequences(projection, parameters, shape, &tables, Some((&slots.windows, windows, states)))
+                            let slots = Some((&slots.windows, windows, states));
+                            self.scan_sequences(projection, parameters, shape, &tables, slots, own_gate)
                         })
                     };
                     if slots.windows.format.is_some() { self.widened_windows(&slots.windows, scan) } else { scan(&slots.windows.values) }
                 }
             }
         }?;
-        self.rotate_spans(Spans::heads(shape), &y, parameters)?;
+        self.rotate_spans(Spans::heads(shape), &y, parameters, Some(&gate))?;
         Ok(y)
     }
 
@@ -194,6 +198,7 @@ impl Cuda {
         shape: &MambaShape,
         count: usize,
         slots: &Slots,
+        gate: Option<&CudaTensor>,
     ) -> Result<CudaTensor> {
         let y = self.tensor(count, shape.inner())?;
         let states = &slots.states;
@@ -201,7 +206,7 @@ impl Cuda {
             let arguments =
                 arguments.with(&parameters.a).with(&parameters.d).with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max);
             let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
-            arguments.with(&states.values).with(states.scales.as_ref()).with(y.buffer())
+            gate_arguments(arguments.with(&states.values).with(states.scales.as_ref()), gate).with(y.buffer())
         };
         let (kernels, arguments) = match projection {
             Projection::Float(projected) => {
@@ -210,7 +215,7 @@ impl Cuda {
                     let arguments = conv_arguments(projected, parameters, shape).with(windows).with(xbc.buffer());
                     self.launch("conv_step", [shape.conv_channels().div_ceil(CONV_CHANNELS), count, 1], 128, 0, arguments)
                 })?;
-                self.rotate_spans(Spans::conv(shape), &xbc, parameters)?;
+                self.rotate_spans(Spans::conv(shape), &xbc, parameters, None)?;
                 let arguments = Arguments::default().with(xbc.buffer()).with(projected.buffer()).with(projected.cols);
                 (["ssm_step_f32", "ssm_step_f16", "ssm_step_i8"], mixer(arguments))
             }
@@ -252,7 +257,7 @@ impl Cuda {
                 self.launch("conv_window", [channels.div_ceil(CONV_CHANNELS), level.count, 1], 128, 0, arguments)?;
             }
         }
-        self.rotate_spans(Spans::conv(shape), &xbc, parameters)?;
+        self.rotate_spans(Spans::conv(shape), &xbc, parameters, None)?;
         Ok(xbc)
     }
 
@@ -318,6 +323,7 @@ impl Cuda {
         shape: &MambaShape,
         tables: &Tables,
         slots: Option<(&Windows, &Buffer, &Buffer)>,
+        gate: Option<&CudaTensor>,
     ) -> Result<CudaTensor> {
         let states = slots.map(|(_, _, states)| states);
         match projection {
@@ -326,7 +332,7 @@ impl Cuda {
                 let xbc = self.convolve(projected, parameters, shape, tables, windows)?;
                 let raw = Arguments::default().with(projected.buffer()).with(projected.cols).with(shape.projected() - shape.heads);
                 let inputs = || Arguments::default().with(xbc.buffer());
-                self.scan_chunks("", &raw, &inputs, projected.rows, parameters, shape, tables, states)
+                self.scan_chunks("", &raw, &inputs, projected.rows, parameters, shape, tables, states, gate)
             }
             Projection::Int8(slices) => {
                 let windows = slots.map(|(windows, _, _)| windows);
@@ -335,7 +341,7 @@ impl Cuda {
                 let raw = Arguments::default().with(&slices.codes).with(shape.projected()).with(shape.projected() - shape.heads);
                 let raw = raw.with(scales).with(stride).with(fixed);
                 let inputs = || convolved.arguments(parameters);
-                self.scan_chunks("_i8", &raw, &inputs, slices.tokens, parameters, shape, tables, states)
+                self.scan_chunks("_i8", &raw, &inputs, slices.tokens, parameters, shape, tables, states, gate)
             }
         }
     }
@@ -353,6 +359,7 @@ impl Cuda {
         shape: &MambaShape,
         tables: &Tables,
         cache: Option<&Buffer>,
+        gate: Option<&CudaTensor>,
     ) -> Result<CudaTensor> {
         let (y, dt, decay) = (self.tensor(tokens, shape.inner())?, self.tensor(tokens, shape.heads)?, self.tensor(tokens, shape.heads)?);
         let sizes = |arguments: Arguments| arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
@@ -368,9 +375,15 @@ impl Cuda {
                 let arguments = sizes(inputs().with(&level.chunks)).with(&shared);
                 self.launch(&kernel("ssd_share"), blocks, scan::THREADS, scan::SHARE_MEMORY, arguments)?;
                 let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&shared).with(&parameters.d);
-                let arguments = sizes(arguments.with(&level.chunks).with(&level.sequence_chunks)).with(cache).with(y.buffer());
+                let arguments = sizes(arguments.with(&level.chunks).with(&level.sequence_chunks)).with(cache);
                 let blocks = [shape.heads * shape.head_dim.div_ceil(scan::CHANNELS), level.count, 1];
-                self.launch(&kernel("ssd_scan"), blocks, scan::THREADS, scan::SCAN_MEMORY, arguments)?;
+                self.launch(
+                    &kernel("ssd_scan"),
+                    blocks,
+                    scan::THREADS,
+                    scan::SCAN_MEMORY,
+                    gate_arguments(arguments, gate).with(y.buffer()),
+                )?;
                 continue;
             }
             let states = self.buffer::<f32>(level.chunk_count * shape.heads * states_size)?;
@@ -380,10 +393,16 @@ impl Cuda {
             let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.state).with(cache);
             self.launch("ssd_pass", [states_size.div_ceil(256), shape.heads, level.count], 256, 0, arguments)?;
             let arguments = inputs().with(dt.buffer()).with(decay.buffer()).with(&states).with(&parameters.d).with(&level.chunks);
-            self.launch(&kernel("ssd_output"), [shape.heads, level.chunk_count, 1], 256, 81920, sizes(arguments).with(y.buffer()))?;
+            let arguments = gate_arguments(sizes(arguments), gate).with(y.buffer());
+            self.launch(&kernel("ssd_output"), [shape.heads, level.chunk_count, 1], 256, 81920, arguments)?;
         }
         Ok(y)
     }
+}
+
+/// What y is multiplied by where it is stored: z, in the first columns of a tensor, or nothing.
+fn gate_arguments(arguments: Arguments, gate: Option<&CudaTensor>) -> Arguments {
+    arguments.with(gate.map(CudaTensor::buffer)).with(gate.map_or(0, |gate| gate.cols))
 }
 
 /// What the float convolutions begin with.

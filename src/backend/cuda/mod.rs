@@ -276,8 +276,8 @@ impl Backend for Cuda {
         self.activation(Front::plain(x), emit)
     }
 
-    fn rms_norm(&self, x: &CudaTensor, weight: &Arc<Buffer>, eps: f32, emit: Emit) -> Result<CudaActivation> {
-        let norm = Norm { weight: Arc::clone(weight), eps, group: x.cols };
+    fn group_norm(&self, x: &CudaTensor, weight: &Arc<Buffer>, group: usize, eps: f32, emit: Emit) -> Result<CudaActivation> {
+        let norm = Norm { weight: Arc::clone(weight), eps, group };
         self.activation(Front { norm: Some(norm), ..Front::plain(x.clone()) }, emit)
     }
 
@@ -324,21 +324,6 @@ impl Backend for Cuda {
         cache: Option<&mut mamba::SsmCache>,
     ) -> Result<CudaTensor> {
         self.scan(projection, parameters, shape, sequences, cache)
-    }
-
-    fn gated_norm(
-        &self,
-        y: &CudaTensor,
-        projection: &mamba::Projection,
-        parameters: &mamba::Parameters,
-        weight: &Arc<Buffer>,
-        shape: &MambaShape,
-        eps: f32,
-        emit: Emit,
-    ) -> Result<CudaActivation> {
-        let gate = self.gate(projection, parameters, shape)?;
-        let norm = Norm { weight: Arc::clone(weight), eps, group: shape.inner() / shape.groups };
-        self.activation(Front { gate: Some(gate), norm: Some(norm), ..Front::plain(y.clone()) }, emit)
     }
 
     fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> attention::KvCache {

@@ -18,6 +18,7 @@ pub const HEADERS: &[Source] = &[
     source!("experts.cuh"),
     source!("few.cuh"),
     source!("front.cuh"),
+    source!("gate.cuh"),
     source!("halves.cuh"),
     source!("ring.cuh"),
     source!("rows.cuh"),

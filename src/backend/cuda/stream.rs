@@ -94,7 +94,6 @@ pub(super) fn front_arguments(arguments: Arguments, front: Option<&Front>, scale
     let norm = front.and_then(|front| front.norm.as_ref());
     arguments
         .with(front.map(|front| front.row.buffer()))
-        .with(front.and_then(|front| front.gate.as_ref()).map(super::CudaTensor::buffer))
         .with(norm.map(|norm| &*norm.weight))
         .with(norm.map_or(0.0, |norm| norm.eps))
         .with(norm.map_or(0, |norm| norm.group))

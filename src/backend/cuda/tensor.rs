@@ -47,11 +47,9 @@ pub(super) struct Norm {
     pub group: usize,
 }
 
-/// What stands in front of a linear: a norm of `row`, or of row · silu(gate); without one the row as it is, or the squares of its positive
-/// values.
+/// What stands in front of a linear: a norm of `row`; without one the row as it is, or the squares of its positive values.
 pub(super) struct Front {
     pub row: CudaTensor,
-    pub gate: Option<CudaTensor>,
     pub norm: Option<Norm>,
     pub square: bool,
 }
@@ -59,7 +57,7 @@ pub(super) struct Front {
 impl Front {
     /// The row as it is.
     pub(super) fn plain(row: CudaTensor) -> Self {
-        Self { row, gate: None, norm: None, square: false }
+        Self { row, norm: None, square: false }
     }
 }
 
@@ -118,13 +116,9 @@ impl Cuda {
     fn computed(&self, front: &Front, emit: Emit) -> Result<Forms> {
         let (tokens, cols) = (front.row.rows, front.row.cols);
         let row = Arguments::default().with(front.row.buffer());
-        let (kernel, arguments) = match (&front.norm, &front.gate) {
-            (Some(norm), None) => ("rms_norm", row.with(&*norm.weight).with(norm.eps).with(cols)),
-            (Some(norm), Some(gate)) => {
-                let gated = row.with(gate.buffer()).with(gate.cols);
-                ("gated_norm", gated.with(&*norm.weight).with(norm.eps).with(cols).with(norm.group))
-            }
-            (None, _) => (if front.square { "relu2" } else { "emit" }, row.with(cols)),
+        let (kernel, arguments) = match &front.norm {
+            Some(norm) => ("rms_norm", row.with(&*norm.weight).with(norm.eps).with(cols).with(norm.group)),
+            None => (if front.square { "relu2" } else { "emit" }, row.with(cols)),
         };
         let float = if emit.float { Some(self.tensor(tokens, cols)?) } else { None };
         let int8 = if emit.int8 { Some(self.codes(tokens, cols)?) } else { None };

@@ -1,5 +1,6 @@
 //! `in_proj`'s output as floats or as int8 slices, and the rounding of slices.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::Tensor;
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 use super::Parameters;
 use crate::backend::MambaShape;
 use crate::backend::cpu::stored::{expand_each, expand_span, round_each, round_span};
-use crate::backend::cpu::{math, tensor, with_values};
+use crate::backend::cpu::{math, with_values};
 use crate::error::{Error, Result};
 
 /// Tokens that one task takes.
@@ -48,17 +49,6 @@ impl Projection {
             Self::Int8(slices) => Ok(f(&Borrowed::Int8(slices))),
         }
     }
-
-    /// A tensor that holds z in its first columns, and its width.
-    pub fn gate(&self, parameters: &Parameters, shape: &MambaShape) -> Result<(Tensor, usize)> {
-        match self {
-            Self::Float(projected) => Ok((projected.clone(), shape.projected())),
-            Self::Int8(slices) => {
-                let z = slices.z.values(&Spans::heads(shape), parameters.scales(|s| &s.z));
-                Ok((tensor(z, shape.inner())?, shape.inner()))
-            }
-        }
-    }
 }
 
 impl Slices {
@@ -81,6 +71,14 @@ pub enum Borrowed<'a> {
 }
 
 impl<'a> Borrowed<'a> {
+    /// Rows that begin with z, and their width.
+    pub fn gate(&self, parameters: &Parameters, shape: &MambaShape) -> (Cow<'a, [f32]>, usize) {
+        match self {
+            Self::Float(values) => (Cow::Borrowed(*values), shape.projected()),
+            Self::Int8(slices) => (slices.z.values(&Spans::heads(shape), parameters.scales(|s| &s.z)).into(), shape.inner()),
+        }
+    }
+
     /// The rows of the tokens of a sequence.
     pub fn tokens(&self, range: Range<usize>, shape: &MambaShape) -> Rows<'a> {
         match self {

@@ -135,6 +135,9 @@ fn int8_scan_agrees_with_a_float64_recurrence_over_the_same_codes() {
         let codes = Slice::round(&behind, channels, &spans, fixed);
         let heads = Spans(vec![shape.heads]);
         let dt = Slice::round(&raw, shape.heads, &heads, parameters.scales(|s| &s.dt));
+        let gates: Vec<f32> = projected.chunks_exact(shape.projected()).flat_map(|row| &row[..inner]).copied().collect();
+        let own = Spans::heads(&shape);
+        let z = Slice::round(&gates, inner, &own, parameters.scales(|s| &s.z));
         let mut state = vec![0.0_f64; inner * n];
         let (mut largest, mut difference) = (0.0_f64, 0.0_f64);
         for t in 0..tokens {
@@ -151,6 +154,8 @@ fn int8_scan_agrees_with_a_float64_recurrence_over_the_same_codes() {
                         *s = decay * *s + step * at(p) * at(inner + group * n + i);
                         y += *s * at(inner + (shape.groups + group) * n + i);
                     }
+                    let z = value(&z, t, p, &own, parameters.scales(|s| &s.z));
+                    y *= z / (1.0 + (-z).exp());
                     largest = largest.max(y.abs());
                     difference = difference.max((y - f64::from(found[t * inner + p])).abs());
                 }

@@ -1,6 +1,6 @@
 //! Slices of rows by *spans*, the channels that share a run-time scale: their rounding, widening and rotation.
 
-use super::Parameters;
+use super::{Parameters, gate_arguments};
 use crate::backend::cuda::device::{Arguments, Buffer};
 use crate::backend::cuda::{Cuda, CudaTensor};
 use crate::backend::{MambaShape, StateRotation};
@@ -71,17 +71,18 @@ impl Cuda {
     ) -> Result<()> {
         let fault = self.fault()?;
         let arguments = spans.arguments(Arguments::default().with(x)).with(spans.rest).with(None::<&Buffer>);
-        let arguments = arguments.with(codes).with(fixed).with(scales).with(&*fault);
+        let arguments = gate_arguments(arguments, None).with(codes).with(fixed).with(scales).with(&*fault);
         self.launch("spans", [spans.count().div_ceil(SPANS), rows, 1], 128, 0, arguments)
     }
 
-    /// Rotates `x` in place, where there is a rotation.
-    pub(super) fn rotate_spans(&self, spans: Spans, x: &CudaTensor, parameters: &Parameters) -> Result<()> {
+    /// Rotates `x` in place and applies its gate, where there is a rotation.
+    pub(super) fn rotate_spans(&self, spans: Spans, x: &CudaTensor, parameters: &Parameters, gate: Option<&CudaTensor>) -> Result<()> {
         if parameters.rotation.is_none() {
             return Ok(());
         }
         let spans = spans.rotated(parameters.rotation);
         let arguments = spans.arguments(Arguments::default().with(x.buffer())).with(spans.rest).with(x.buffer());
+        let arguments = gate_arguments(arguments, gate);
         let arguments = arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(None::<&Buffer>).with(None::<&Buffer>);
         self.launch("spans", [spans.count().div_ceil(SPANS), x.rows, 1], 128, 0, arguments)
     }

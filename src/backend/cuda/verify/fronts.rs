@@ -19,8 +19,6 @@ enum Kind {
     Relu2,
     /// A norm over so many features at a time.
     Norm(usize),
-    /// The same of row · silu(gate).
-    Gated(usize),
 }
 
 pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
@@ -34,13 +32,13 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
         (Kind::Norm(384), 37, 384, None),
         (Kind::Norm(9216), 17, 9216, None),
         (Kind::Norm(2688), 40, 2688, Some(0.02)),
-        (Kind::Gated(256), 33, 1024, None),
-        (Kind::Gated(1024), 20, 8192, None),
+        (Kind::Norm(256), 33, 1024, None),
+        (Kind::Norm(1024), 20, 8192, None),
     ];
     if extent == Extent::Published {
         shapes.extend([
             (Kind::Norm(4096), 18560, 4096, None),
-            (Kind::Gated(1024), 4096, 8192, None),
+            (Kind::Norm(1024), 4096, 8192, None),
             (Kind::Relu2, 4096, 21504, None),
             (Kind::Norm(2688), 10304, 2688, None),
         ]);
@@ -61,7 +59,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
                 (Weights::Bf16, _) => FLOAT,
                 (_, Kind::Plain | Kind::Relu2) => EXACT,
                 // A norm whose sums are taken in another order puts some codes on the other side of a rounding.
-                (_, Kind::Norm(_) | Kind::Gated(_)) => STORED,
+                (_, Kind::Norm(_)) => STORED,
             };
             let shape = format!("{kind:?} in front of {rows}x{cols} {weights:?}, scale {scale:?}");
             all.push(Check::new(launch.kernel, shape, tolerance, move |lab| front(lab, launch, weights, kind, rows, cols, scale)));
@@ -71,7 +69,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
 }
 
 fn front(lab: &Lab, launch: Launch, kind_of_weights: Weights, kind: Kind, rows: usize, cols: usize, scale: Option<f32>) -> Result<f64> {
-    let (row, gate, weight) = (lab.normal(60, cols), lab.normal(61, cols), lab.normal(62, cols));
+    let (row, weight) = (lab.normal(60, cols), lab.normal(62, cols));
     let tensor = |values: &[f32]| Ok::<_, crate::error::Error>(CudaTensor::new(lab.put(values)?, 1, cols));
     let mut front = Front::plain(tensor(&row)?);
     let values = match kind {
@@ -80,13 +78,9 @@ fn front(lab: &Lab, launch: Launch, kind_of_weights: Weights, kind: Kind, rows: 
             front.square = true;
             row.iter().map(|x| x.max(0.0) * x.max(0.0)).collect()
         }
-        Kind::Norm(group) | Kind::Gated(group) => {
+        Kind::Norm(group) => {
             front.norm = Some(Norm { weight: Arc::new(lab.put(&weight)?), eps: EPS, group });
             let mut values: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
-            if let Kind::Gated(_) = kind {
-                front.gate = Some(tensor(&gate)?);
-                values.iter_mut().zip(&gate).for_each(|(x, z)| *x *= f64::from(*z) / (1.0 + f64::from(-z).exp()));
-            }
             for values in values.chunks_exact_mut(group) {
                 let factor = 1.0 / (values.iter().map(|x| x * x).sum::<f64>() / group as f64 + f64::from(EPS)).sqrt();
                 for x in values {

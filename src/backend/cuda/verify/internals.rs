@@ -2,7 +2,7 @@
 //! backend to the bit; the convolution's sums are integers, and its codes lie within half a step of f64's result.
 
 use super::mamba::{Rounded, conv_spans, projection_spans, shapes, silu, table};
-use super::{Check, EXACT, Extent, Lab, mismatches, worse};
+use super::{Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, worse};
 use crate::backend::cpu::hadamard::transform_blocks;
 use crate::backend::cuda::device::{Arguments, Buffer};
 use crate::backend::{MambaShape, StateRotation};
@@ -26,6 +26,7 @@ pub fn checks(extent: Extent) -> Vec<Check> {
             all.push(Check::new("conv_i8", format!("{name}, steps"), HALF_STEP, move |lab| convolve(lab, &shape, &[1, 1, 1], fixed, true)));
         }
         all.push(Check::new("spans", format!("{text}, rotated"), EXACT, move |lab| rotate(lab, &shape)));
+        all.push(Check::new("spans", format!("{text}, rotated and gated"), FLOAT, move |lab| rotate_gated(lab, &shape)));
     }
     all
 }
@@ -47,7 +48,8 @@ fn round(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
     let (given, found) = if fixed { (Some(&scales), None) } else { (None, Some(&scales)) };
     let launch = |fault: &Buffer| {
         let arguments = layout(Arguments::default().with(&input), shape, 2 * shape.heads, 2 * shape.groups, None).with(shape.heads);
-        let arguments = arguments.with(None::<&Buffer>).with(&codes).with(given).with(found).with(fault);
+        let arguments =
+            arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(0_usize).with(&codes).with(given).with(found).with(fault);
         lab.launch("spans", [spans.len().div_ceil(4), tokens, 1], 128, 0, arguments)
     };
     launch(&fault)?;
@@ -79,7 +81,7 @@ fn rotate(lab: &Lab, shape: &MambaShape) -> Result<f64> {
     let mut values = lab.normal(82, tokens * width);
     let (x, none) = (lab.put(&values)?, None::<&Buffer>);
     let arguments = layout(Arguments::default().with(&x), shape, shape.heads, 2 * shape.groups, Some(rotation)).with(0_usize);
-    let arguments = arguments.with(&x).with(none).with(none).with(none).with(none);
+    let arguments = arguments.with(&x).with(none).with(0_usize).with(none).with(none).with(none).with(none);
     lab.launch("spans", [conv_spans(shape).len().div_ceil(4), tokens, 1], 128, 0, arguments)?;
     for row in values.chunks_exact_mut(width) {
         let (x, bc) = row.split_at_mut(shape.inner());
@@ -87,6 +89,20 @@ fn rotate(lab: &Lab, shape: &MambaShape) -> Result<f64> {
         transform_blocks(bc, rotation.state);
     }
     Ok(mismatches(&x.download::<f32>(values.len())?, &values))
+}
+
+/// y turned back, times its gate.
+fn rotate_gated(lab: &Lab, shape: &MambaShape) -> Result<f64> {
+    let (tokens, inner, stride, rotation) = (2, shape.inner(), shape.projected(), StateRotation::of(shape));
+    let (mut values, gates) = (lab.normal(88, tokens * inner), lab.normal(89, tokens * stride));
+    let (y, gate, none) = (lab.put(&values)?, lab.put(&gates)?, None::<&Buffer>);
+    let arguments = layout(Arguments::default().with(&y), shape, shape.heads, 0, Some(rotation)).with(0_usize);
+    let arguments = arguments.with(&y).with(&gate).with(stride).with(none).with(none).with(none).with(none);
+    lab.launch("spans", [shape.heads.div_ceil(4), tokens, 1], 128, 0, arguments)?;
+    transform_blocks(&mut values, rotation.head);
+    let gates = gates.chunks_exact(stride).flat_map(|row| &row[..inner]);
+    let expected: Vec<f64> = values.iter().zip(gates).map(|(y, z)| f64::from(*y) * silu(f64::from(*z))).collect();
+    Ok(difference(&y.download::<f32>(expected.len())?, &expected))
 }
 
 /// The convolution of codes and the windows behind it: the largest distance of a code from its value, in steps.

@@ -174,9 +174,11 @@ fn conv_step(lab: &Lab, shape: &MambaShape) -> Result<f64> {
     Ok(worse(difference(&out.download::<f32>(expected.len())?, &expected), windows))
 }
 
-/// One token of the recurrence in f64, `raw` its dt row, `xbc` its convolved row; moves `state` on and returns y.
-fn recur(shape: &MambaShape, mixer: &Mixer, raw: &[f32], xbc: &[f32], state: &mut [f64]) -> Vec<f64> {
+/// One token of the recurrence in f64, `projected` its row z | x | B | C | dt, `xbc` its convolved row; moves `state` on and returns
+/// y·silu(z).
+fn recur(shape: &MambaShape, mixer: &Mixer, projected: &[f32], xbc: &[f32], state: &mut [f64]) -> Vec<f64> {
     let (inner, n) = (shape.inner(), shape.state);
+    let raw = &projected[shape.projected() - shape.heads..];
     let mut y = Vec::with_capacity(inner);
     for head in 0..shape.heads {
         let group = head / (shape.heads / shape.groups);
@@ -191,7 +193,7 @@ fn recur(shape: &MambaShape, mixer: &Mixer, raw: &[f32], xbc: &[f32], state: &mu
                 *s = *s * decay + dt * x * f64::from(xbc[inner + group * n + i]);
                 sum += *s * f64::from(xbc[inner + (shape.groups + group) * n + i]);
             }
-            y.push(sum + f64::from(mixer.d[head]) * x);
+            y.push((sum + f64::from(mixer.d[head]) * x) * silu(f64::from(projected[y.len()])));
         }
     }
     y
@@ -205,7 +207,7 @@ enum Form {
     Static,
 }
 
-/// What steps and scans read: x | B | C, and dt among the slices of `in_proj`.
+/// What steps and scans read: x | B | C, and z and dt among the slices of `in_proj`.
 struct Inputs {
     form: Form,
     /// x | B | C as floats, whatever they are kept as; the mixer's slices are replaced by theirs.
@@ -215,6 +217,8 @@ struct Inputs {
     projected: Arguments,
     /// Of codes: scales of dt.
     dt_scales: Arguments,
+    /// z as floats and the distance between its rows.
+    gate: Arguments,
     a: Buffer,
     d: Buffer,
     dt_bias: Buffer,
@@ -227,7 +231,7 @@ impl Inputs {
         let tokens = mixer.projected.len() / shape.projected();
         let mut xbc = lab.normal(stream, tokens * shape.conv_channels());
         let (a, d, dt_bias) = (lab.put(&mixer.a)?, lab.put(&mixer.d)?, lab.put(&mixer.dt_bias)?);
-        let (inputs, slices, scales, buffers) = if form == Form::Float {
+        let (inputs, slices, scales, mut buffers) = if form == Form::Float {
             let buffers = vec![lab.put(&xbc)?, lab.put(&mixer.projected)?];
             let inputs = Arguments::default().with(&buffers[0]);
             (inputs, Arguments::default().with(&buffers[1]), Arguments::default(), buffers)
@@ -248,7 +252,10 @@ impl Inputs {
             (inputs, Arguments::default().with(&buffers[2]), scales, buffers)
         };
         let projected = slices.with(shape.projected());
-        Ok(Self { form, xbc, convolved: inputs, projected, dt_scales: scales, a, d, dt_bias, _buffers: buffers })
+        let z = lab.put(&mixer.projected)?;
+        let gate = Arguments::default().with(&z).with(shape.projected());
+        buffers.push(z);
+        Ok(Self { form, xbc, convolved: inputs, projected, dt_scales: scales, gate, a, d, dt_bias, _buffers: buffers })
     }
 }
 
@@ -322,16 +329,15 @@ fn step(lab: &Lab, format: &str, shape: &MambaShape, inputs: &Inputs, state: &Bu
     let arguments = arguments.with(&inputs.a).with(&inputs.d).with(&inputs.dt_bias).with(shape.dt_min).with(shape.dt_max);
     let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
     let blocks = [shape.heads, shape.head_dim.div_ceil(16), count];
-    lab.launch(&kernel, blocks, 128, 0, arguments.with(state).with(scales).with(&y))?;
+    lab.launch(&kernel, blocks, 128, 0, arguments.with(state).with(scales).then(&inputs.gate).with(&y))?;
     y.download(count * shape.inner())
 }
 
 /// What the recurrence makes of the same state.
 fn expected_step(shape: &MambaShape, mixer: &Mixer, xbc: &[f32], state: &mut [f64]) -> Vec<f64> {
-    let raw = mixer.projected.chunks_exact(shape.projected()).map(|row| &row[shape.projected() - shape.heads..]);
     let states = state.chunks_exact_mut(shape.inner() * shape.state);
-    let rows = raw.zip(xbc.chunks_exact(shape.conv_channels())).zip(states);
-    rows.flat_map(|((raw, xbc), state)| recur(shape, mixer, raw, xbc, state)).collect()
+    let rows = mixer.projected.chunks_exact(shape.projected()).zip(xbc.chunks_exact(shape.conv_channels())).zip(states);
+    rows.flat_map(|((projected, xbc), state)| recur(shape, mixer, projected, xbc, state)).collect()
 }
 
 const STEPS: usize = 2;
@@ -417,7 +423,13 @@ fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form, whole: boo
         lab.launch(&kernel("ssd_share"), blocks, scan::THREADS, scan::SHARE_MEMORY, arguments)?;
         let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&shared).with(&inputs.d).with(&places).with(&own);
         let blocks = [shape.heads * shape.head_dim.div_ceil(scan::CHANNELS), lengths.len(), 1];
-        lab.launch(&kernel("ssd_scan"), blocks, scan::THREADS, scan::SCAN_MEMORY, sizes(arguments).with(&held).with(&y))?;
+        lab.launch(
+            &kernel("ssd_scan"),
+            blocks,
+            scan::THREADS,
+            scan::SCAN_MEMORY,
+            sizes(arguments).with(&held).then(&inputs.gate).with(&y),
+        )?;
     } else {
         let arguments = sizes(inputs.convolved.clone().with(&dt).with(&decay).with(&places));
         lab.launch(&kernel("ssd_state"), [shape.heads, chunks.len(), 1], 128, 49408, arguments.with(&states))?;
@@ -425,16 +437,16 @@ fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form, whole: boo
         let blocks = [(shape.head_dim * shape.state).div_ceil(256), shape.heads, lengths.len()];
         lab.launch("ssd_pass", blocks, 256, 0, arguments.with(shape.state).with(&held))?;
         let arguments = inputs.convolved.clone().with(&dt).with(&decay).with(&states).with(&inputs.d).with(&places);
-        lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 256, 81920, sizes(arguments).with(&y))?;
+        lab.launch(&kernel("ssd_output"), [shape.heads, chunks.len(), 1], 256, 81920, sizes(arguments).then(&inputs.gate).with(&y))?;
     }
 
     let (mut expected_y, mut expected_states) = (Vec::new(), Vec::new());
     for row in &table {
         let mut state = if row[2] < 0 { vec![0.0; size] } else { wide(&cache[row[2] as usize * size..(row[2] as usize + 1) * size]) };
         for t in row[0] as usize..row[1] as usize {
-            let raw = &mixer.projected[t * shape.projected() + offset..(t + 1) * shape.projected()];
+            let projected = &mixer.projected[t * shape.projected()..(t + 1) * shape.projected()];
             let xbc = &xbc[t * shape.conv_channels()..(t + 1) * shape.conv_channels()];
-            expected_y.extend(recur(shape, &mixer, raw, xbc, &mut state));
+            expected_y.extend(recur(shape, &mixer, projected, xbc, &mut state));
         }
         expected_states.extend(state);
     }

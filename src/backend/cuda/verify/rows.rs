@@ -36,13 +36,13 @@ pub fn checks(extent: Extent) -> Vec<Check> {
         all.push(Check::new("relu2", shape.clone(), EXACT, move |lab| {
             emit(lab, "relu2", tokens, cols, hadamard, |x| x.max(0.0) * x.max(0.0))
         }));
-        all.push(Check::new("rms_norm", shape, FLOAT, move |lab| rms_norm(lab, tokens, cols, hadamard)));
+        all.push(Check::new("rms_norm", shape, FLOAT, move |lab| rms_norm(lab, tokens, 1, cols, hadamard)));
     }
     all.push(Check::new("emit", "rows of zeros and of NaN", EXACT, extreme_rows));
     all.push(Check::new("emit", "static scale", EXACT, static_scale));
     for (tokens, groups, group, hadamard) in [(1, 2, 96, 0), (3, 8, 64, 64), (2, 8, 1024, 1024), (5, 1, 40, 8)] {
         let shape = format!("{tokens}x{groups}x{group}, hadamard {hadamard}");
-        all.push(Check::new("gated_norm", shape, FLOAT, move |lab| gated_norm(lab, tokens, groups, group, hadamard)));
+        all.push(Check::new("rms_norm", shape, FLOAT, move |lab| rms_norm(lab, tokens, groups, group, hadamard)));
     }
     for count in [1, 1023, 5000] {
         all.push(Check::new("add", count.to_string(), EXACT, move |lab| add(lab, count)));
@@ -183,15 +183,16 @@ fn static_scale(lab: &Lab) -> Result<f64> {
     Ok(mismatches(&found, &pad(&codes, cols)) + mismatches(&out.scales.download::<f32>(tokens)?, &[scale; 2]))
 }
 
-fn rms_norm(lab: &Lab, tokens: usize, cols: usize, hadamard: usize) -> Result<f64> {
+fn rms_norm(lab: &Lab, tokens: usize, groups: usize, group: usize, hadamard: usize) -> Result<f64> {
+    let cols = groups * group;
     let (x, weight, eps) = (lab.normal(4, tokens * cols), lab.normal(5, cols), 1e-5_f32);
     let (input, weights, out) = (lab.put(&x)?, lab.put(&weight)?, Emitted::new(lab, tokens, cols)?);
-    let arguments = out.arguments(Arguments::default().with(&input).with(&weights).with(eps).with(cols), None, hadamard);
-    lab.launch("rms_norm", [tokens, 1, 1], EMIT_THREADS, emit_shared(cols), arguments)?;
+    let arguments = Arguments::default().with(&input).with(&weights).with(eps).with(cols).with(group);
+    lab.launch("rms_norm", [tokens, 1, 1], EMIT_THREADS, emit_shared(cols), out.arguments(arguments, None, hadamard))?;
     let mut expected = wide(&x);
-    for row in expected.chunks_exact_mut(cols) {
-        let scale = 1.0 / (row.iter().map(|x| x * x).sum::<f64>() / cols as f64 + f64::from(eps)).sqrt();
-        row.iter_mut().zip(&weight).for_each(|(x, weight)| *x *= scale * f64::from(*weight));
+    for (values, weight) in expected.chunks_exact_mut(group).zip(weight.chunks_exact(group).cycle()) {
+        let scale = 1.0 / (values.iter().map(|x| x * x).sum::<f64>() / group as f64 + f64::from(eps)).sqrt();
+        values.iter_mut().zip(weight).for_each(|(x, weight)| *x *= scale * f64::from(*weight));
     }
     finish_norm(&out, expected, tokens, cols, hadamard)
 }
@@ -209,24 +210,6 @@ fn finish_norm(out: &Emitted, mut expected: Vec<f64>, tokens: usize, cols: usize
     }
     let floats = out.float.download::<f32>(tokens * cols)?;
     Ok(worse(difference(&floats, &expected), out.wrong_codes(&floats, tokens, cols)?))
-}
-
-fn gated_norm(lab: &Lab, tokens: usize, groups: usize, group: usize, hadamard: usize) -> Result<f64> {
-    let (cols, eps) = (groups * group, 1e-5_f32);
-    let stride = cols + 24;
-    let (y, projected, weight) = (lab.normal(6, tokens * cols), lab.normal(7, tokens * stride), lab.normal(8, cols));
-    let (a, b, c, out) = (lab.put(&y)?, lab.put(&projected)?, lab.put(&weight)?, Emitted::new(lab, tokens, cols)?);
-    let arguments = Arguments::default().with(&a).with(&b).with(stride).with(&c).with(eps).with(cols).with(group);
-    lab.launch("gated_norm", [tokens, 1, 1], EMIT_THREADS, emit_shared(cols), out.arguments(arguments, None, hadamard))?;
-    let mut expected = wide(&y);
-    for (row, z) in expected.chunks_exact_mut(cols).zip(projected.chunks_exact(stride)) {
-        row.iter_mut().zip(z).for_each(|(y, z)| *y *= f64::from(*z) / (1.0 + (-f64::from(*z)).exp()));
-        for (row, weight) in row.chunks_exact_mut(group).zip(weight.chunks_exact(group)) {
-            let scale = 1.0 / (row.iter().map(|x| x * x).sum::<f64>() / group as f64 + f64::from(eps)).sqrt();
-            row.iter_mut().zip(weight).for_each(|(x, weight)| *x *= scale * f64::from(*weight));
-        }
-    }
-    finish_norm(&out, expected, tokens, cols, hadamard)
 }
 
 fn add(lab: &Lab, count: usize) -> Result<f64> {

@@ -1,0 +1,22 @@
+// The gate of a mixer, y · silu(z), applied by whoever stores y: a kernel of its own would read both again.
+#pragma once
+#include "device.cuh"
+
+// z [tokens, inner] is the first columns of `gate` [tokens, gate_stride]; null: y stays as it is.
+#define GATE_PARAMETERS const float *gate, int gate_stride
+#define GATE_ARGUMENTS gate, gate_stride
+
+namespace {
+
+struct Gate {
+    const float* z;
+    int stride;
+    // What y is multiplied by.
+    float at(i64 token, int c) const { return z ? silu(z[token * stride + c]) : 1.0f; }
+    // Brings the 128 bytes around z to the second-level cache.
+    void ask(i64 token, int c) const {
+        if (z) prefetch(z + token * stride + c);
+    }
+};
+
+}  // namespace
