@@ -15,6 +15,7 @@ macro_rules! source {
 /// What the kernels include.
 pub const HEADERS: &[Source] = &[
     source!("device.cuh"),
+    source!("conv.cuh"),
     source!("experts.cuh"),
     source!("few.cuh"),
     source!("front.cuh"),
