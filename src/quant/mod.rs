@@ -29,7 +29,7 @@ pub use gptq::round_clipped;
 pub use need::MemoryNeed;
 pub use observe::Observers;
 pub use pipeline::{QuantizeRequest, quantize, request_key};
-pub(crate) use publish::{TensorOut, write_tensors};
+pub(crate) use publish::write_views;
 pub use publish::{lock, work_directory};
 pub use recipe::{AllocateSpec, Formats, Internals, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};
