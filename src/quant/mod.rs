@@ -8,6 +8,7 @@ mod clip;
 mod cluster;
 mod device_need;
 pub mod donors;
+mod eigen;
 pub mod gptq;
 pub mod hadamard;
 mod hessian;
