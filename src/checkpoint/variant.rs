@@ -19,7 +19,7 @@ pub const STRATA_FILE: &str = "strata.toml";
 pub const VARIANT_SCHEMA: &str = "strata.variant/1";
 /// What made a variant. The revision counts changes of what the quantizer writes, so that variants of an older
 /// one are not taken for today's.
-pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 6");
+pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 7");
 
 /// Who can read a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
