@@ -8,14 +8,15 @@ use crate::error::{Error, Result};
 
 /// Writes `bytes` to `path` so that the file is either absent (or old) or whole.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, |temporary| fs::write(temporary, bytes).map_err(|error| Error::io("writing", path, &error)))
+}
+
+/// The same for a file that `write` makes, given where.
+pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let temporary = path.with_extension("tmp");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|error| Error::io("writing", path, &error))
+    write(&temporary)?;
+    let kept = File::open(&temporary).and_then(|file| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
+    kept.map_err(|error| Error::io("writing", path, &error))
 }
 
 /// Adds `line` to the file at `path`, which need not exist, in one write: to a file that is opened for appending and locked

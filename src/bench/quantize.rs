@@ -1,26 +1,28 @@
 //! Quantizing a model of a published shape with random weights: the pipeline itself, on a checkpoint made for it, with the time
 //! that each stage and each kind of block takes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use half::bf16;
 use rayon::prelude::*;
+use safetensors::View;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::random::{OfBlock, RandomWeights};
 use super::{PUBLISHED, Shape};
 use crate::backend::Backend;
-use crate::checkpoint::{Checkpoint, Config, Dtype, Layout, LinearSpec, StorageLayout};
+use crate::checkpoint::{Checkpoint, Config, Dtype, Layout, LinearSpec, StorageLayout, TensorSpec};
 use crate::error::{Error, Result};
-use crate::format::{Format, WeightPart};
+use crate::format::Format;
 use crate::model::BlockSource;
 use crate::monitor::{CancelToken, DeviceMemory, Monitor, Report};
-use crate::quant::{QuantizeRequest, Recipe, Sample, SampleSpec, TensorOut, quantize, write_tensors};
+use crate::quant::{QuantizeRequest, Recipe, Sample, SampleSpec, quantize, write_views};
 
 /// What to quantize.
 #[derive(Debug, Clone)]
@@ -167,38 +169,37 @@ fn shortened(shape: &str, blocks: Option<usize>) -> Result<Value> {
     Ok(config)
 }
 
-/// A checkpoint in bf16, a shard a block.
+/// A checkpoint in bf16, a shard a block, each written by a thread of its own. Nothing waits for the disk: the files are gone when
+/// the measurement ends.
 fn write_checkpoint(config: &Value, folder: &Path, monitor: &Monitor) -> Result<()> {
     fs::create_dir_all(folder).map_err(|error| Error::io("creating", folder, &error))?;
     let parsed = Config::parse(&config.to_string())?;
     let layout = Layout::new(&parsed);
     let random = RandomWeights::new(Format::W16A16);
-    let mut weight_map = BTreeMap::new();
-    let mut write = |name: String, tensors: Vec<TensorOut<'_>>| {
-        weight_map.extend(tensors.iter().map(|tensor| (tensor.0.clone(), name.clone())));
-        write_tensors(&folder.join(&name), &tensors)
-    };
-    monitor.stage("random weights", layout.blocks.len());
+    let norm = Random::vector(&layout.final_norm, &vec![1.0; parsed.hidden_size]);
+    let mut ends = vec![norm, Random::matrix(&layout.embedding, &random)];
+    if !layout.tied {
+        let (_, head) = Random::matrix(&layout.head, &random);
+        ends.push((format!("{}.weight", layout.head.stem), head));
+    }
+    // The largest first.
+    let mut files = vec![("ends.safetensors".to_owned(), ends)];
     for spec in &layout.blocks {
         let source = OfBlock { random: &random, spec };
-        let mut tensors = Vec::new();
-        for other in &spec.others {
-            let bytes = source.tensor(&other.name)?.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-            tensors.push((format!("backbone.{}", other.name), Dtype::F32, other.shape.clone(), bytes.into()));
-        }
-        for linear in &spec.linears {
-            tensors.push(matrix(&format!("backbone.{}", linear.stem), linear, &random));
-        }
-        write(format!("block-{:03}.safetensors", spec.index), tensors)?;
-        monitor.step(spec.index + 1, "")?;
+        let vectors = spec.others.iter().map(|other| Ok(Random::vector(other, &source.tensor(&other.name)?)));
+        let matrices = spec.linears.iter().map(|linear| Ok(Random::matrix(linear, &random)));
+        files.push((format!("block-{:03}.safetensors", spec.index), vectors.chain(matrices).collect::<Result<_>>()?));
     }
-    let norm = vec![1.0_f32; parsed.hidden_size].iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-    let norm = (format!("backbone.{}", layout.final_norm.name), Dtype::F32, layout.final_norm.shape.clone(), norm.into());
-    let mut ends = vec![norm, matrix(&format!("backbone.{}", layout.embedding.stem), &layout.embedding, &random)];
-    if !layout.tied {
-        ends.push(matrix(&layout.head.stem, &layout.head, &random));
-    }
-    write("ends.safetensors".into(), ends)?;
+    let names = files.iter().flat_map(|(file, tensors)| tensors.iter().map(move |(tensor, _)| (tensor.clone(), file.clone())));
+    let weight_map: BTreeMap<String, String> = names.collect();
+    monitor.stage("random weights", files.len());
+    let done = AtomicUsize::new(0);
+    // One by one, so that the largest begins first.
+    files.into_par_iter().with_max_len(1).try_for_each(|(name, tensors)| {
+        monitor.check()?;
+        write_views(&folder.join(name), tensors)?;
+        monitor.step(done.fetch_add(1, Ordering::Relaxed) + 1, "")
+    })?;
     for (name, text) in
         [("model.safetensors.index.json", json!({ "weight_map": weight_map }).to_string()), ("config.json", config.to_string())]
     {
@@ -207,16 +208,53 @@ fn write_checkpoint(config: &Value, folder: &Path, monitor: &Monitor) -> Result<
     Ok(())
 }
 
-fn matrix(stem: &str, linear: &LinearSpec, random: &RandomWeights) -> TensorOut<'static> {
-    let weights = random.weights(linear, &linear.schemes(Format::W16A16), Format::W16A16);
-    let float = weights.parts.iter().filter_map(|part| match part {
-        WeightPart::Float(values) => Some(values),
-        WeightPart::Quantized(_) => None,
-    });
-    let bytes: Vec<u8> = float
-        .flat_map(|values| values.par_iter().flat_map_iter(|value| bf16::from_f32(*value).to_le_bytes()).collect::<Vec<u8>>())
-        .collect();
-    (format!("{stem}.weight"), Dtype::BF16, vec![linear.rows, linear.cols], bytes.into())
+/// A tensor of the checkpoint.
+enum Random<'a> {
+    /// In f32: shape and bytes.
+    Vector(&'a [usize], Vec<u8>),
+    /// In bf16, made when it is written.
+    Matrix { linear: &'a LinearSpec, shape: [usize; 2], random: &'a RandomWeights },
+}
+
+impl<'a> Random<'a> {
+    /// With the name that it is stored by.
+    fn vector(spec: &'a TensorSpec, values: &[f32]) -> (String, Self) {
+        (format!("backbone.{}", spec.name), Self::Vector(&spec.shape, bytemuck::cast_slice(values).to_vec()))
+    }
+
+    fn matrix(linear: &'a LinearSpec, random: &'a RandomWeights) -> (String, Self) {
+        (format!("backbone.{}.weight", linear.stem), Self::Matrix { linear, shape: [linear.rows, linear.cols], random })
+    }
+}
+
+impl View for Random<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Vector(..) => Dtype::F32,
+            Self::Matrix { .. } => Dtype::BF16,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Vector(shape, _) => shape,
+            Self::Matrix { shape, .. } => shape,
+        }
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self {
+            Self::Vector(_, bytes) => bytes.into(),
+            Self::Matrix { linear, random, .. } => random.stored(linear).into(),
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        match self {
+            Self::Vector(_, bytes) => bytes.len(),
+            Self::Matrix { shape: [rows, cols], .. } => 2 * rows * cols,
+        }
+    }
 }
 
 #[cfg(test)]

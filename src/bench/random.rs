@@ -62,11 +62,45 @@ impl RandomWeights {
     fn fill<T: Copy + Default + Send + Sync>(pool: &[T], count: usize, offset: usize, value: impl Fn(T) -> T + Sync) -> Vec<T> {
         let mut out = vec![T::default(); count];
         out.par_chunks_mut(pool.len()).enumerate().for_each(|(i, out)| {
-            let start = (offset + 7919 * i) % pool.len();
-            let source = pool[start..].iter().chain(&pool[..start]);
-            out.iter_mut().zip(source).for_each(|(out, from)| *out = value(*from));
+            let [first, second] = Self::round(pool, offset, i);
+            out.iter_mut().zip(first.iter().chain(second)).for_each(|(out, from)| *out = value(*from));
         });
         out
+    }
+
+    /// The values of `pool` as the `i`th round through it takes them.
+    fn round<T>(pool: &[T], offset: usize, i: usize) -> [&[T]; 2] {
+        let (before, behind) = pool.split_at((offset + 7919 * i) % pool.len());
+        [behind, before]
+    }
+
+    /// Where in the pool the `rows` rows of a slice of `linear` begin.
+    fn offset(linear: &LinearSpec, rows: usize) -> usize {
+        linear.stem.len() * 31 + rows
+    }
+
+    /// Power of two that makes outputs about as large as inputs.
+    fn power(linear: &LinearSpec) -> f32 {
+        2.0_f32.powi(bf16::from_f32(1.0 / (linear.cols as f32).sqrt()).to_f32().log2().round() as i32)
+    }
+
+    /// The float weights of `linear` as a checkpoint in bf16 stores them. By the thread that asks, for it is others that make other
+    /// files.
+    pub fn stored(&self, linear: &LinearSpec) -> Vec<u8> {
+        let power = Self::power(linear);
+        let pool: Vec<u16> = self.floats.iter().map(|value| bf16::from_f32(value * power).to_bits()).collect();
+        let mut bytes = Vec::with_capacity(2 * linear.rows * linear.cols);
+        for slice in &linear.slices {
+            let mut left = slice.rows * linear.cols;
+            for i in 0..left.div_ceil(pool.len()) {
+                for part in Self::round(&pool, Self::offset(linear, slice.rows), i) {
+                    let part = &part[..left.min(part.len())];
+                    bytes.extend_from_slice(bytemuck::cast_slice(part));
+                    left -= part.len();
+                }
+            }
+        }
+        bytes
     }
 
     pub fn weights(&self, linear: &LinearSpec, schemes: &[Scheme], format: Format) -> LinearWeights {
@@ -77,12 +111,11 @@ impl RandomWeights {
         weights.int8_activations = format.quantizes_activations();
         for (slice, scheme) in linear.slices.iter().zip(schemes) {
             let (rows, cols) = (slice.rows, linear.cols);
-            let offset = linear.stem.len() * 31 + rows;
+            let offset = Self::offset(linear, rows);
             let scale = bf16::from_f32(spread / 36.0).to_f32();
             weights.push(match *scheme {
                 Scheme::Float => {
-                    let spread = bf16::from_f32(spread).to_f32();
-                    let power = 2.0_f32.powi(spread.log2().round() as i32);
+                    let power = Self::power(linear);
                     WeightPart::Float(Self::fill(&self.floats, rows * cols, offset, |value| value * power))
                 }
                 Scheme::Int8 => {
@@ -134,5 +167,23 @@ impl BlockSource for OfBlock<'_> {
 
     fn rotates_state(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::SliceSpec;
+
+    /// A checkpoint of a shape has the weights that the model of the shape is given, more than once through the pool.
+    #[test]
+    fn what_is_stored_are_the_weights() {
+        let slices = [700, 1, 1500].map(|rows| SliceSpec { name: "", rows, min_bits: 2 }).to_vec();
+        let linear = LinearSpec { rows: 2201, cols: 1024, slices, ..Shape::find("nemotron-h-8b").unwrap().layout.head };
+        let random = RandomWeights::new(Format::W16A16);
+        let weights = random.weights(&linear, &linear.schemes(Format::W16A16), Format::W16A16);
+        let [WeightPart::Float(values)] = &*weights.parts else { panic!("float weights are one part") };
+        let bytes: Vec<u8> = values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect();
+        assert!(bytes == random.stored(&linear));
     }
 }

@@ -10,6 +10,8 @@ mod variant;
 
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 pub use config::{AttentionConfig, Config, MambaConfig, MlpConfig, MoeConfig, parse_config_json};
 pub use demo::{CALIBRATION as DEMO_CALIBRATION, DEMO, HELDOUT as DEMO_HELDOUT, TASKS as DEMO_TASKS};
 pub use layout::{BlockSpec, Layout, LinearSpec, SliceSpec, TensorSpec};
@@ -26,6 +28,9 @@ use crate::monitor::Monitor;
 
 /// Files beside the weights that a variant carries along when they are there.
 const COMPANION_FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"];
+
+/// Values that one task looks through for those that are not finite.
+const CHECKED: usize = 1 << 16;
 
 /// An opened model: its configuration, the layout that follows from it, and its tensors where they lie.
 pub struct Checkpoint {
@@ -162,7 +167,9 @@ impl Checkpoint {
             Error::input(format!("{}: tensor `{stored}` has type {:?}, expected F32, F16 or BF16", self.name, tensor.dtype))
                 .hint("strata quantizes float checkpoints: give the original one")
         })?;
-        match values.iter().position(|value| !value.is_finite()) {
+        let finite = |values: &[f32]| values.iter().fold(true, |finite, value| finite & value.is_finite());
+        let found = if values.par_chunks(CHECKED).all(finite) { None } else { values.iter().position(|value| !value.is_finite()) };
+        match found {
             Some(index) => Err(Error::input(format!("{}: tensor `{stored}` holds {} at element {index}", self.name, values[index]))
                 .hint("the checkpoint is damaged: copy or download it again")),
             None => Ok(values),
@@ -401,10 +408,9 @@ impl StoredPart {
         let (rows, cols, scheme) = (self.rows, self.cols, self.scheme);
         let codes = match scheme {
             Scheme::Float => return Ok(WeightPart::Float(checkpoint.read(&format!("{}.weight", self.stem))?)),
-            Scheme::Int8 => tensor("weight")?.bytes()?.iter().map(|byte| byte.cast_signed()).collect(),
+            Scheme::Int8 => shards::values_of(&tensor("weight")?.bytes()?, i8::from_le_bytes),
             Scheme::Grouped { bits, .. } => {
-                let words: Vec<u32> = tensor("weight_packed")?.bytes()?.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-                packing::unpack(&words, cols, bits)
+                packing::unpack(&shards::values_of(&tensor("weight_packed")?.bytes()?, u32::from_le_bytes), cols, bits)
             }
         };
         Ok(WeightPart::Quantized(QuantizedMatrix { scheme, rows, cols, codes, scales: scales()? }))

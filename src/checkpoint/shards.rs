@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::{Mmap, MmapOptions};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
@@ -26,6 +27,9 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// Bytes that are hashed at a time.
 const HASHED: usize = 1 << 20;
+
+/// Values that one task takes from their stored form.
+const TAKEN: usize = 1 << 16;
 
 enum Source {
     File { path: PathBuf, file: File, bytes: u64 },
@@ -114,22 +118,30 @@ impl Shards {
         let mut files: Vec<&String> = parsed.weight_map.values().collect();
         files.sort();
         files.dedup();
-        let mut shards = Self { shards: Vec::new(), entries: BTreeMap::new() };
-        for file in files {
+        for file in &files {
             let unsafe_path = Path::new(file).components().any(|part| !matches!(part, Component::Normal(_))) || file.contains('\\');
             if unsafe_path || file.is_empty() {
                 return Err(Error::input(format!("{} names the shard `{file}`, which is not a plain file name", index.display()))
                     .hint("shards lie beside their index; a path that leaves the directory is refused"));
             }
-            let path = directory.join(file);
-            if !path.exists() {
+            if !directory.join(file).exists() {
                 return Err(Error::input(format!("{} names the shard `{file}`, which is not there", index.display()))
                     .hint("the download may be incomplete: fetch the checkpoint again"));
             }
-            shards.add(file.clone(), Source::open(&path)?).map_err(|error| error.context(path.display()))?;
         }
+        let shards = Self::open_files(directory, files)?;
         if let Some((tensor, file)) = parsed.weight_map.iter().find(|(tensor, _)| !shards.entries.contains_key(*tensor)) {
             return Err(Error::input(format!("{} places tensor `{tensor}` in `{file}`, which lacks it", index.display())));
+        }
+        Ok(shards)
+    }
+
+    /// Opens these shards of `directory`, which no index names yet.
+    pub fn open_files<'n>(directory: &Path, files: impl IntoIterator<Item = &'n String>) -> Result<Self> {
+        let mut shards = Self { shards: Vec::new(), entries: BTreeMap::new() };
+        for file in files {
+            let path = directory.join(file);
+            shards.add(file.clone(), Source::open(&path)?).map_err(|error| error.context(path.display()))?;
         }
         Ok(shards)
     }
@@ -185,9 +197,19 @@ impl Shards {
         self.entries.keys().map(String::as_str)
     }
 
+    /// The shard that each tensor lies in, by the tensor's stored name.
+    pub fn weight_map(&self) -> BTreeMap<&str, &str> {
+        self.entries.iter().map(|(tensor, entry)| (tensor.as_str(), self.shards[entry.shard].name.as_str())).collect()
+    }
+
+    /// Bytes of all tensors.
+    pub fn tensor_bytes(&self) -> usize {
+        self.entries.values().map(|entry| entry.end - entry.start).sum()
+    }
+
     /// File names of the shards with the SHA-256 of each, in hexadecimal.
     pub fn hashes(&self) -> Result<Vec<(String, String)>> {
-        self.shards.iter().map(|shard| Ok((shard.name.clone(), shard.source.sha256()?))).collect()
+        self.shards.par_iter().map(|shard| Ok((shard.name.clone(), shard.source.sha256()?))).collect()
     }
 
     /// Bytes of all shards.
@@ -281,10 +303,21 @@ impl<'a> RawTensor<'a> {
     pub fn to_f32(self) -> Result<Option<Vec<f32>>> {
         let bytes = self.bytes()?;
         Ok(Some(match self.dtype {
-            Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-            Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::F32 => values_of(&bytes, f32::from_le_bytes),
+            Dtype::BF16 => values_of(&bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F16 => values_of(&bytes, |b| f16::from_le_bytes(b).to_f32()),
             _ => return Ok(None),
         }))
     }
+}
+
+/// The values that `bytes` store in N bytes each, taken on all threads: those of a large tensor are fetched from disk, or from a
+/// map for the first time, and written to memory that is not there yet, each of which takes longer than a copy.
+pub fn values_of<const N: usize, T: Copy + Default + Send + Sync>(bytes: &[u8], value: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
+    let stored = bytes.as_chunks::<N>().0;
+    let mut values = vec![T::default(); stored.len()];
+    values.par_chunks_mut(TAKEN).zip(stored.par_chunks(TAKEN)).for_each(|(values, stored)| {
+        values.iter_mut().zip(stored).for_each(|(to, from)| *to = value(*from));
+    });
+    values
 }

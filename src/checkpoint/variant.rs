@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::bf16;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ pub const STRATA_FILE: &str = "strata.toml";
 pub const VARIANT_SCHEMA: &str = "strata.variant/1";
 /// What made a variant. The revision counts changes of what the quantizer writes, so that variants of an older
 /// one are not taken for today's.
-pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 6");
+pub const TOOL: &str = concat!("strata ", env!("CARGO_PKG_VERSION"), " quantizer 7");
 
 /// Who can read a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,6 +122,9 @@ impl VariantManifest {
     }
 }
 
+/// Values that one task converts at least.
+const CONVERTED: usize = 1 << 16;
+
 /// A tensor to be written: stored name, type, shape, bytes.
 pub type OwnedTensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
@@ -147,9 +151,10 @@ pub fn linear_tensors(stem: &str, linear: &LinearSpec, weights: &[WeightPart], f
 /// Float weights that are no longer a tensor of the source: bf16 where it has 2 bytes an element, else f32.
 pub fn float_tensor(values: &[f32], float_bytes: usize) -> (Dtype, Vec<u8>) {
     if float_bytes == 2 {
-        (Dtype::BF16, values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
+        let halves: Vec<u16> = values.par_iter().with_min_len(CONVERTED).map(|value| bf16::from_f32(*value).to_bits()).collect();
+        (Dtype::BF16, bytemuck::cast_slice(&halves).to_vec())
     } else {
-        (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        (Dtype::F32, bytemuck::cast_slice(values).to_vec())
     }
 }
 
@@ -158,14 +163,14 @@ fn matrix_tensors(stem: &str, matrix: &QuantizedMatrix, tensors: &mut Vec<OwnedT
     match matrix.scheme {
         Scheme::Float => {}
         Scheme::Int8 => {
-            let codes = matrix.codes.iter().map(|code| code.cast_unsigned()).collect();
-            let scales = matrix.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+            let codes = bytemuck::cast_slice(&matrix.codes).to_vec();
+            let scales = bytemuck::cast_slice(&matrix.scales).to_vec();
             tensors.push((format!("{stem}.weight"), Dtype::I8, vec![rows, cols], codes));
             tensors.push((format!("{stem}.weight_scale"), Dtype::F32, vec![rows, 1], scales));
         }
         Scheme::Grouped { bits, group } => {
-            let words = packing::pack(&matrix.codes, cols, bits).iter().flat_map(|word| word.to_le_bytes()).collect();
-            let scales = matrix.scales.iter().flat_map(|scale| bf16::from_f32(*scale).to_le_bytes()).collect();
+            let words = bytemuck::cast_slice(&packing::pack(&matrix.codes, cols, bits)).to_vec();
+            let (_, scales) = float_tensor(&matrix.scales, 2);
             let shape: Vec<u8> = [rows as i64, cols as i64].iter().flat_map(|n| n.to_le_bytes()).collect();
             tensors.push((format!("{stem}.weight_packed"), Dtype::I32, vec![rows, packing::words_in_row(cols, bits)], words));
             tensors.push((format!("{stem}.weight_scale"), Dtype::BF16, vec![rows, cols / group], scales));

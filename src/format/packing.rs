@@ -2,6 +2,11 @@
 //! word, each with half its range added; the row is padded with zero bits to a whole word. This is `pack-quantized` of
 //! compressed-tensors (whose older versions left two bits of a word of 3-bit codes unused).
 
+use rayon::prelude::*;
+
+/// Rows that one task packs or unpacks.
+const ROWS: usize = 64;
+
 /// Words that hold a row of `cols` codes.
 pub fn words_in_row(cols: usize, bits: u8) -> usize {
     (cols * usize::from(bits)).div_ceil(32)
@@ -9,43 +14,52 @@ pub fn words_in_row(cols: usize, bits: u8) -> usize {
 
 /// Packs `codes` `[rows, cols]` of `bits` into words `[rows, words_in_row]`.
 pub fn pack(codes: &[i8], cols: usize, bits: u8) -> Vec<u32> {
-    let half = 1_i8 << (bits - 1);
-    let mut words = Vec::with_capacity(codes.len() / cols * words_in_row(cols, bits));
-    for row in codes.chunks_exact(cols) {
-        let (mut pending, mut filled) = (0_u64, 0);
-        for code in row {
-            pending |= u64::from((code + half).cast_unsigned()) << filled;
-            filled += bits;
-            if filled >= 32 {
-                words.push(pending as u32);
-                pending >>= 32;
-                filled -= 32;
+    let (half, width) = (1_i8 << (bits - 1), words_in_row(cols, bits));
+    let mut words = vec![0; codes.len() / cols * width];
+    words.par_chunks_mut(ROWS * width).zip(codes.par_chunks(ROWS * cols)).for_each(|(words, codes)| {
+        for (words, row) in words.chunks_exact_mut(width).zip(codes.chunks_exact(cols)) {
+            let (mut pending, mut filled, mut words) = (0_u64, 0, words.iter_mut());
+            for code in row {
+                pending |= u64::from((code + half).cast_unsigned()) << filled;
+                filled += bits;
+                if filled >= 32 {
+                    put(words.next(), pending);
+                    pending >>= 32;
+                    filled -= 32;
+                }
             }
+            put(words.next(), pending);
         }
-        if filled > 0 {
-            words.push(pending as u32);
-        }
-    }
+    });
     words
+}
+
+/// The low half of what is pending becomes the word, where the row has one left.
+fn put(word: Option<&mut u32>, pending: u64) {
+    if let Some(word) = word {
+        *word = pending as u32;
+    }
 }
 
 /// The codes `[rows, cols]` of words made by [`pack`].
 pub fn unpack(words: &[u32], cols: usize, bits: u8) -> Vec<i8> {
     let (half, mask) = (1_i8 << (bits - 1), (1_u64 << bits) - 1);
     let width = words_in_row(cols, bits);
-    let mut codes = Vec::with_capacity(words.len() / width * cols);
-    for row in words.chunks_exact(width) {
-        let (mut pending, mut filled, mut rest) = (0_u64, 0, row.iter());
-        for _ in 0..cols {
-            if filled < bits {
-                pending |= rest.next().map_or(0, |word| u64::from(*word) << filled);
-                filled += 32;
+    let mut codes = vec![0; words.len() / width * cols];
+    codes.par_chunks_mut(ROWS * cols).zip(words.par_chunks(ROWS * width)).for_each(|(codes, words)| {
+        for (codes, row) in codes.chunks_exact_mut(cols).zip(words.chunks_exact(width)) {
+            let (mut pending, mut filled, mut rest) = (0_u64, 0, row.iter());
+            for code in codes {
+                if filled < bits {
+                    pending |= rest.next().map_or(0, |word| u64::from(*word) << filled);
+                    filled += 32;
+                }
+                *code = (pending & mask) as i8 - half;
+                pending >>= bits;
+                filled -= bits;
             }
-            codes.push((pending & mask) as i8 - half);
-            pending >>= bits;
-            filled -= bits;
         }
-    }
+    });
     codes
 }
 
@@ -56,7 +70,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn packing_round_trips(bits in 2_u8..=4, rows in 1_usize..5, cols in 1_usize..80, seed in prop::collection::vec(any::<i8>(), 400)) {
+        fn packing_round_trips(bits in 2_u8..=4, rows in prop::sample::select(vec![1_usize, 4, 64, 130]), cols in 1_usize..80, seed in prop::collection::vec(any::<i8>(), 130 * 80)) {
             let codes: Vec<i8> = seed[..rows * cols].iter().map(|code| code >> (8 - bits)).collect();
             let words = pack(&codes, cols, bits);
             prop_assert_eq!(words.len(), rows * words_in_row(cols, bits));

@@ -1,5 +1,7 @@
 //! One block: `h + mixer(RMSNorm(h))`, for the four kinds of mixer.
 
+use std::ops::Range;
+
 use crate::backend::{
     AttentionShape, Backend, Emit, MambaParameters, MambaShape, SSM_CHUNK, Sequences, SsmInternals, SsmScales, StateRotation,
 };
@@ -16,6 +18,12 @@ pub const PIECE: usize = 32 * SSM_CHUNK;
 /// Whether sequences that go on from no cache are computed in pieces.
 fn is_long(sequences: &Sequences, cached: bool) -> bool {
     !cached && !sequences.is_tree() && sequences.ranges().any(|range| range.len() > PIECE)
+}
+
+/// The tokens of each sequence in pieces.
+fn pieces(sequences: &Sequences) -> impl Iterator<Item = impl Iterator<Item = Vec<usize>>> {
+    let piece = |range: Range<usize>| move |start| (start..range.end.min(start + PIECE)).collect();
+    sequences.ranges().map(move |range| range.clone().step_by(PIECE).map(piece(range)))
 }
 
 /// A block whose weights are on the device.
@@ -238,14 +246,23 @@ impl<B: Backend> Block<B> {
         self.run(backend, h, sequences, cache, tap, None)
     }
 
+    /// Hands `tap` what the linear of a state-space block in front reads, as [`Block::mix`] does, and computes nothing behind it.
+    pub fn enter(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, tap: &Tap<'_, B>) -> Result<()> {
+        let Mixer::Ssm(ssm) = &self.mixer else { return Ok(()) };
+        let see = |h: &B::Tensor| tap("in_proj", &backend.rms_norm(h, &self.norm, self.eps, backend.reads(&ssm.in_proj))?);
+        if !is_long(sequences, false) {
+            return see(h);
+        }
+        pieces(sequences).flatten().try_for_each(|tokens| see(&backend.gather_rows(h, &tokens)?))
+    }
+
     /// Sequence after sequence in pieces that go on from a cache in full precision, so that what is held besides `h`
     /// and the result does not grow with the length (but for the keys and values of attention).
     fn mix_in_pieces(&self, backend: &B, h: &B::Tensor, sequences: &Sequences, tap: Option<&Tap<'_, B>>) -> Result<B::Tensor> {
         let mut mixed = Vec::new();
-        for range in sequences.ranges() {
+        for sequence in pieces(sequences) {
             let mut cache = self.cache(backend, 1, CacheFormats::default());
-            for start in range.clone().step_by(PIECE) {
-                let tokens: Vec<usize> = (start..range.end.min(start + PIECE)).collect();
+            for tokens in sequence {
                 let piece = backend.gather_rows(h, &tokens)?;
                 let out = self.run(backend, &piece, &Sequences::new(vec![tokens.len()]), Some(&mut cache), tap, None)?;
                 mixed.extend(backend.download(&out)?);

@@ -17,7 +17,7 @@ use faer::{Mat, MatRef, Side};
 
 use super::gptq::DAMPING;
 use super::hessian::Hessian;
-use super::weights::FloatLinear;
+use super::weights::{Columns, FloatLinear};
 use crate::backend::{Backend, Emit, Sequences};
 use crate::checkpoint::BlockSpec;
 use crate::error::Result;
@@ -49,13 +49,14 @@ impl Shift {
 
     /// The weights to round in place of `float`; `None` where the damped `hessian` is not positive definite.
     pub fn corrected(&self, float: &FloatLinear, hessian: &dyn Hessian) -> Result<Option<FloatLinear>> {
-        let (cols, hessian) = (float.weights.ncols(), hessian.values()?);
+        let (cols, hessian) = (float.weights.cols(), hessian.values()?);
         let damping = DAMPING * (0..cols).map(|c| hessian[c * cols + c]).sum::<f64>() / cols as f64;
         let damped = Mat::from_fn(cols, cols, |i, j| hessian[i * cols + j] + if i == j { damping } else { 0.0 });
         let Ok(factor) = Llt::new(damped.as_ref(), Side::Lower) else { return Ok(None) };
-        let lacking = STRENGTH * &float.weights * &self.0;
+        let lacking = STRENGTH * float.weights.as_ref() * &self.0;
         let correction = factor.solve(lacking.transpose());
-        Ok(Some(FloatLinear { weights: &float.weights + correction.transpose(), bias: float.bias.clone(), changed: true }))
+        let weights = Columns::from(&(float.weights.as_ref() + correction.transpose()));
+        Ok(Some(FloatLinear { weights, bias: float.bias.clone(), changed: true }))
     }
 }
 
@@ -137,14 +138,14 @@ mod tests {
         let gram = quantized.transpose() * &quantized;
         let hessian: Vec<f64> = (0..cols * cols).map(|i| gram[(i / cols, i % cols)]).collect();
         let summed = Summed::new(&Cpu, hessian.clone()).unwrap();
-        let linear = FloatLinear { weights: weights.clone(), bias: None, changed: false };
+        let linear = FloatLinear { weights: Columns::from(&weights), bias: None, changed: false };
         let corrected = shift.corrected(&linear, &summed).unwrap().unwrap();
-        let loss = |weights: &Mat<f64>| {
-            let found = gptq::quantize(&rows(weights), outputs, cols, Scheme::Int8, &hessian).0.dequantize();
+        let loss = |weights: MatRef<'_, f64>| {
+            let found = gptq::quantize(&rows(&weights.to_owned()), outputs, cols, Scheme::Int8, &hessian).0.dequantize();
             let found = Mat::from_fn(outputs, cols, |r, c| f64::from(found[r * cols + c]));
             (&quantized * found.transpose() - &target).squared_norm_l2()
         };
-        let ratio = loss(&corrected.weights) / loss(&weights);
+        let ratio = loss(corrected.weights.as_ref()) / loss(weights.as_ref());
         assert!(ratio < 0.7, "{ratio}");
     }
 
@@ -154,7 +155,7 @@ mod tests {
         let mut shift = Shift::default();
         shift.add(&rows(&x), &rows(&x), 8);
         let hessian: Vec<f64> = (0..64).map(|i| f64::from(u8::from(i % 9 == 0))).collect();
-        let linear = FloatLinear { weights, bias: None, changed: false };
+        let linear = FloatLinear { weights: Columns::from(&weights), bias: None, changed: false };
         let summed = Summed::new(&Cpu, hessian).unwrap();
         assert_eq!(shift.corrected(&linear, &summed).unwrap().unwrap().weights, linear.weights);
     }

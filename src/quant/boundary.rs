@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 
 use sha2::{Digest, Sha256};
 
@@ -52,10 +54,23 @@ pub fn write<B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item =
     let temporary = path.with_extension("tmp");
     let failed = |error: std::io::Error| Error::io("writing", path, &error);
     let mut file = File::create(&temporary).map_err(failed)?;
-    for tensor in tensors {
-        file.write_all(bytemuck::cast_slice(&backend.download(&tensor?)?)).map_err(failed)?;
-    }
-    file.sync_all().and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
+    // One tensor is written while the next comes from the device.
+    let written = thread::scope(|scope| -> Result<std::io::Result<()>> {
+        let (sender, receiver) = mpsc::sync_channel::<Vec<f32>>(1);
+        let writer = scope.spawn(move || {
+            receiver.into_iter().try_for_each(|values| file.write_all(bytemuck::cast_slice(&values)))?;
+            file.sync_all()
+        });
+        for tensor in tensors {
+            // Whoever writes no longer takes any where that failed, and says why below.
+            if sender.send(backend.download(&tensor?)?).is_err() {
+                break;
+            }
+        }
+        drop(sender);
+        Ok(writer.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that writes ended"))))
+    })?;
+    written.and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
 }
 
 /// Reads what [`write`] wrote into boundaries, one after another: in each a tensor `[tokens, cols]` for each of `tokens`.

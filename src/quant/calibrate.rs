@@ -22,11 +22,14 @@ pub fn second_moment<B: Backend>(backend: &B, checkpoint: &Checkpoint, mut strea
     for index in 0..stream.blocks() {
         for h in stream.boundary().iter(backend) {
             let x = backend.rms_norm(&h?, &ones, checkpoint.config.norm_eps, Emit::FLOAT)?;
-            if backend.largest_magnitudes(&x)?.iter().any(|value| !value.is_finite()) {
-                return Err(Error::run(format!("the residual stream in front of block {index} is not finite on the calibration text"))
-                    .hint("the unquantized model overflows: check the checkpoint"));
-            }
             backend.add_gram(&mut sum, &x)?;
+        }
+        // Asked for once a block: the device is waited for.
+        if let Some(sum) = &sum
+            && backend.gram_diagonal(sum)?.iter().any(|value| !value.is_finite())
+        {
+            return Err(Error::run(format!("the residual stream in front of block {index} is not finite on the calibration text"))
+                .hint("the unquantized model overflows: check the checkpoint"));
         }
         stream.advance(index)?;
         monitor.step(index + 1, format!("block {index}"))?;

@@ -50,25 +50,36 @@ pub fn quantize(weights: &[f32], rows: usize, cols: usize, scheme: Scheme, hessi
         let entry = |(i, h): (usize, &f64)| (h + if i / cols == i % cols { added } else { 0.0 }) as f32;
         hessian.iter().enumerate().map(entry).collect()
     });
-    let quantize = |tile: &[f32]| {
-        let (mut codes, scales) = quantize_tile(tile, cols, scheme, &diagonal, &order, factor.as_deref());
+    let matrix = by_tiles(weights, rows, cols, scheme, |tile, codes, scales| {
+        quantize_tile(tile, cols, scheme, &diagonal, &order, factor.as_deref(), codes, scales);
         let groups = cols / scheme.group(cols);
         let rows = tile.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)).zip(scales.chunks_exact(groups));
         if damping.is_some() {
             rows.for_each(|((row, codes), scales)| descend(row, codes, scales, scheme, &damped));
         }
-        (codes, scales)
-    };
-    let (codes, scales): (Vec<Vec<i8>>, Vec<Vec<f32>>) = weights.par_chunks(ROWS * cols).map(quantize).unzip();
-    (QuantizedMatrix { scheme, rows, cols, codes: codes.concat(), scales: scales.concat() }, Damping { used: damping })
+    });
+    (matrix, Damping { used: damping })
+}
+
+/// The codes and scales that `quantize` writes for a few rows at a time.
+fn by_tiles(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    scheme: Scheme,
+    quantize: impl Fn(&[f32], &mut [i8], &mut [f32]) + Sync,
+) -> QuantizedMatrix {
+    let groups = cols / scheme.group(cols);
+    let (mut codes, mut scales) = (vec![0; rows * cols], vec![0.0; rows * groups]);
+    let tiles = codes.par_chunks_mut(ROWS * cols).zip(scales.par_chunks_mut(ROWS * groups)).zip(weights.par_chunks(ROWS * cols));
+    tiles.for_each(|((codes, scales), tile)| quantize(tile, codes, scales));
+    QuantizedMatrix { scheme, rows, cols, codes, scales }
 }
 
 /// Round-to-nearest with the scale that loses least, all inputs counting alike.
 pub fn round_clipped(weights: &[f32], rows: usize, cols: usize, scheme: Scheme) -> QuantizedMatrix {
     let (diagonal, order): (Vec<f64>, Vec<usize>) = (vec![1.0; cols], (0..cols).collect());
-    let round = |tile| quantize_tile(tile, cols, scheme, &diagonal, &order, None);
-    let (codes, scales): (Vec<Vec<i8>>, Vec<Vec<f32>>) = weights.par_chunks(ROWS * cols).map(round).unzip();
-    QuantizedMatrix { scheme, rows, cols, codes: codes.concat(), scales: scales.concat() }
+    by_tiles(weights, rows, cols, scheme, |tile, codes, scales| quantize_tile(tile, cols, scheme, &diagonal, &order, None, codes, scales))
 }
 
 /// Columns in the order in which they are rounded: group after group, inside a group by descending diag(H).
@@ -119,15 +130,15 @@ fn quantize_tile(
     diagonal: &[f64],
     order: &[usize],
     factor: Option<&[f32]>,
-) -> (Vec<i8>, Vec<f32>) {
+    codes: &mut [i8],
+    scales: &mut [f32],
+) {
     let rows = tile.len() / cols;
     let group = scheme.group(cols);
     let groups = cols / group;
     // Columns in rounding order.
     let mut work: Vec<f32> = tile.chunks_exact(cols).flat_map(|row| order.iter().map(|c| row[*c])).collect();
     let weights: Vec<f64> = order.iter().map(|c| diagonal[*c]).collect();
-    let mut codes = vec![0; rows * cols];
-    let mut scales = vec![0.0; rows * groups];
     let (low, high) = code_range(scheme);
     for j in 0..cols {
         for row in 0..rows {
@@ -147,7 +158,6 @@ fn quantize_tile(
             }
         }
     }
-    (codes, scales)
 }
 
 /// Improves the codes of one row: each in turn becomes the one that loses least under `hessian` `[cols, cols]` while the
@@ -243,8 +253,9 @@ mod tests {
         let diagonal: Vec<f64> = (0..cols).map(|c| h[c * cols + c]).collect();
         let order = column_order(&diagonal, 32);
         let (factor, _) = inverse_factor(&h, &diagonal, &order).unwrap();
-        let (codes, scales) = quantize_tile(&weights, cols, scheme, &diagonal, &order, Some(&factor));
-        let single = QuantizedMatrix { scheme, rows, cols, codes, scales };
+        let single = by_tiles(&weights, rows, cols, scheme, |tile, codes, scales| {
+            quantize_tile(tile, cols, scheme, &diagonal, &order, Some(&factor), codes, scales);
+        });
         let found = quantize(&weights, rows, cols, scheme, &h).0;
         let mean = diagonal.iter().sum::<f64>() / cols as f64;
         let damped: Vec<f64> = h.iter().enumerate().map(|(i, h)| h + if i % (cols + 1) == 0 { DAMPING * mean } else { 0.0 }).collect();

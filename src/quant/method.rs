@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::gptq;
 use super::hessian::Hessian;
@@ -11,6 +12,9 @@ use super::weights::FloatLinear;
 use crate::checkpoint::{LinearSpec, SliceSpec};
 use crate::error::Result;
 use crate::format::{Format, LinearWeights, Scheme, Transform, WeightPart, round_to_nearest};
+
+/// Values that one task rounds at least.
+const ROUNDED: usize = 1 << 16;
 
 /// A linear as it will be stored.
 pub struct QuantizedLinear {
@@ -78,9 +82,7 @@ pub fn quantize_linear(
     // Whole linears that nothing changed are the source's own bytes; everything else in 16 bits becomes bf16.
     let own = !float.changed && schemes.iter().all(|scheme| *scheme == Scheme::Float);
     if !own && rounding.float_bytes == 2 && schemes.contains(&Scheme::Float) {
-        for value in &mut values {
-            *value = bf16::from_f32(*value).to_f32();
-        }
+        values.par_iter_mut().with_min_len(ROUNDED).for_each(|value| *value = bf16::from_f32(*value).to_f32());
     }
     let mut quantize = |rows: Range<usize>, scheme| {
         let count = rows.len();

@@ -94,6 +94,16 @@ impl Magnitudes {
         }
     }
 
+    /// Adds the input of a linear, which counts as one channel.
+    fn see<B: Backend>(&mut self, backend: &B, x: &B::Activation, observers: &Observers) -> Result<()> {
+        if observers.linears < 100.0 {
+            self.add(&backend.floats(x)?);
+        } else {
+            self.raise(&[backend.largest_magnitudes(x)?.into_iter().fold(0.0, f32::max)]);
+        }
+        Ok(())
+    }
+
     /// For each channel the magnitude that `percentile` percent do not exceed, to the width of a bin.
     fn bounds(&self, percentile: f64) -> Vec<f32> {
         if self.counts.is_empty() {
@@ -158,11 +168,7 @@ pub fn static_scales<B: Backend>(
         if wanted.linears {
             let mut linears = linears.borrow_mut();
             let seen = linears.entry(input_of(spec, name)).or_insert_with(|| Magnitudes::new(1, observers.linears));
-            if observers.linears < 100.0 {
-                seen.add(&backend.floats(x)?);
-            } else {
-                seen.raise(&[backend.largest_magnitudes(x)?.into_iter().fold(0.0, f32::max)]);
-            }
+            seen.see(backend, x, observers)?;
         }
         if let (Some(inside), "in_proj") = (&inside, name) {
             inside.borrow_mut().see(backend, x, observers)?;
@@ -173,7 +179,11 @@ pub fn static_scales<B: Backend>(
         if let Some(inside) = &inside {
             inside.borrow_mut().begin(backend);
         }
-        block.mix(backend, &h?, sequences, None, Some(&tap))?;
+        if wanted.linears {
+            block.mix(backend, &h?, sequences, None, Some(&tap))?;
+        } else {
+            block.enter(backend, &h?, sequences, &tap)?;
+        }
     }
     let linears = linears.into_inner();
     let scale = |name: &str| linears.get(&input_of(spec, name)).map(|seen| seen.bounds(observers.linears)[0] / 127.0);
@@ -187,7 +197,7 @@ pub fn static_scales<B: Backend>(
 pub fn head_scale<B: Backend>(backend: &B, inputs: impl Iterator<Item = Result<B::Activation>>, observers: &Observers) -> Result<f32> {
     let mut seen = Magnitudes::new(1, observers.linears);
     for x in inputs {
-        seen.add(&backend.floats(&x?)?);
+        seen.see(backend, &x?, observers)?;
     }
     Ok(seen.bounds(observers.linears)[0] / 127.0)
 }

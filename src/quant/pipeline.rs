@@ -147,7 +147,7 @@ struct Kept {
 }
 
 /// How many times longer than keeping the streams takes work goes on before they are kept again.
-const SAVING_SHARE: u32 = 10;
+const SAVING_SHARE: u32 = 20;
 /// Keeping the streams this fast is done behind every block.
 const CHEAP_SAVING: Duration = Duration::from_secs(1);
 
@@ -321,7 +321,7 @@ impl<'a, B: Backend> Pipeline<'a, B> {
     }
 
     /// Keeps both streams and the records, so that a killed run goes on from here. Where that takes more than a second, not
-    /// before ten times as long has passed: it costs a tenth at most.
+    /// before twenty times as long has passed: it costs a twentieth at most.
     fn save_progress(&mut self, streams: &Streams<B>) -> Result<()> {
         let done = self.state.records.len();
         let costly = |kept: &Kept| kept.took > CHEAP_SAVING && kept.ended.elapsed() < SAVING_SHARE * kept.took;

@@ -1,13 +1,15 @@
 //! The files of a variant: shards in a work folder, and the rename that makes the whole appear at once.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::TensorView;
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView, View};
 
 use crate::checkpoint::Dtype;
 use crate::error::{Error, Result};
-use crate::files::write_atomically;
+use crate::files;
 
 /// A tensor to write: stored name, type, shape and bytes.
 pub type TensorOut<'a> = (String, Dtype, Vec<usize>, std::borrow::Cow<'a, [u8]>);
@@ -49,13 +51,39 @@ pub fn float_vector(name: String, values: &[f32]) -> TensorOut<'static> {
 pub fn write_tensors(path: &Path, tensors: &[TensorOut<'_>]) -> Result<()> {
     let views = tensors
         .iter()
-        .map(|(name, dtype, shape, bytes)| Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
-        .map_err(|error| Error::run(format!("{} cannot be laid out: {error}", path.display())))?;
-    let metadata = Some(std::iter::once(("format".to_owned(), "pt".to_owned())).collect());
-    let bytes =
-        safetensors::serialize(views, metadata).map_err(|error| Error::run(format!("{} cannot be laid out: {error}", path.display())))?;
-    write_atomically(path, &bytes)
+        .map(|(name, dtype, shape, bytes)| Ok((name.clone(), TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, SafeTensorError>>();
+    let views = views.map_err(|error| not_laid_out(path, &error))?;
+    files::replace(path, |temporary| write_views(temporary, views))
+}
+
+/// Writes a safetensors file of these tensors, to the byte as the library does: but their bytes are asked for one after another, and
+/// go to the file from where they are.
+pub fn write_views(path: &Path, mut tensors: Vec<(String, impl View)>) -> Result<()> {
+    tensors.sort_by(|(name, tensor), (other, next)| next.dtype().cmp(&tensor.dtype()).then(name.cmp(other)));
+    let mut end = 0;
+    let info = |(name, tensor): &(String, _)| {
+        let start = end;
+        end += View::data_len(tensor);
+        (name.clone(), TensorInfo { dtype: View::dtype(tensor), shape: View::shape(tensor).to_vec(), data_offsets: (start, end) })
+    };
+    let infos = tensors.iter().map(info).collect();
+    let format = std::iter::once(("format".to_owned(), "pt".to_owned())).collect();
+    let metadata = Metadata::new(Some(format), infos);
+    let header = metadata.and_then(|metadata| Ok(serde_json::to_vec(&metadata)?));
+    let mut header = header.map_err(|error| not_laid_out(path, &error))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        tensors.iter().try_for_each(|(_, tensor)| file.write_all(&tensor.data()))
+    };
+    write().map_err(|error| Error::io("writing", path, &error))
+}
+
+fn not_laid_out(path: &Path, error: &SafeTensorError) -> Error {
+    Error::run(format!("{} cannot be laid out: {error}", path.display()))
 }
 
 /// Moves the finished folder `from` to `output`; an `output` that exists is replaced when `force` is set.
@@ -82,4 +110,32 @@ pub fn exists(output: &Path) -> Error {
 /// Removes a folder if it is there.
 pub fn remove(path: &Path) -> Result<()> {
     if path.exists() { fs::remove_dir_all(path).map_err(|error| Error::io("removing", path, &error)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_those_of_the_library() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tensors.safetensors");
+        let tensor = |name: &str, dtype, shape: &[usize], bytes: usize| -> TensorOut<'static> {
+            (name.into(), dtype, shape.to_vec(), (0..bytes).map(|i| i as u8).collect::<Vec<u8>>().into())
+        };
+        let tensors = [
+            tensor("b.weight", Dtype::BF16, &[3, 5], 30),
+            tensor("a.weight_packed", Dtype::I32, &[2, 2], 16),
+            tensor("a.weight", Dtype::I8, &[3, 1], 3),
+            tensor("a.bias", Dtype::F32, &[0], 0),
+            tensor("c.weight", Dtype::BF16, &[1], 2),
+            tensor("a.weight_shape", Dtype::I64, &[2], 16),
+        ];
+        write_tensors(&path, &tensors).unwrap();
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        let format = Some(std::iter::once(("format".to_owned(), "pt".to_owned())).collect());
+        assert_eq!(fs::read(&path).unwrap(), safetensors::serialize(views, format).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(write_tensors(&path.join("below"), &tensors).is_err());
+    }
 }

@@ -9,6 +9,8 @@
 //! channel, no channel counts as less than a quarter of the layer's median. Being relative, the floor does not see how
 //! a checkpoint happens to divide a scale between the two matrices.
 
+use rayon::prelude::*;
+
 use super::calibrate::{CONVOLUTION, Maxima};
 use super::weights::{BlockWeights, FloatLinear};
 use crate::checkpoint::{BlockSpec, Checkpoint};
@@ -35,12 +37,7 @@ fn scales(act: &[f64], column: &[f64], reach: &[f64]) -> Vec<f64> {
 
 /// Largest magnitude of each column.
 fn column_maxima(linear: &FloatLinear) -> Vec<f64> {
-    linear.weights.col_iter().map(|column| column.iter().fold(0.0_f64, |max, w| max.max(w.abs()))).collect()
-}
-
-/// Euclidean length of each row.
-fn row_norms(linear: &FloatLinear) -> Vec<f64> {
-    linear.weights.row_iter().map(|row| row.iter().map(|w| w * w).sum::<f64>().sqrt()).collect()
+    linear.weights.par_columns().map(|column| column.iter().fold(0.0_f64, |max, w| max.max(w.abs()))).collect()
 }
 
 fn inverse(scales: &[f64]) -> Vec<f64> {
@@ -53,7 +50,7 @@ pub fn relu2(weights: &mut BlockWeights, spec: &BlockSpec, maxima: &Maxima) -> R
     for down in spec.linears.iter().filter(|linear| linear.name.ends_with("down_proj")) {
         let Some(act) = maxima.get(&down.name) else { continue };
         let up = down.name.replace("down_proj", "up_proj");
-        let reach: Vec<f64> = row_norms(weights.linear(&up)?).into_iter().map(|norm| norm * norm).collect();
+        let reach: Vec<f64> = weights.linear(&up)?.weights.row_norms().into_iter().map(|norm| norm * norm).collect();
         let squares = scales(act, &column_maxima(weights.linear(&down.name)?), &reach);
         let roots: Vec<f64> = squares.iter().map(|square| square.sqrt()).collect();
         weights.linear_mut(&up)?.scale_outputs(&roots);
@@ -77,7 +74,7 @@ pub fn values(weights: &mut BlockWeights, checkpoint: &Checkpoint, maxima: &Maxi
         largest
     };
     let column = shared(&column_maxima(weights.linear("o_proj")?));
-    let scale = scales(&shared(act), &column, &row_norms(weights.linear("v_proj")?));
+    let scale = scales(&shared(act), &column, &weights.linear("v_proj")?.weights.row_norms());
     weights.linear_mut("v_proj")?.scale_outputs(&scale);
     let across: Vec<f64> = (0..act.len()).map(|i| scale[channel(i)].recip()).collect();
     weights.linear_mut("o_proj")?.scale_inputs(&across);
@@ -105,7 +102,7 @@ pub fn convolution(weights: &mut BlockWeights, checkpoint: &Checkpoint, spec: &B
     let Some(act) = maxima.get(CONVOLUTION) else { return Ok(()) };
     let name = format!("{}mixer.conv1d.weight", spec.prefix);
     let (inner, kernel) = (checkpoint.config.mamba.inner(), checkpoint.config.mamba.conv_kernel);
-    let reach = row_norms(weights.linear("in_proj")?);
+    let reach = weights.linear("in_proj")?.weights.row_norms();
     let scale: Vec<f64> =
         floored(act, &reach[inner..inner + act.len()]).into_iter().map(|act| if act > 0.0 { act.recip() } else { 1.0 }).collect();
     let mut rows = vec![1.0; reach.len()];

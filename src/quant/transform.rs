@@ -3,6 +3,7 @@
 use faer::{Mat, MatRef};
 
 use super::calibrate::Maxima;
+use super::eigen::eigenvectors;
 use super::hadamard;
 use super::smooth;
 use super::weights::{BlockWeights, FloatLinear};
@@ -186,11 +187,8 @@ impl Transforms {
 fn residual_rotation<B: Backend>(backend: &B, second_moment: Option<&[f64]>, hidden: usize) -> Result<Mat<f64>> {
     let moment = second_moment.ok_or_else(|| Error::run("rotate-residual was given no second moment"))?;
     let symmetric = Mat::from_fn(hidden, hidden, |i, j| 0.5 * (moment[i * hidden + j] + moment[j * hidden + i]));
-    let decomposition = symmetric
-        .self_adjoint_eigen(faer::Side::Lower)
-        .map_err(|error| Error::run(format!("the eigenvectors of the residual stream's second moment cannot be found: {error:?}")))?;
+    let mut rotation = eigenvectors(symmetric.as_ref()).map_err(|error| error.context("the residual stream's second moment"))?;
     let (hadamard, _) = hadamard::for_width(hidden);
-    let mut rotation = decomposition.U().to_owned();
     backend.turn(rotation.as_mut(), hadamard.as_ref(), Side::Inputs)?;
     Ok(rotation)
 }

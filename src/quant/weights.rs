@@ -11,24 +11,98 @@ use crate::error::{Error, Result};
 use crate::format::{LinearWeights, Transform};
 use crate::model::BlockSource;
 
-/// Columns, or rows, that one task turns from one order into the other.
-const COLUMNS: usize = 32;
-/// The columns of a matrix, so many at a time, to be changed at once.
-fn divide_columns<T>(mut matrix: MatMut<'_, T>, width: usize) -> Vec<MatMut<'_, T>> {
-    let mut parts = Vec::with_capacity(matrix.ncols().div_ceil(width));
-    while matrix.ncols() > 0 {
-        let count = width.min(matrix.ncols());
-        let (first, rest) = matrix.split_at_col_mut(count);
-        parts.push(first);
-        matrix = rest;
+/// Side of the tiles that are turned from one order into the other: what lies a power of two apart would drive itself out of the
+/// cache.
+const TILE: usize = 64;
+/// Rows whose lengths one task sums up.
+const ROWS: usize = 512;
+
+/// The transpose of `from` `[rows, cols]`.
+fn transpose<A: Copy + Sync, B: Copy + Default + Send>(from: &[A], rows: usize, cols: usize, convert: impl Fn(A) -> B + Sync) -> Vec<B> {
+    let mut to = vec![B::default(); rows * cols];
+    to.par_chunks_mut((TILE * rows).max(1)).enumerate().for_each(|(index, to)| {
+        let (first, count) = (index * TILE, to.len() / rows);
+        let mut tile = [B::default(); TILE * TILE];
+        for start in (0..rows).step_by(TILE) {
+            let height = TILE.min(rows - start);
+            for (r, row) in from[start * cols..].chunks_exact(cols).take(height).enumerate() {
+                for (c, value) in row[first..first + count].iter().enumerate() {
+                    tile[c * TILE + r] = convert(*value);
+                }
+            }
+            for (column, tile) in to.chunks_exact_mut(rows).zip(tile.chunks_exact(TILE)) {
+                column[start..start + height].copy_from_slice(&tile[..height]);
+            }
+        }
+    });
+    to
+}
+
+/// A matrix `[rows, cols]`, column after column without gaps. Unlike [`Mat`] it is made by all threads: most of the time goes into
+/// memory that is touched for the first time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Columns {
+    values: Vec<f64>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Columns {
+    /// Of `values` `[rows, cols]`, row after row.
+    fn of_rows(values: &[f32], rows: usize, cols: usize) -> Self {
+        Self { values: transpose(values, rows, cols, f64::from), rows, cols }
     }
-    parts
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn as_ref(&self) -> MatRef<'_, f64> {
+        MatRef::from_column_major_slice(&self.values, self.rows, self.cols)
+    }
+
+    fn as_mut(&mut self) -> MatMut<'_, f64> {
+        MatMut::from_column_major_slice_mut(&mut self.values, self.rows, self.cols)
+    }
+
+    /// One column after another.
+    pub fn par_columns(&self) -> impl IndexedParallelIterator<Item = &[f64]> {
+        self.values.par_chunks_exact(self.rows.max(1))
+    }
+
+    fn par_columns_mut(&mut self) -> impl IndexedParallelIterator<Item = &mut [f64]> {
+        self.values.par_chunks_exact_mut(self.rows.max(1))
+    }
+
+    /// Euclidean length of each row.
+    pub fn row_norms(&self) -> Vec<f64> {
+        let mut norms = vec![0.0; self.rows];
+        // Some rows of every column at a time, so that what lies side by side is read together; each sum goes from left to right.
+        norms.par_chunks_mut(ROWS).enumerate().for_each(|(index, norms)| {
+            let first = index * ROWS;
+            for column in self.values.chunks_exact(self.rows) {
+                let weights = &column[first..first + norms.len()];
+                norms.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight * weight);
+            }
+            for sum in norms {
+                *sum = sum.sqrt();
+            }
+        });
+        norms
+    }
+}
+
+impl From<&Mat<f64>> for Columns {
+    fn from(matrix: &Mat<f64>) -> Self {
+        let values = matrix.col_iter().flat_map(|column| column.iter().copied()).collect();
+        Self { values, rows: matrix.nrows(), cols: matrix.ncols() }
+    }
 }
 
 /// The weights `[rows, cols]` of a linear, with its bias.
 #[derive(Debug, Clone)]
 pub struct FloatLinear {
-    pub weights: Mat<f64>,
+    pub weights: Columns,
     pub bias: Option<Vec<f64>>,
     /// Whether a transform changed the weights.
     pub changed: bool,
@@ -39,49 +113,28 @@ impl FloatLinear {
     pub fn read(checkpoint: &Checkpoint, stem: &str, rows: usize, cols: usize, bias: bool) -> Result<Self> {
         let values = checkpoint.read(&format!("{stem}.weight"))?;
         let bias = if bias { Some(checkpoint.read(&format!("{stem}.bias"))?.into_iter().map(f64::from).collect()) } else { None };
-        let mut weights = Mat::zeros(rows, cols);
-        // A few columns at a time: whole lines of a row are read, and each column is written in order.
-        divide_columns(weights.as_mut(), COLUMNS).into_par_iter().enumerate().for_each(|(index, mut columns)| {
-            let first = index * COLUMNS;
-            for (r, row) in values.chunks_exact(cols).enumerate() {
-                for c in 0..columns.ncols() {
-                    columns[(r, c)] = f64::from(row[first + c]);
-                }
-            }
-        });
-        Ok(Self { weights, bias, changed: false })
+        Ok(Self { weights: Columns::of_rows(&values, rows, cols), bias, changed: false })
     }
 
     /// The weights in f32, row after row.
     pub fn values(&self) -> Vec<f32> {
-        let (rows, cols) = (self.weights.nrows(), self.weights.ncols());
-        let mut values = vec![0.0; rows * cols];
-        if values.is_empty() {
-            return values;
-        }
-        values.par_chunks_mut(COLUMNS * cols).enumerate().for_each(|(index, tile)| {
-            let tile_rows = self.weights.subrows(index * COLUMNS, tile.len() / cols);
-            for (c, column) in tile_rows.col_iter().enumerate() {
-                for (r, value) in column.iter().enumerate() {
-                    tile[r * cols + c] = *value as f32;
-                }
-            }
-        });
-        values
+        transpose(&self.weights.values, self.weights.cols, self.weights.rows, |value| value as f32)
     }
 
     /// `W diag(scale)`: what a linear becomes when the weight of the norm in front of it is folded in.
     pub fn scale_inputs(&mut self, scale: &[f64]) {
-        divide_columns(self.weights.as_mut(), 1).into_par_iter().zip(scale).for_each(|(column, scale)| {
-            column.col_mut(0).iter_mut().for_each(|weight| *weight *= scale);
+        self.weights.par_columns_mut().zip(scale).for_each(|(column, scale)| {
+            for weight in column {
+                *weight *= scale;
+            }
         });
         self.changed = true;
     }
 
     /// `diag(scale) W`, `diag(scale) b`: writes scaled outputs.
     pub fn scale_outputs(&mut self, scale: &[f64]) {
-        divide_columns(self.weights.as_mut(), 1).into_par_iter().for_each(|column| {
-            column.col_mut(0).iter_mut().zip(scale).for_each(|(weight, scale)| *weight *= scale);
+        self.weights.par_columns_mut().for_each(|column| {
+            column.iter_mut().zip(scale).for_each(|(weight, scale)| *weight *= scale);
         });
         for (bias, scale) in self.bias.iter_mut().flatten().zip(scale) {
             *bias *= scale;
@@ -112,7 +165,11 @@ impl FloatLinear {
         let matrix = Mat::from_fn(block, block, |i, j| scale * sign(i, j));
         self.changed = true;
         // One after another: a product is computed on all threads, or on the device.
-        divide_columns(self.weights.as_mut(), block).into_iter().try_for_each(|part| backend.turn(part, matrix.as_ref(), Side::Inputs))
+        let rows = self.weights.rows;
+        self.weights.values.chunks_mut((block * rows).max(1)).try_for_each(|part| {
+            let width = part.len() / rows;
+            backend.turn(MatMut::from_column_major_slice_mut(part, rows, width), matrix.as_ref(), Side::Inputs)
+        })
     }
 }
 
@@ -174,5 +231,23 @@ impl BlockSource for FloatBlock<'_> {
 
     fn rotates_state(&self) -> bool {
         self.transforms.contains(&Transform::RotateState)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_and_rows_come_from_one_another() {
+        for (rows, cols) in [(1, 1), (70, 33), (33, 70), (1030, 3), (0, 4)] {
+            let value = |r: usize, c: usize| ((r * 7919 + c * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+            let values: Vec<f32> = (0..rows * cols).map(|i| value(i / cols, i % cols)).collect();
+            let linear = FloatLinear { weights: Columns::of_rows(&values, rows, cols), bias: None, changed: false };
+            assert_eq!(linear.weights.as_ref(), Mat::from_fn(rows, cols, |r, c| f64::from(value(r, c))));
+            assert_eq!(linear.values(), values);
+            let norm = |row: &[f32]| row.iter().map(|w| f64::from(*w) * f64::from(*w)).sum::<f64>().sqrt();
+            assert_eq!(linear.weights.row_norms(), values.chunks_exact(cols).map(norm).collect::<Vec<f64>>());
+        }
     }
 }

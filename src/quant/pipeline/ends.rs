@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
+
 use super::laps::Laps;
 use super::{Judgement, Pipeline, Streams};
 use crate::backend::{Backend, Emit};
@@ -138,7 +140,7 @@ impl<B: Backend> Pipeline<'_, B> {
             let mut values = self.backend.floats(&x)?;
             let weights: Vec<f32> = self.backend.undecidedness(&logits)?.into_iter().map(|weight| weight.sqrt() as f32).collect();
             let weigh = |values: &mut [f32]| {
-                let rows = values.chunks_exact_mut(cols).zip(&weights);
+                let rows = values.par_chunks_exact_mut(cols).zip(&weights);
                 rows.for_each(|(row, weight)| row.iter_mut().for_each(|x| *x *= weight));
             };
             weigh(&mut values);

@@ -1,8 +1,6 @@
 //! The variant's files: tensors, manifest, and the check that they read back the same.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::fs;
 
 use serde_json::json;
 
@@ -10,8 +8,8 @@ use super::Pipeline;
 use super::ends::logit_pieces;
 use crate::backend::Backend;
 use crate::checkpoint::{
-    Checkpoint, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor,
-    linear_tensors, quantization_config, sha256_hex,
+    Checkpoint, INDEX_FILE, LinearSpec, Provenance, STRATA_FILE, SampleRecord, Shards, TOOL, VARIANT_SCHEMA, VariantManifest, float_tensor,
+    linear_tensors, quantization_config,
 };
 use crate::error::{Error, Result};
 use crate::files;
@@ -62,22 +60,9 @@ impl<B: Backend> Pipeline<'_, B> {
     /// Writes everything but the shards: index, config.json, companions and strata.toml.
     pub(super) fn write_manifest(&self, sample: SampleRecord) -> Result<VariantManifest> {
         let (request, checkpoint) = (self.request, self.request.checkpoint);
-        let mut weight_map = BTreeMap::new();
-        let mut files = BTreeMap::new();
-        let mut total = 0;
-        for shard in 0..=self.blocks.len() {
-            let name = self.shard_name(shard);
-            let path = self.files.join(&name);
-            let bytes = fs::read(&path).map_err(|error| Error::io("reading", &path, &error))?;
-            let tensors = safetensors::SafeTensors::deserialize(&bytes)
-                .map_err(|error| Error::run(format!("{} cannot be read back: {error}", path.display())))?;
-            for (tensor, view) in tensors.iter() {
-                weight_map.insert(tensor.to_owned(), name.clone());
-                total += view.data().len();
-            }
-            files.insert(name, sha256_hex(&bytes));
-        }
-        let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+        let names: Vec<String> = (0..=self.blocks.len()).map(|shard| self.shard_name(shard)).collect();
+        let shards = Shards::open_files(&self.files, &names)?;
+        let index = json!({ "metadata": { "total_size": shards.tensor_bytes() }, "weight_map": shards.weight_map() });
         self.write(INDEX_FILE, &pretty(&index))?;
 
         let mut config: serde_json::Value = crate::checkpoint::parse_config_json(&checkpoint.config_text()?)?;
@@ -108,7 +93,7 @@ impl<B: Backend> Pipeline<'_, B> {
             activations: request.steps.activations,
             cache: request.steps.cache,
             sample,
-            files,
+            files: shards.hashes()?.into_iter().collect(),
             blocks: self.state.records.clone(),
         };
         let text = toml::to_string(&manifest).map_err(|error| Error::run(format!("{STRATA_FILE} cannot be written: {error}")))?;
