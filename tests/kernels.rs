@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 65] = [
+const MUTANTS: [(&str, &str, &str); 67] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -99,6 +99,8 @@ const MUTANTS: [(&str, &str, &str); 65] = [
     ("attention.cu", "first + i + j < splits &&", "first + i + j + 1 < splits &&"),
     ("attention.cu", "if (threadIdx.x == 0) lengths[place] = length;", "if (threadIdx.x == 0) lengths[slot] = length;"),
     ("ticket.cuh", "if (last) *ticket = 0;", ""),
+    ("logits.cu", "begin = blockIdx.x * width", "begin = 0"),
+    ("logits.cu", "b.value == a.value && b.index < a.index", "b.value == a.value && b.index > a.index"),
     ("attention.cu", "return scales[row * kv_heads + head];", "return scales[row + head];"),
     ("moe.cu", "own[at - 1] > best", "own[at - 1] < best"),
     ("moe.cu", "if (e < expert) place += totals[e]", "if (e <= expert) place += totals[e]"),
