@@ -210,7 +210,6 @@ template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const
         }
 }
 
-// Four elements of a row as they are stored, and as floats.
 // One query a sequence, whose own key and value are kept on the way. A block has a key/value head, the query heads that share it, a warp each,
 // and its share of the keys. Even warps read keys and odd ones values, as many as there are lanes, while those read before are attended to.
 // The last block that is done with a head adds the shares up, in their order. Code is kept short: a step comes here once a layer, and the
