@@ -2,15 +2,51 @@
 // (`halves.cuh`). Caches are rows of `kv_heads·head_dim` in f32, bf16, f16, or int8 with a scale a row and head.
 #include "device.cuh"
 #include "halves.cuh"
+#include "ticket.cuh"
 
 namespace {
 
 constexpr int QUERIES = 64;
 constexpr int KEYS = 32;
-constexpr int STEP_KEYS = 8;  // that a warp of a decoding step takes at a time
-constexpr int STEP_WARPS = 4;
+constexpr int STEP_KEYS = 32;  // that a block of a decoding step takes at a time: one a lane
+constexpr int READERS = 4;     // warps of it that read keys, and as many that read values
+constexpr int MOST_WARPS = 16;
 constexpr int MAX_DIM = 128;
 constexpr float NONE = -1e30f;  // the largest score of no keys at all: finite, so that differences are numbers
+
+// Four features of keys or values, as a cache holds them.
+template <class C> struct Four;
+template <> struct Four<float> {
+    float4 x;
+    static Four round(float4 from, float&) { return {from}; }
+    float4 floats() const { return x; }
+};
+template <> struct Four<bf16> {
+    uint2 x;
+    static Four round(float4 from, float&) { return {make_uint2(pack_bf16(from.x, from.y), pack_bf16(from.z, from.w))}; }
+    float4 floats() const { return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u)); }
+};
+template <> struct Four<f16> {
+    uint2 x;
+    static u32 pair(float low, float high) { return narrow_f16(low).bits | static_cast<u32>(narrow_f16(high).bits) << 16; }
+    static float half(u32 bits) { return widen(f16{static_cast<unsigned short>(bits)}); }
+    static Four round(float4 from, float&) { return {make_uint2(pair(from.x, from.y), pair(from.z, from.w))}; }
+    float4 floats() const { return make_float4(half(x.x), half(x.x >> 16), half(x.y), half(x.y >> 16)); }
+};
+template <> struct Four<i8> {
+    u32 x;
+    // With the scale of the head that the warp has.
+    static Four round(float4 from, float& scale) {
+        scale = __fdiv_rn(warp_max(fmaxf(fmaxf(fabsf(from.x), fabsf(from.y)), fmaxf(fabsf(from.z), fabsf(from.w)))), 127.0f);
+        const auto code = [&](float x) { return scale > 0.0f ? static_cast<u32>(round_even(fminf(fmaxf(__fdiv_rn(x, scale), -127.0f), 127.0f))) & 255 : 0u; };
+        return {code(from.x) | code(from.y) << 8 | code(from.z) << 16 | code(from.w) << 24};
+    }
+    // Without it.
+    float4 floats() const {
+        const auto code = [&](int i) { return static_cast<float>(static_cast<i8>(x >> 8 * i)); };
+        return make_float4(code(0), code(1), code(2), code(3));
+    }
+};
 
 // Keys or values in a cache; `scales` `[rows, kv_heads]` are int8's.
 template <class C> struct Rows {
@@ -18,7 +54,9 @@ template <class C> struct Rows {
     float* scales;
     int kv_heads, d;
     float scale(i64, int) const { return 1.0f; }
+    void set_scale(i64, int, float) const {}
     float at(i64 row, int head, int c) const { return widen(values[(row * kv_heads + head) * d + c]); }
+    Four<C>* fours(i64 row, int head) const { return reinterpret_cast<Four<C>*>(values + (row * kv_heads + head) * d); }
 };
 
 template <> struct Rows<i8> {
@@ -26,60 +64,41 @@ template <> struct Rows<i8> {
     float* scales;
     int kv_heads, d;
     float scale(i64 row, int head) const { return scales[row * kv_heads + head]; }
+    void set_scale(i64 row, int head, float scale) const { scales[row * kv_heads + head] = scale; }
     float at(i64 row, int head, int c) const { return __fmul_rn(static_cast<float>(values[(row * kv_heads + head) * d + c]), scale(row, head)); }
+    Four<i8>* fours(i64 row, int head) const { return reinterpret_cast<Four<i8>*>(values + (row * kv_heads + head) * d); }
 };
 
-template <class C> DEVICE void keep(C& to, float x) { to = narrow<C>(x); }
-DEVICE void keep(f16& to, float x) { to = narrow_f16(x); }
-
-// A head's keys or values of one token, by a warp: all is read before the first is written.
-struct Head {
-    static constexpr int OWN = MAX_DIM / 32;
-    float held[OWN];
-
-    Head(const float* from, int d) {
-#pragma unroll
-        for (int i = 0; i < OWN; ++i) {
-            const int c = i * 32 + threadIdx.x % 32;
-            held[i] = c < d ? from[c] : 0.0f;
-        }
-    }
-
-    template <class F> void each(int d, F use) const {
-#pragma unroll
-        for (int i = 0; i < OWN; ++i)
-            if (i * 32 + static_cast<int>(threadIdx.x) % 32 < d) use(i * 32 + threadIdx.x % 32, held[i]);
-    }
-};
-
-template <class C> DEVICE void keep_head(const Rows<C>& to, i64 row, int head, const Head& from) {
-    from.each(to.d, [&](int c, float x) { keep(to.values[(row * to.kv_heads + head) * to.d + c], x); });
+DEVICE float4 scaled(float4 x, float factor) { return make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor); }
+DEVICE float4 add_scaled(float4 sum, float factor, float4 x) {
+    return make_float4(fmaf(factor, x.x, sum.x), fmaf(factor, x.y, sum.y), fmaf(factor, x.z, sum.z), fmaf(factor, x.w, sum.w));
 }
 
-DEVICE void keep_head(const Rows<i8>& to, i64 row, int head, const Head& from) {
-    float largest = 0.0f;
-    from.each(to.d, [&](int, float x) { largest = fmaxf(largest, fabsf(x)); });
-    const float scale = __fdiv_rn(warp_max(largest), 127.0f);
-    from.each(to.d, [&](int c, float x) {
-        to.values[(row * to.kv_heads + head) * to.d + c] = scale > 0.0f ? static_cast<i8>(round_even(fminf(fmaxf(__fdiv_rn(x, scale), -127.0f), 127.0f))) : static_cast<i8>(0);
-    });
-    if (threadIdx.x % 32 == 0) to.scales[row * to.kv_heads + head] = scale;
+// A head of one token, four features a lane, zeros behind the last.
+DEVICE float4 head_of(const float* from, int d) {
+    const int lane = threadIdx.x % 32;
+    return lane * 4 < d ? *reinterpret_cast<const float4*>(from + lane * 4) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// Without `sequences` a step: one token of each slot, which is one longer then.
-template <class C> DEVICE void append(const float* k, const float* v, const int* sequences, int* lengths, int capacity, const Rows<C>& keys, const Rows<C>& values) {
-    const int index = blockIdx.y, i = blockIdx.x;
-    const int begin = sequences ? sequences[4 * index] : index, end = sequences ? sequences[4 * index + 1] : index + 1, slot = sequences ? sequences[4 * index + 2] : index;
-    const int length = lengths[slot];
-    __syncthreads();
-    if (!sequences && threadIdx.x == 0) lengths[slot] = length + 1;
-    if (begin + i >= end || length + i >= capacity) return;
-    const i64 row = static_cast<i64>(slot) * capacity + length + i;
+// Keeps a head's keys or values of one token in the cache; returns them as they are there, with their scale.
+template <class C> DEVICE Four<C> keep(const Rows<C>& to, i64 row, int head, float4 from, float& scale) {
+    const int lane = threadIdx.x % 32;
+    const Four<C> rounded = Four<C>::round(from, scale);
+    if (lane * 4 < to.d) to.fours(row, head)[lane] = rounded;
+    if (lane == 0) to.set_scale(row, head, scale);
+    return rounded;
+}
+
+template <class C> DEVICE void append(const float* k, const float* v, const int* sequences, const int* lengths, int capacity, const Rows<C>& keys, const Rows<C>& values) {
+    const int* own = sequences + 4 * blockIdx.y;
+    const int token = own[0] + blockIdx.x, slot = own[2], position = lengths[slot * keys.kv_heads] + blockIdx.x;
+    if (token >= own[1] || position >= capacity) return;
+    const i64 row = static_cast<i64>(slot) * capacity + position;
     for (int head = threadIdx.x / 32; head < keys.kv_heads; head += blockDim.x / 32) {
-        const i64 from = (static_cast<i64>(begin + i) * keys.kv_heads + head) * keys.d;
-        const Head key(k + from, keys.d), value(v + from, keys.d);
-        keep_head(keys, row, head, key);
-        keep_head(values, row, head, value);
+        const i64 from = (static_cast<i64>(token) * keys.kv_heads + head) * keys.d;
+        float scale = 1.0f;
+        keep(keys, row, head, head_of(k + from, keys.d), scale);
+        keep(values, row, head, head_of(v + from, keys.d), scale);
     }
 }
 
@@ -191,158 +210,135 @@ template <class C> DEVICE void attend(const float* q, const Rows<C>& keys, const
         }
 }
 
-// Four elements of a row as they are stored, and as floats.
-DEVICE float4 load_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
-DEVICE uint2 load_four(const bf16* at) { return *reinterpret_cast<const uint2*>(at); }
-DEVICE uint2 load_four(const f16* at) { return *reinterpret_cast<const uint2*>(at); }
-DEVICE u32 load_four(const i8* at) { return *reinterpret_cast<const u32*>(at); }
-
-template <class C> struct Four;
-template <> struct Four<float> {
-    float4 x;
-    float4 floats(float) const { return x; }
-};
-template <> struct Four<bf16> {
-    uint2 x;
-    float4 floats(float) const { return make_float4(bits_float(x.x << 16), bits_float(x.x & 0xffff0000u), bits_float(x.y << 16), bits_float(x.y & 0xffff0000u)); }
-};
-template <> struct Four<f16> {
-    uint2 x;
-    static float half(u32 bits) { return widen(f16{static_cast<unsigned short>(bits)}); }
-    float4 floats(float) const { return make_float4(half(x.x), half(x.x >> 16), half(x.y), half(x.y >> 16)); }
-};
-template <> struct Four<i8> {
-    u32 x;
-    float4 floats(float scale) const {
-        const auto code = [&](int i) { return __fmul_rn(static_cast<float>(static_cast<i8>(x >> 8 * i)), scale); };
-        return make_float4(code(0), code(1), code(2), code(3));
-    }
-};
-
-// One query a sequence: a block has one key/value head, the up to RATIO query heads that share it, and its share of the keys. A warp takes
-// STEP_KEYS keys at a time and reads all of them, and their values, before it uses the first: four lanes share a key, and of the values a
-// lane has four features. Code is kept short: a step comes here once a layer, and the weights read meanwhile have driven it from the caches.
-template <class C, int RATIO>
-DEVICE void attend_step(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial, float (*query)[MAX_DIM], float (*weights)[STEP_KEYS], float (*merged)[MAX_DIM + 4]) {
-    constexpr int FOURS = MAX_DIM / 16;
-    const int kv_head = blockIdx.x, split = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
-    const int ratio = heads / kv_heads, width = kv_heads * d, length = minimum(lengths[slot], capacity);
-    // Tiles of keys, divided among the warps of all splits.
-    const int tiles = divide_up(length, STEP_KEYS), unit = split * STEP_WARPS + warp, units = splits * STEP_WARPS;
-    const int first_tile = static_cast<int>(static_cast<i64>(tiles) * unit / units), end_tile = static_cast<int>(static_cast<i64>(tiles) * (unit + 1) / units);
-    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
-    for (int r = warp; r < ratio; r += STEP_WARPS)
-        for (int c = lane; c < d; c += 32) query[r][c] = q[(static_cast<i64>(slot) * heads + kv_head * ratio + r) * d + c] * scale;
-    __syncthreads();
-    float largest[RATIO], sum[RATIO], result[RATIO][4];
-#pragma unroll
-    for (int r = 0; r < RATIO; ++r) {
-        largest[r] = NONE, sum[r] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) result[r][i] = 0.0f;
-    }
-    const i64 rows = static_cast<i64>(slot) * capacity;
-    const C *own_keys = keys.values + rows * width + kv_head * d, *own_values = values.values + rows * width + kv_head * d + minimum(lane * 4, d - 4);
-    for (int tile = first_tile; tile < end_tile; ++tile) {
-        // Behind the last key that one is read again; it weighs nothing there.
-        const int first = tile * STEP_KEYS, key = minimum(first + lane / 4, length - 1);
-        const bool counts = first + lane / 4 < length;
-        Four<C> k[FOURS], v[STEP_KEYS];
-#pragma unroll
-        for (int j = 0; j < FOURS; ++j) k[j] = {load_four(own_keys + static_cast<i64>(key) * width + minimum(j * 16 + quad * 4, d - 4))};
-#pragma unroll
-        for (int i = 0; i < STEP_KEYS; ++i) v[i] = {load_four(own_values + static_cast<i64>(minimum(first + i, length - 1)) * width)};
-        const float key_scale = keys.scale(rows + key, kv_head);
-        float scores[RATIO] = {};
-#pragma unroll
-        for (int j = 0; j < FOURS; ++j) {
-            if (j * 16 + quad * 4 >= d) break;
-            const float4 own = k[j].floats(key_scale);
-#pragma unroll
-            for (int r = 0; r < RATIO; ++r) {
-                if (r >= ratio) break;
-                const float4 x = *reinterpret_cast<const float4*>(&query[r][j * 16 + quad * 4]);
-                scores[r] = fmaf(x.x, own.x, fmaf(x.y, own.y, fmaf(x.z, own.z, fmaf(x.w, own.w, scores[r]))));
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < RATIO; ++r) {
-            if (r >= ratio) break;
-            float score = scores[r];
-            score += shuffle_xor(score, 1);
-            score += shuffle_xor(score, 2);
-            const float new_largest = fmaxf(largest[r], warp_max(score)), correction = expf(largest[r] - new_largest);
-            const float p = counts ? expf(score - new_largest) : 0.0f;
-            if (quad == 0) weights[warp * RATIO + r][lane / 4] = p;
-            sum[r] = sum[r] * correction + warp_sum(quad == 0 ? p : 0.0f);
-            largest[r] = new_largest;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) result[r][i] *= correction;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < STEP_KEYS; ++i) {
-            const float4 x = v[i].floats(values.scale(rows + minimum(first + i, length - 1), kv_head));
-#pragma unroll
-            for (int r = 0; r < RATIO; ++r) {
-                if (r >= ratio) break;
-                const float p = weights[warp * RATIO + r][i];
-                result[r][0] = fmaf(p, x.x, result[r][0]), result[r][1] = fmaf(p, x.y, result[r][1]);
-                result[r][2] = fmaf(p, x.z, result[r][2]), result[r][3] = fmaf(p, x.w, result[r][3]);
-            }
-        }
-        __syncwarp();
-    }
-    // The warps' shares.
-#pragma unroll
-    for (int r = 0; r < RATIO; ++r) {
-        if (r >= ratio) break;
-        float* own = merged[warp * RATIO + r];
-        if (lane == 0) own[0] = largest[r], own[1] = sum[r];
-        if (lane * 4 < d) *reinterpret_cast<float4*>(own + 4 + lane * 4) = make_float4(result[r][0], result[r][1], result[r][2], result[r][3]);
-    }
-    __syncthreads();
-    const int c = threadIdx.x;
-#pragma unroll 1
-    for (int r = 0; r < ratio && c < d; ++r) {
-        float overall = NONE, total = 0.0f, value = 0.0f;
-#pragma unroll
-        for (int w = 0; w < STEP_WARPS; ++w) overall = fmaxf(overall, merged[w * RATIO + r][0]);
-#pragma unroll
-        for (int w = 0; w < STEP_WARPS; ++w) {
-            const float* own = merged[w * RATIO + r];
-            const float share = expf(own[0] - overall);
-            total += share * own[1], value += share * own[4 + c];
-        }
-        float* to = partial + ((static_cast<i64>(slot) * heads + kv_head * ratio + r) * splits + split) * (d + 2);
-        if (c == 0) to[0] = overall, to[1] = total;
-        to[2 + c] = value;
-    }
-}
-
+// One query a sequence, whose own key and value are kept on the way. A block has a key/value head, the query heads that share it, a warp each,
+// and its share of the keys. Even warps read keys and odd ones values, as many as there are lanes, while those read before are attended to.
+// The last block that is done with a head adds the shares up, in their order. Code is kept short: a step comes here once a layer, and the
+// weights read meanwhile have driven it from the caches.
 template <class C>
-DEVICE void attend_step_any(const float* q, const Rows<C>& keys, const Rows<C>& values, const int* lengths, int capacity, int heads, int kv_heads, int d, int splits, float* partial) {
-    SHARED_ROWS(float, query, 16, MAX_DIM);
-    SHARED_ROWS(float, weights, STEP_WARPS * 16, STEP_KEYS);
-    SHARED_ROWS(float, merged, STEP_WARPS * 16, MAX_DIM + 4);
-    const int ratio = heads / kv_heads;
-    if (ratio <= 4) attend_step<C, 4>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
-    else if (ratio <= 8) attend_step<C, 8>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
-    else attend_step<C, 16>(q, keys, values, lengths, capacity, heads, kv_heads, d, splits, partial, query, weights, merged);
+DEVICE void attend_step(const float* q, const float* k, const float* v, const Rows<C>& keys, const Rows<C>& values, int* lengths, int capacity, int ratio, float scale, float* partial, int* tickets, float* out) {
+    constexpr int OWN = STEP_KEYS / READERS, FOURS = MAX_DIM / 4;
+    SHARED_ROWS(Four<float>, query, MOST_WARPS, FOURS);
+    SHARED_ROWS(Four<C>, rows, 2 * STEP_KEYS, FOURS + 1);  // keys, then values
+    SHARED(float, scales, 2 * STEP_KEYS);
+    SHARED(int, last, 1);
+    const int kv_head = blockIdx.x, kv_heads = gridDim.x, split = blockIdx.y, splits = gridDim.y, slot = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = warp % 2, reader = warp / 2, d = keys.d;
+    const int place = slot * kv_heads + kv_head;
+    launch_next();
+    if (threadIdx.x == 0) prefetch(lengths + place), prefetch(tickets + place);
+    wait_previous();
+    const Rows<C> own = side == 0 ? keys : values;
+    const float4 fresh = head_of((side == 0 ? k : v) + place * d, d);
+    const int head = place * ratio + warp;
+    // Where there is no room it takes the last place.
+    const int newest = minimum(lengths[place], capacity - 1), length = newest + 1;
+    if (warp < ratio) query[warp][lane].x = head_of(q + head * d, d);
+    const int share = divide_up(length, splits), first = minimum(split * share, length), end = minimum(first + share, length);
+    const i64 row = static_cast<i64>(slot) * capacity;
+    const int stride = kv_heads * (d / 4);
+    const Four<C>* from = own.fours(row + first + reader, kv_head) + lane;
+    float largest = NONE, sum = 0.0f;
+    float4 result = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+    for (int start = first - STEP_KEYS;; start += STEP_KEYS) {
+        const int next = start + STEP_KEYS;
+        // Keys that are read: zeros weigh nothing.
+        const int stored = minimum(minimum(STEP_KEYS, end - next), newest - next), readable = reader < READERS && lane * 4 < d ? stored : 0;
+        Four<C> held[OWN];
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            held[i] = {};
+            if (i * READERS + reader < readable) held[i] = from[i * READERS * stride];
+        }
+        from += STEP_KEYS * stride;
+        const float own_scale = lane < stored ? own.scale(row + next + lane, kv_head) : 1.0f;
+        if (start >= first && warp < ratio) {
+            const int count = minimum(STEP_KEYS, end - start);
+            float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+            for (int c = 0; c < d; c += 16)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float4 key = rows[lane][c / 4 + i].floats(), x = query[warp][c / 4 + i].x;
+                    sums = make_float4(fmaf(x.x, key.x, sums.x), fmaf(x.y, key.y, sums.y), fmaf(x.z, key.z, sums.z), fmaf(x.w, key.w, sums.w));
+                }
+            const float score = lane < count ? ((sums.x + sums.y) + (sums.z + sums.w)) * (scale * scales[lane]) : NONE;
+            const float new_largest = fmaxf(largest, warp_max(score)), correction = expf(largest - new_largest);
+            const float p = expf(score - new_largest), weight = p * scales[STEP_KEYS + lane];
+            largest = new_largest, sum = sum * correction + p;
+            result = scaled(result, correction);
+#pragma unroll 1
+            for (int key = 0; key < count; key += 4)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float w = shuffle(weight, key + i);
+                    const float4 value = rows[STEP_KEYS + key + i][lane].floats();
+                    result = add_scaled(result, w, value);
+                }
+        }
+        if (next >= end) break;
+        __syncthreads();
+        const int at = newest < minimum(next + STEP_KEYS, end) ? newest - next : -1;
+        if (reader < READERS)
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) rows[side * STEP_KEYS + i * READERS + reader][lane] = held[i];
+        if (reader == 0 && lane != at) scales[side * STEP_KEYS + lane] = own_scale;
+        if (at >= 0 && at % READERS == reader) {
+            float fresh_scale = 1.0f;
+            rows[side * STEP_KEYS + at][lane] = keep(own, row + newest, kv_head, fresh, fresh_scale);
+            if (lane == 0) scales[side * STEP_KEYS + at] = fresh_scale;
+        }
+        __syncthreads();
+    }
+    // A share: the largest score and the sum of weights, two values that nobody uses, the weighted sum of values.
+    const int width = d / 4 + 1;
+    float4* shares = reinterpret_cast<float4*>(partial) + head * splits * width;
+    sum = warp_sum(sum);
+    if (warp < ratio) {
+        if (lane == 0) shares[split * width] = make_float4(largest, sum, 0.0f, 0.0f);
+        if (lane * 4 < d) shares[split * width + 1 + lane] = result;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) last[0] = take_ticket(tickets + place, splits);
+    __syncthreads();
+    if (!last[0]) return;
+    if (warp < ratio) {
+        largest = NONE, sum = 0.0f, result = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+        for (int first = 0; first < splits; first += 32) {
+            const float4 x = first + lane < splits ? shares[(first + lane) * width] : make_float4(NONE, 0.0f, 0.0f, 0.0f);
+            const float new_largest = fmaxf(largest, warp_max(x.x)), correction = expf(largest - new_largest), factor = expf(x.x - new_largest);
+            largest = new_largest, sum = fmaf(factor, x.y, sum * correction);
+            result = scaled(result, correction);
+#pragma unroll 1
+            for (int i = 0; i < minimum(32, splits - first); i += 8)
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const float w = shuffle(factor, i + j);
+                    const float4 value = first + i + j < splits && lane * 4 < d ? shares[(first + i + j) * width + 1 + lane] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    result = add_scaled(result, w, value);
+                }
+        }
+        const float reciprocal = __fdiv_rn(1.0f, warp_sum(sum));
+        if (lane * 4 < d) reinterpret_cast<float4*>(out + head * d)[lane] = scaled(result, reciprocal);
+    }
+    // All blocks of the head have read how long it was.
+    if (threadIdx.x == 0) lengths[place] = length;
 }
 
 }  // namespace
 
 // Scales are null but for int8.
 #define ATTENTION(suffix, C)                                                                                                                     \
-    KERNEL(256, kv_append_##suffix, (const float* k, const float* v, int kv_heads, int head_dim, const int* sequences, int* lengths, int capacity, C* keys, C* values, float* key_scales, float* value_scales)) { depend(); \
+    KERNEL(256, kv_append_##suffix, (const float* k, const float* v, int kv_heads, int head_dim, const int* sequences, const int* lengths, int capacity, C* keys, C* values, float* key_scales, float* value_scales)) { depend(); \
         append<C>(k, v, sequences, lengths, capacity, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}); \
     }                                                                                                                                           \
     RESIDENT_KERNEL(128, 3, attention_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* queries, const int* segments, int heads, int kv_heads, int head_dim, float* out)) { depend(); \
         attend<C>(q, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}, queries, segments, heads, kv_heads, head_dim, out); \
     }                                                                                                                                           \
-    KERNEL(128, attention_decode_##suffix, (const float* q, C* keys, C* values, float* key_scales, float* value_scales, const int* lengths, int capacity, int heads, int kv_heads, int head_dim, int splits, float* partial)) { depend(); \
-        attend_step_any<C>(q, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}, lengths, capacity, heads, kv_heads, head_dim, splits, partial); \
+    KERNEL(32 * MOST_WARPS, attention_decode_##suffix, (const float* q, const float* k, const float* v, C* keys, C* values, float* key_scales, float* value_scales, int* lengths, int capacity, int ratio, int head_dim, float scale, float* partial, int* tickets, float* out)) { \
+        const int kv_heads = gridDim.x; \
+        attend_step<C>(q, k, v, Rows<C>{keys, key_scales, kv_heads, head_dim}, Rows<C>{values, value_scales, kv_heads, head_dim}, lengths, capacity, ratio, scale, partial, tickets, out); \
     }
 
 ATTENTION(f32, float)
@@ -351,23 +347,10 @@ ATTENTION(f16, f16)
 ATTENTION(i8, i8)
 
 // Slots are longer by their sequences.
-KERNEL(256, advance, (int* lengths, const int* sequences, int count)) {
+KERNEL(256, advance, (int* lengths, const int* sequences, int count, int kv_heads)) {
     depend();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) lengths[sequences[4 * i + 2]] += sequences[4 * i + 1] - sequences[4 * i];
-}
-
-KERNEL(128, attention_merge, (const float* partial, int heads, int head_dim, int splits, float* out)) {
-    depend();
-    const int head = blockIdx.x, c = threadIdx.x;
-    if (c >= head_dim) return;
-    const i64 index = static_cast<i64>(blockIdx.y) * heads + head;
-    const float* own = partial + index * splits * (head_dim + 2);
-    float largest = NONE, total = 0.0f, value = 0.0f;
-    for (int s = 0; s < splits; ++s) largest = fmaxf(largest, own[s * (head_dim + 2)]);
-    for (int s = 0; s < splits; ++s) {
-        const float share = expf(own[s * (head_dim + 2)] - largest);
-        total = fmaf(share, own[s * (head_dim + 2) + 1], total);
-        value = fmaf(share, own[s * (head_dim + 2) + 2 + c], value);
+    for (int i = threadIdx.x; i < count * kv_heads; i += blockDim.x) {
+        const int* own = sequences + 4 * (i / kv_heads);
+        lengths[own[2] * kv_heads + i % kv_heads] += own[1] - own[0];
     }
-    out[index * head_dim + c] = __fdiv_rn(value, total);
 }

@@ -1,11 +1,13 @@
-// What is asked of logits, without bringing them to the host. One block a row; results in f64.
+// What is asked of logits, without bringing them to the host. One block a row, but for `argmax`; results in f64.
 #include "device.cuh"
+#include "ticket.cuh"
 
 namespace {
 
 constexpr int MAX_WARPS = 32;
 constexpr int AHEAD = 16;  // logits that a thread reads before it compares the first
 constexpr int RUN = 8;     // exponentials that are added in f32 before they go into the f64 sum
+constexpr int NOWHERE = 0x7fffffff;
 
 struct Top {
     float value;
@@ -14,30 +16,43 @@ struct Top {
 
 DEVICE Top better(Top a, Top b) { return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a; }
 
-// The first largest value of the row, for all threads.
-DEVICE Top largest(const float* row, int cols) {
-    SHARED(float, values, MAX_WARPS);
-    SHARED(int, indices, MAX_WARPS);
-    Top top = {-INFINITY, cols};
-    for (int start = threadIdx.x; start < cols; start += blockDim.x * AHEAD) {
+// The first largest of the values that a thread looks at from column `begin` on.
+DEVICE Top own_largest(const float* row, int begin, int end) {
+    Top top = {-INFINITY, NOWHERE};
+#pragma unroll 1
+    for (int start = begin + threadIdx.x; start < end; start += blockDim.x * AHEAD) {
         float held[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             const int c = start + i * blockDim.x;
-            held[i] = c < cols ? row[c] : -INFINITY;
+            held[i] = c < end ? row[c] : -INFINITY;
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (held[i] > top.value) top = {held[i], static_cast<int>(start + i * blockDim.x)};
     }
+    return top;
+}
+
+DEVICE Top warp_best(Top top) {
+#pragma unroll 1
     for (int mask = 16; mask > 0; mask /= 2) top = better(top, {shuffle_xor(top.value, mask), shuffle_xor(top.index, mask)});
+    return top;
+}
+
+// The best of all threads, for all threads.
+DEVICE Top block_best(Top top) {
+    SHARED(float, values, MAX_WARPS);
+    SHARED(int, indices, MAX_WARPS);
+    top = warp_best(top);
     __syncthreads();  // an earlier call's values have been read
     if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top.value, indices[threadIdx.x / 32] = top.index;
     __syncthreads();
-    top = {values[0], indices[0]};
-    for (int warp = 1; warp < static_cast<int>(blockDim.x) / 32; ++warp) top = better(top, {values[warp], indices[warp]});
-    return top;
+    const int lane = threadIdx.x % 32, from = lane < static_cast<int>(blockDim.x) / 32 ? lane : 0;
+    return warp_best({values[from], indices[from]});
 }
+
+DEVICE Top largest(const float* row, int cols) { return block_best(own_largest(row, 0, cols)); }
 
 DEVICE double block_sum(double x) {
     SHARED(double, partial, MAX_WARPS);
@@ -100,10 +115,26 @@ KERNEL(256, divergence, (const float* reference, const float* logits, int cols, 
     same_top[blockIdx.x] = p_top.index == q_top.index;
 }
 
-KERNEL(1024, argmax, (const float* logits, int cols, int* out)) {
+// The first largest logit of each row, 0 where none is a number above −∞; the last block that is done with a row compares what the others found.
+KERNEL(256, argmax, (const float* logits, int cols, Top* tops, int* tickets, const int* fault, u32* out)) {
     depend();
-    const Top top = largest(logits + static_cast<i64>(blockIdx.x) * cols, cols);
-    if (threadIdx.x == 0) out[blockIdx.x] = top.index;
+    SHARED(int, last, 1);
+    const int row = blockIdx.y, parts = gridDim.x, width = divide_up(cols, parts), begin = blockIdx.x * width;
+    Top* own = tops + row * parts;
+    Top top = block_best(own_largest(logits + static_cast<i64>(row) * cols, begin, minimum(begin + width, cols)));
+    if (threadIdx.x == 0) {
+        own[blockIdx.x] = top;
+        last[0] = parts == 1 || take_ticket(tickets + row, parts);
+    }
+    __syncthreads();
+    if (!last[0]) return;
+    if (threadIdx.x >= 32) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < parts; i += 32) top = better(top, own[i]);
+    top = warp_best(top);
+    if (threadIdx.x > 0) return;
+    out[row] = top.index < cols ? top.index : 0;
+    if (row == 0) out[gridDim.y] = fault ? *fault : 0;
 }
 
 // 1 − Σ p² of each row.

@@ -273,13 +273,24 @@ fn decoding_with_caches_and_recorded_steps_gives_the_cpus_logits() {
         let sequences = Sequences::new(vec![9, 11]);
         on_cpu.last_logits(&prompt, &sequences, Some(&mut cpu_cache)).unwrap();
         on_cuda.last_logits(&prompt, &sequences, Some(&mut cuda_cache)).unwrap();
+        let mut last = None;
         for step in 0..5 {
             let ids = [3 + step, 40 - 2 * step];
             let expected = Cpu.download(&on_cpu.step(&ids, &mut cpu_cache).unwrap()).unwrap();
-            let found = cuda.download(&on_cuda.step(&ids, &mut cuda_cache).unwrap()).unwrap();
+            let logits = on_cuda.step(&ids, &mut cuda_cache).unwrap();
+            // Before anything waits for the step, whose launches leave the choice.
+            let chosen = cuda.argmax(&logits).unwrap();
+            let found = cuda.download(&logits).unwrap();
             let difference = largest_difference(&expected, &found);
             assert!(difference < FLOAT_TOLERANCE, "{name} step {step}: logits differ by {difference}");
+            let best = |logits: Vec<f32>| Cpu.argmax(&Cpu.upload(logits, on_cpu.vocabulary()).unwrap()).unwrap();
+            assert_eq!(chosen, best(found), "{name} step {step}");
+            last = Some((logits, chosen));
         }
+        // The logits outlive the recording that left their choice.
+        drop(cuda_cache);
+        let (logits, chosen) = last.unwrap();
+        assert_eq!(cuda.argmax(&logits).unwrap(), chosen, "{name}");
     }
 }
 

@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 71] = [
+const MUTANTS: [(&str, &str, &str); 79] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -103,8 +103,16 @@ const MUTANTS: [(&str, &str, &str); 71] = [
     ("scan.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
     ("internals.cu", "gates.at(row, span.first + lane + 32 * i)", "gates.at(row, span.first + lane)"),
     ("attention.cu", "total - (own[1] - 1 - (first + row))", "total - (own[1] - (first + row))"),
-    ("attention.cu", "minimum(first + i, length - 1)) * width", "minimum(first, length - 1)) * width"),
-    ("attention.cu", "const float p = counts ?", "const float p = true ?"),
+    ("attention.cu", "lane < count ? ((sums", "true ? ((sums"),
+    ("attention.cu", "sum = sum * correction + p", "sum = sum + p"),
+    ("attention.cu", "at >= 0 && at % READERS == reader", "at >= 0 && reader == 0"),
+    ("attention.cu", "? newest - next : -1", "? newest - first : -1"),
+    ("attention.cu", "from += STEP_KEYS * stride", "from += STEP_KEYS / 2 * stride"),
+    ("attention.cu", "first + i + j < splits &&", "first + i + j + 1 < splits &&"),
+    ("attention.cu", "if (threadIdx.x == 0) lengths[place] = length;", "if (threadIdx.x == 0) lengths[slot] = length;"),
+    ("ticket.cuh", "if (last) *ticket = 0;", ""),
+    ("logits.cu", "begin = blockIdx.x * width", "begin = 0"),
+    ("logits.cu", "b.value == a.value && b.index < a.index", "b.value == a.value && b.index > a.index"),
     ("attention.cu", "return scales[row * kv_heads + head];", "return scales[row + head];"),
     ("moe.cu", "own[at - 1] > best", "own[at - 1] < best"),
     ("moe.cu", "if (e < expert) place += totals[e]", "if (e <= expert) place += totals[e]"),

@@ -32,12 +32,12 @@ pub fn generate<B: Backend>(
     if prompt.is_empty() {
         return Err(Error::input("the prompt has no tokens").hint("give some text with --prompt"));
     }
-    let strategy = match sampling {
-        SamplingSpec { temperature, .. } if temperature <= 0.0 => Sampling::ArgMax,
-        SamplingSpec { temperature, top_p: Some(p), .. } => Sampling::TopP { p, temperature },
-        SamplingSpec { temperature, top_p: None, .. } => Sampling::All { temperature },
+    let temperature = sampling.temperature;
+    let strategy = match sampling.top_p {
+        Some(p) => Sampling::TopP { p, temperature },
+        None => Sampling::All { temperature },
     };
-    let mut sampler = LogitsProcessor::from_sampling(sampling.seed, strategy);
+    let mut sampler = (temperature > 0.0).then(|| LogitsProcessor::from_sampling(sampling.seed, strategy));
     let mut cache = model.cache(1);
     let mut tokens = Vec::new();
     monitor.stage("generate", max_tokens);
@@ -46,8 +46,14 @@ pub fn generate<B: Backend>(
             Some(token) => model.step(&[*token], &mut cache)?,
             None => model.last_logits(prompt, &Sequences::new(vec![prompt.len()]), Some(&mut cache))?,
         };
-        let logits = model.backend.download(&logits)?;
-        let token = sampler.sample(&Tensor::from_vec(logits, model.vocabulary(), &Device::Cpu)?)?;
+        let token = match &mut sampler {
+            // Found where the logits are.
+            None => model.backend.argmax(&logits)?[0],
+            Some(sampler) => {
+                let logits = model.backend.download(&logits)?;
+                sampler.sample(&Tensor::from_vec(logits, model.vocabulary(), &Device::Cpu)?)?
+            }
+        };
         if stop.contains(&token) {
             break;
         }

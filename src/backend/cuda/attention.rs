@@ -10,10 +10,11 @@ use crate::format::{CacheFormat, CacheFormats};
 
 /// Query tokens that a block takes.
 const QUERIES: usize = 64;
-/// Keys that a block of a decoding step goes through, at least.
-const SPLIT_KEYS: usize = 64;
-/// Query heads of a key-value head that the decoding kernel takes.
-const GROUPED_HEADS: usize = 16;
+/// Keys that a block of a decoding step goes through, at least: what it takes at a time.
+const SPLIT_KEYS: usize = 32;
+/// Warps of a block of a decoding step: as many read keys and values, and each query head of a key-value head has one.
+const READING_WARPS: usize = 8;
+const MOST_WARPS: usize = 16;
 /// Tokens that a new cache has room for, for each sequence; it doubles when they are used up.
 const FIRST_CAPACITY: usize = 256;
 
@@ -48,8 +49,10 @@ pub struct KvCache {
 struct Slots {
     keys: Rows,
     values: Rows,
-    /// `int [slots]`, as `positions` has them.
+    /// `int [slots, kv_heads]`, for each head of a slot what `positions` has of the slot.
     lengths: Buffer,
+    /// `int [slots, kv_heads]`: blocks of a decoding step that are done with a head; 0 between launches.
+    tickets: Buffer,
 }
 
 /// Keys or values, row after row.
@@ -173,28 +176,26 @@ impl Cuda {
             return Err(Error::run(format!("a cache of {} sequences was given {}", positions.lengths.len(), ranges.len())));
         }
         let (count, capacity) = (ranges.len(), positions.capacity);
-        let step = ranges.iter().all(|range| range.len() == 1);
-        let rows: Vec<i32> =
-            ranges.iter().enumerate().flat_map(|(slot, range)| [range.start as i32, range.end as i32, slot as i32, 0]).collect();
-        let table = if step { None } else { Some(self.upload_values(&rows)?) };
-        let places = slots.places(cache.format);
-        let arguments = Arguments::default().with(k.buffer()).with(v.buffer()).with(cache.kv_heads).with(cache.head_dim);
-        let arguments = places.arguments(arguments.with(table.as_ref()).with(&slots.lengths).with(capacity));
-        self.launch(&format!("kv_append_{}", suffix(cache.format)), [longest, count, 1], 256, 0, arguments)?;
-        if let Some(table) = &table {
-            self.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&slots.lengths).with(table).with(count))?;
-        }
         for (length, range) in positions.lengths.iter_mut().zip(&ranges) {
             *length += range.len();
         }
-        if step && shape.heads / shape.kv_heads <= GROUPED_HEADS {
+        let (moves, step) = (positions.moves, ranges.iter().all(|range| range.len() == 1));
+        if step && shape.heads / shape.kv_heads <= MOST_WARPS {
             drop(positions);
             if let Some(notes) = &mut *lock(&self.recording) {
-                let moves = lock(&cache.positions).moves;
                 notes.positions.push((Arc::clone(&cache.positions), moves));
             }
-            return self.attend_step(q, places, &slots.lengths, shape, count, capacity);
+            return self.attend_step([q, k, v], slots, cache.format, shape, count, capacity);
         }
+        let rows: Vec<i32> =
+            ranges.iter().enumerate().flat_map(|(slot, range)| [range.start as i32, range.end as i32, slot as i32, 0]).collect();
+        let table = self.upload_values(&rows)?;
+        let places = slots.places(cache.format);
+        let arguments = Arguments::default().with(k.buffer()).with(v.buffer()).with(cache.kv_heads).with(cache.head_dim);
+        let arguments = places.arguments(arguments.with(&table).with(&slots.lengths).with(capacity));
+        self.launch(&format!("kv_append_{}", suffix(cache.format)), [longest, count, 1], 256, 0, arguments)?;
+        let arguments = Arguments::default().with(&slots.lengths).with(&table).with(count).with(cache.kv_heads);
+        self.launch("advance", [1, 1, 1], 256, 0, arguments)?;
         let (mut queries, mut segments) = (Vec::new(), Vec::new());
         for (slot, (range, length)) in ranges.iter().zip(&positions.lengths).enumerate() {
             queries.extend([range.start as i32, range.end as i32, slot as i32, slot as i32 + 1]);
@@ -203,12 +204,12 @@ impl Cuda {
         self.attend_segments(q, places, shape, &queries, &segments)
     }
 
-    /// One query a sequence: blocks share out the keys, and their partial results are merged.
+    /// One query a sequence, whose key and value are kept on the way: blocks share out the keys, and the last one adds their results up.
     fn attend_step(
         &self,
-        q: &CudaTensor,
-        places: Places<'_>,
-        lengths: &Buffer,
+        [q, k, v]: [&CudaTensor; 3],
+        slots: &Slots,
+        format: CacheFormat,
         shape: &AttentionShape,
         count: usize,
         capacity: usize,
@@ -216,13 +217,13 @@ impl Cuda {
         // Two blocks a multiprocessor keep the memory busy; more only add to what is merged.
         let wanted = (2 * self.device().multiprocessors()).div_ceil(shape.kv_heads * count);
         let splits = wanted.clamp(1, capacity.div_ceil(SPLIT_KEYS));
-        let partial = self.buffer::<f32>(count * shape.heads * splits * (shape.head_dim + 2))?;
-        let out = self.tensor(q.rows, q.cols)?;
-        let arguments = places.arguments(Arguments::default().with(q.buffer())).with(lengths).with(capacity);
-        let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(shape.head_dim).with(splits).with(&partial);
-        self.launch(&format!("attention_decode_{}", suffix(places.format)), [shape.kv_heads, splits, count], 128, 0, arguments)?;
-        let arguments = Arguments::default().with(&partial).with(shape.heads).with(shape.head_dim).with(splits).with(out.buffer());
-        self.launch("attention_merge", [shape.heads, count, 1], 128, 0, arguments)?;
+        let partial = self.buffer::<f32>(count * shape.heads * splits * (shape.head_dim + 4))?;
+        let (out, ratio) = (self.tensor(q.rows, q.cols)?, shape.heads / shape.kv_heads);
+        let arguments = Arguments::default().with(q.buffer()).with(k.buffer()).with(v.buffer());
+        let arguments = slots.places(format).arguments(arguments).with(&slots.lengths).with(capacity).with(ratio).with(shape.head_dim);
+        let arguments = arguments.with((shape.head_dim as f32).sqrt().recip()).with(&partial).with(&slots.tickets).with(out.buffer());
+        let (blocks, threads) = ([shape.kv_heads, splits, count], 32 * ratio.max(READING_WARPS));
+        self.launch(&format!("attention_decode_{}", suffix(format)), blocks, threads, 0, arguments)?;
         Ok(out)
     }
 
@@ -256,7 +257,10 @@ impl Cuda {
             let (values, scales) = size(count * capacity);
             Ok(Rows { values: self.buffer::<u8>(values)?, scales: if scales > 0 { Some(self.buffer::<u8>(scales)?) } else { None } })
         };
-        let moved = Slots { keys: rows()?, values: rows()?, lengths: self.buffer::<i32>(count)? };
+        let heads = count * cache.kv_heads;
+        let (lengths, tickets) = (self.buffer::<i32>(heads)?, self.buffer::<i32>(heads)?);
+        tickets.zero()?;
+        let moved = Slots { keys: rows()?, values: rows()?, lengths, tickets };
         match &cache.buffers {
             Some(old) => {
                 let (new_size, old_size) = (size(capacity), size(positions.capacity));
@@ -269,7 +273,7 @@ impl Cuda {
                         }
                     }
                 }
-                moved.lengths.copy_from(0, &old.lengths, 0, 4 * count)?;
+                moved.lengths.copy_from(0, &old.lengths, 0, 4 * heads)?;
             }
             None => moved.lengths.zero()?,
         }

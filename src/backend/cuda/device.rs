@@ -116,17 +116,20 @@ pub trait Device: Send + Sync {
     /// Records what follows instead of doing it.
     fn begin_recording(&self) -> Result<()>;
     fn end_recording(&self) -> Result<Box<dyn Recording>>;
-    /// Host memory of a fixed address that recorded copies read: `copy_from_host` may be recorded, and reads it each time.
+    /// Host memory of a fixed address that recorded copies read and kernels write: `copy_from_host` may be recorded, and reads it each
+    /// time.
     fn pinned(&self, bytes: usize) -> Result<Arc<dyn Pinned>>;
     /// # Safety
     /// As for [`Device::upload`].
     unsafe fn copy_from_host(&self, address: u64, from: &Arc<dyn Pinned>, bytes: usize) -> Result<()>;
 }
 
-/// Page-locked host memory.
+/// Page-locked host memory, which kernels may write.
 pub trait Pinned: Send + Sync {
     /// Replaces the beginning. Whoever calls it has waited for copies under way.
     fn write(&self, bytes: &[u8]);
+    /// Copies the beginning. Whoever calls it has waited for the kernels that write it.
+    fn read(&self, bytes: &mut [u8]);
     fn address(&self) -> *const u8;
 }
 

@@ -414,6 +414,10 @@ impl Pinned for HostBytes {
         lock(&self.0)[..bytes.len()].copy_from_slice(bytes);
     }
 
+    fn read(&self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&lock(&self.0)[..bytes.len()]);
+    }
+
     fn address(&self) -> *const u8 {
         lock(&self.0).as_ptr()
     }

@@ -1,9 +1,16 @@
 //! What is measured of logits, on the device: only one number a row comes to the host.
 
-use super::device::Arguments;
-use super::{Cuda, CudaTensor};
+use std::sync::Arc;
+
+use super::device::{Arguments, Buffer, Pinned};
+use super::{Cuda, CudaTensor, lock};
 use crate::backend::Divergence;
 use crate::error::Result;
+
+/// Logits that a block of `argmax` takes, at least.
+const PART: usize = 2048;
+/// Blocks among which rows that are few are divided, at most.
+const BLOCKS: usize = 256;
 
 impl Cuda {
     pub(super) fn probabilities(&self, logits: &CudaTensor, targets: &[(usize, u32)]) -> Result<Vec<(f64, bool)>> {
@@ -29,13 +36,42 @@ impl Cuda {
         Ok(both.map(|(kl, top)| Divergence { kl, same_top: top != 0 }).collect())
     }
 
+    /// Of a recorded step's logits it only waits for what the step leaves on the host.
     pub(super) fn first_largest(&self, logits: &CudaTensor) -> Result<Vec<u32>> {
-        let out = self.buffer::<u32>(logits.rows)?;
-        let arguments = Arguments::default().with(logits.buffer()).with(logits.cols).with(&out);
-        self.launch("argmax", [logits.rows, 1, 1], 1024, 0, arguments)?;
-        let tops = out.download(logits.rows)?;
-        self.check_fault()?;
+        let mut bytes = vec![0; 4 * (logits.rows + 1)];
+        let left = lock(&self.choices).get(&logits.buffer().address()).cloned();
+        if let Some(left) = left {
+            self.device().synchronize()?;
+            left.read(&mut bytes);
+        } else {
+            let out = self.buffer::<u32>(logits.rows + 1)?;
+            self.launch_argmax(logits, out.address())?;
+            out.download_at(0, &mut bytes)?;
+        }
+        let mut tops: Vec<u32> = bytes.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word)).collect();
+        if tops.pop() != Some(0) {
+            self.check_fault()?;
+        }
         Ok(tops)
+    }
+
+    /// Has `argmax` leave the first largest logit of each row, and behind them whether a value was not finite, in page-locked memory.
+    pub(super) fn leave_choices(&self, logits: &CudaTensor) -> Result<Arc<dyn Pinned>> {
+        let left = self.device().pinned(4 * (logits.rows + 1))?;
+        self.launch_argmax(logits, left.address() as u64)?;
+        Ok(left)
+    }
+
+    /// Counters for `argmax`, made before a recording begins: what clears them must not be in it.
+    pub(super) fn tickets(&self) -> Result<Arc<Buffer>> {
+        self.kept(&self.tickets, BLOCKS)
+    }
+
+    fn launch_argmax(&self, logits: &CudaTensor, out: u64) -> Result<()> {
+        let parts = (BLOCKS / logits.rows.max(1)).clamp(1, logits.cols.div_ceil(PART));
+        let (tops, tickets, fault) = (self.buffer::<u64>(logits.rows * parts)?, self.tickets()?, lock(&self.fault).clone());
+        let arguments = Arguments::default().with(logits.buffer()).with(logits.cols).with(&tops).with(&*tickets);
+        self.launch("argmax", [parts, logits.rows, 1], 256, 0, arguments.with(fault.as_deref()).with(out))
     }
 
     pub(super) fn doubts(&self, logits: &CudaTensor) -> Result<Vec<f64>> {

@@ -58,8 +58,15 @@ pub struct Cuda {
     /// Whether what is uploaded is uploaded ahead.
     ahead: bool,
     /// An `int` that kernels set where codes hide a value that is not finite.
-    fault: Arc<Mutex<Option<Arc<Buffer>>>>,
+    fault: Kept,
+    /// Counters of blocks that share a row of logits; 0 between launches.
+    tickets: Kept,
+    /// Where recorded steps leave their choices.
+    choices: recording::Choices,
 }
+
+/// A buffer that is made when it is first needed.
+type Kept = Arc<Mutex<Option<Arc<Buffer>>>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -83,7 +90,9 @@ impl Cuda {
             recording: Arc::default(),
             scales: Arc::default(),
             ahead: false,
-            fault: Arc::default(),
+            fault: Kept::default(),
+            tickets: Kept::default(),
+            choices: recording::Choices::default(),
         }
     }
 
@@ -137,16 +146,21 @@ impl Cuda {
         Ok(buffer)
     }
 
-    /// Where kernels that round to codes say that a value was not finite.
-    fn fault(&self) -> Result<Arc<Buffer>> {
-        let mut kept = lock(&self.fault);
+    /// `count` ints that were 0 when they were first asked for.
+    fn kept(&self, kept: &Kept, count: usize) -> Result<Arc<Buffer>> {
+        let mut kept = lock(kept);
         if let Some(buffer) = &*kept {
             return Ok(Arc::clone(buffer));
         }
-        let buffer = Arc::new(self.buffer::<i32>(1)?);
+        let buffer = Arc::new(self.buffer::<i32>(count)?);
         buffer.zero()?;
         *kept = Some(Arc::clone(&buffer));
         Ok(buffer)
+    }
+
+    /// Where kernels that round to codes say that a value was not finite.
+    fn fault(&self) -> Result<Arc<Buffer>> {
+        self.kept(&self.fault, 1)
     }
 
     /// An error when a value that was rounded to a code since the last call was not finite. Called wherever results come to the host.

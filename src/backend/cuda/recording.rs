@@ -1,5 +1,6 @@
 //! Decoding steps as graphs: recorded once, launched again for every token.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::attention::Positions;
@@ -18,12 +19,16 @@ pub(super) struct Notes {
     pub positions: Vec<(Arc<Mutex<Positions>>, usize)>,
 }
 
-/// A recorded decoding step.
+/// The page-locked memory in which each recorded step leaves what `argmax` finds in its logits, by the logits' address.
+pub(super) type Choices = Arc<Mutex<HashMap<u64, Arc<dyn Pinned>>>>;
+
+/// A recorded decoding step, with the choice of the most probable tokens behind it: one launch, and one wait, a step.
 pub struct CudaRecording {
     graph: Box<dyn Recording>,
     notes: Notes,
     /// Where it leaves its result.
     result: Option<CudaTensor>,
+    choices: Choices,
     /// The number under which `memory` keeps its buffers.
     private: u64,
     memory: Arc<Memory>,
@@ -31,29 +36,33 @@ pub struct CudaRecording {
 
 impl Drop for CudaRecording {
     fn drop(&mut self) {
-        self.result = None;
         // What it launched may still run; a failure shows at the next call.
         drop(self.memory.device.synchronize());
+        if let Some(result) = self.result.take() {
+            lock(&self.choices).remove(&result.buffer().address());
+        }
         self.memory.drop_private(self.private);
     }
 }
 
 impl Cuda {
     pub(super) fn record_step(&self, step: &mut dyn FnMut() -> Result<CudaTensor>) -> Result<Option<(CudaRecording, CudaTensor)>> {
+        self.tickets()?;
         let private = self.memory.begin_private();
         *lock(&self.recording) = Some(Notes::default());
         let recorded = self.device().begin_recording().and_then(|()| {
-            let result = step();
+            let result = step().and_then(|logits| Ok((self.leave_choices(&logits)?, logits)));
             // Recording ends whatever became of the step.
             let graph = self.device().end_recording();
             Ok((result?, graph?))
         });
         let notes = lock(&self.recording).take().unwrap_or_default();
         self.memory.end_private();
-        let (result, graph) = recorded?;
+        let ((left, result), graph) = recorded?;
         graph.launch()?;
-        let recording = CudaRecording { graph, notes, result: Some(result.clone()), private, memory: Arc::clone(&self.memory) };
-        Ok(Some((recording, result)))
+        lock(&self.choices).insert(result.buffer().address(), left);
+        let (choices, memory) = (Arc::clone(&self.choices), Arc::clone(&self.memory));
+        Ok(Some((CudaRecording { graph, notes, result: Some(result.clone()), choices, private, memory }, result)))
     }
 
     /// Seconds that one of `repeats` recorded runs takes.

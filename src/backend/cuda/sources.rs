@@ -24,6 +24,7 @@ pub const HEADERS: &[Source] = &[
     source!("ring.cuh"),
     source!("rows.cuh"),
     source!("ssd.cuh"),
+    source!("ticket.cuh"),
 ];
 
 /// A translation unit each.

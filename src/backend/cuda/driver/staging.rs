@@ -54,6 +54,12 @@ impl Pinned for PageLocked {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address, count) };
     }
 
+    fn read(&self, bytes: &mut [u8]) {
+        let count = bytes.len().min(self.bytes);
+        // SAFETY: the count lies inside; kernels under way have been waited for, as `Pinned` asks.
+        unsafe { std::ptr::copy_nonoverlapping(self.address, bytes.as_mut_ptr(), count) };
+    }
+
     fn address(&self) -> *const u8 {
         self.address
     }

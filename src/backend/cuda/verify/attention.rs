@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, difference, mismatches};
+use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, difference, mismatches, worse};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::stored::{round_span, to_f16};
 use crate::backend::cuda::device::{Arguments, Buffer};
@@ -30,15 +30,18 @@ pub fn checks(extent: Extent) -> Vec<Check> {
             }));
         }
         for kernel in ["attention_decode_f32", "attention_decode_bf16", "attention_decode_f16", "attention_decode_i8"] {
-            for lengths in [[1, 2], [33, 300], [32, 129]] {
-                let name = format!("{text}, keys {lengths:?}");
-                all.push(Check::new(kernel, name, FLOAT, move |lab| decode(lab, kernel, &shape, &lengths)));
+            // Blocks with one key, with none, with as many as they take at a time, with more; and lengths that grow beyond that.
+            for (lengths, splits) in [([0, 1], 3), ([31, 299], 5), ([128, 63], 2), ([96, 5], 1), ([70, 40], 40)] {
+                let name = format!("{text}, keys {lengths:?} in {splits}");
+                all.push(Check::new(kernel, name, FLOAT, move |lab| decode(lab, kernel, &shape, &lengths, splits)));
             }
         }
     }
     for kernel in ["kv_append_f32", "kv_append_bf16", "kv_append_f16", "kv_append_i8"] {
-        all.push(Check::new(kernel, "sequences", EXACT, move |lab| append(lab, kernel, false)));
-        all.push(Check::new(kernel, "steps", EXACT, move |lab| append(lab, kernel, true)));
+        all.push(Check::new(kernel, "sequences", EXACT, move |lab| append(lab, kernel)));
+    }
+    for kernel in ["attention_decode_f32", "attention_decode_bf16", "attention_decode_f16", "attention_decode_i8"] {
+        all.push(Check::new(kernel, "what is kept", EXACT, move |lab| keep(lab, kernel)));
     }
     all
 }
@@ -143,52 +146,123 @@ fn prefill(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize], c
     Ok(difference(&out.download::<f32>(tokens * q_width)?, &expected))
 }
 
-fn decode(lab: &Lab, kernel: &str, shape: &AttentionShape, lengths: &[usize]) -> Result<f64> {
-    let (capacity, splits, d) = (320, 5, shape.head_dim);
-    let (q_width, width, count) = (shape.heads * d, shape.kv_heads * d, lengths.len());
-    let q = lab.normal(63, count * q_width);
-    let keys = Stored::new(lab, &lab.normal(64, count * capacity * width), kernel, d)?;
-    let values = Stored::new(lab, &lab.normal(65, count * capacity * width), kernel, d)?;
-    let held: Vec<i32> = lengths.iter().map(|length| *length as i32).collect();
-    let (input, held) = (lab.put(&q)?, lab.put(&held)?);
-    let (partial, out) = (lab.poisoned::<f32>(count * shape.heads * splits * (d + 2))?, lab.poisoned::<f32>(count * q_width)?);
-    let arguments = places(Arguments::default().with(&input), &keys, &values).with(&held).with(capacity);
-    let arguments = arguments.with(shape.heads).with(shape.kv_heads).with(d).with(splits).with(&partial);
-    lab.launch(kernel, [shape.kv_heads, splits, count], 128, 0, arguments)?;
-    let arguments = Arguments::default().with(&partial).with(shape.heads).with(d).with(splits).with(&out);
-    lab.launch("attention_merge", [shape.heads, count, 1], 128, 0, arguments)?;
-    let mut expected = Vec::new();
-    for (slot, length) in lengths.iter().enumerate() {
-        let seen: Vec<usize> = (slot * capacity..slot * capacity + length).collect();
-        expected.extend(attend(&q[slot * q_width..(slot + 1) * q_width], &keys.floats, &values.floats, &seen, shape));
+/// A cache and what a step needs besides.
+struct Steps<'a> {
+    lab: &'a Lab,
+    kernel: &'static str,
+    shape: AttentionShape,
+    capacity: usize,
+    splits: usize,
+    keys: Stored,
+    values: Stored,
+    /// Of each slot's heads.
+    lengths: Buffer,
+    tickets: Buffer,
+}
+
+impl<'a> Steps<'a> {
+    fn new(lab: &'a Lab, kernel: &'static str, shape: AttentionShape, lengths: &[usize], capacity: usize, splits: usize) -> Result<Self> {
+        let size = lengths.len() * capacity * shape.kv_heads * shape.head_dim;
+        let heads: Vec<i32> = lengths.iter().flat_map(|length| vec![*length as i32; shape.kv_heads]).collect();
+        let keys = Stored::new(lab, &lab.normal(64, size), kernel, shape.head_dim)?;
+        let values = Stored::new(lab, &lab.normal(65, size), kernel, shape.head_dim)?;
+        let tickets = lab.put(&vec![0; heads.len()])?;
+        Ok(Self { lab, kernel, shape, capacity, splits, keys, values, lengths: lab.put(&heads)?, tickets })
     }
-    Ok(difference(&out.download::<f32>(count * q_width)?, &expected))
+
+    /// A step of every slot.
+    fn run(&self, q: &[f32], k: &[f32], v: &[f32]) -> Result<Vec<f32>> {
+        let AttentionShape { heads, kv_heads, head_dim } = self.shape;
+        let (count, ratio) = (q.len() / (heads * head_dim), heads / kv_heads);
+        let (query, key, value) = (self.lab.put(q)?, self.lab.put(k)?, self.lab.put(v)?);
+        let partial = self.lab.poisoned::<f32>(count * heads * self.splits * (head_dim + 4))?;
+        let out = self.lab.poisoned::<f32>(q.len())?;
+        let arguments = places(Arguments::default().with(&query).with(&key).with(&value), &self.keys, &self.values);
+        let arguments = arguments.with(&self.lengths).with(self.capacity).with(ratio).with(head_dim);
+        let arguments = arguments.with((head_dim as f32).sqrt().recip()).with(&partial).with(&self.tickets).with(&out);
+        self.lab.launch(self.kernel, [kv_heads, self.splits, count], 32 * ratio.max(8), 0, arguments)?;
+        out.download(q.len())
+    }
+
+    /// Keeps `k` and `v` of each slot behind `lengths`.
+    fn expect(&mut self, k: &[f32], v: &[f32], lengths: &[usize]) -> Result<()> {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        for (stored, new) in [(&mut self.keys, k), (&mut self.values, v)] {
+            let kept = Stored::new(self.lab, new, self.kernel, self.shape.head_dim)?.floats;
+            for ((slot, length), kept) in lengths.iter().enumerate().zip(kept.chunks_exact(width)) {
+                let to = (slot * self.capacity + length) * width;
+                stored.floats[to..to + width].copy_from_slice(kept);
+            }
+        }
+        Ok(())
+    }
+
+    /// How much of cache and lengths is not as expected.
+    fn wrong(&self, lengths: &[usize]) -> Result<f64> {
+        let d = self.shape.head_dim;
+        let expected: Vec<i32> = lengths.iter().flat_map(|length| vec![*length as i32; self.shape.kv_heads]).collect();
+        let rows = mismatches(&self.keys.read(self.kernel, d)?, &self.keys.floats)
+            + mismatches(&self.values.read(self.kernel, d)?, &self.values.floats);
+        Ok(rows + mismatches(&self.lengths.download::<i32>(expected.len())?, &expected))
+    }
+}
+
+/// Three steps behind so many keys: results, and what is then kept.
+fn decode(lab: &Lab, kernel: &'static str, shape: &AttentionShape, lengths: &[usize], splits: usize) -> Result<f64> {
+    let (q_width, width, count) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, lengths.len());
+    let mut steps = Steps::new(lab, kernel, *shape, lengths, 320, splits)?;
+    let (mut lengths, mut error) = (lengths.to_vec(), 0.0);
+    for step in 0..3 {
+        let (q, k, v) =
+            (lab.normal(80 + step, count * q_width), lab.normal(90 + step, count * width), lab.normal(100 + step, count * width));
+        let found = steps.run(&q, &k, &v)?;
+        steps.expect(&k, &v, &lengths)?;
+        for length in &mut lengths {
+            *length += 1;
+        }
+        let mut expected = Vec::new();
+        for (slot, (length, q)) in lengths.iter().zip(q.chunks_exact(q_width)).enumerate() {
+            let seen: Vec<usize> = (slot * 320..slot * 320 + length).collect();
+            expected.extend(attend(q, &steps.keys.floats, &steps.values.floats, &seen, shape));
+        }
+        error = worse(worse(error, difference(&found, &expected)), steps.wrong(&lengths)?);
+    }
+    Ok(error)
+}
+
+/// What a step keeps of keys that are beyond f16 and of a head of zeros.
+fn keep(lab: &Lab, kernel: &'static str) -> Result<f64> {
+    let (shape, lengths) = (shape(3, 3, 16), [4, 0, 7]);
+    let width = shape.kv_heads * shape.head_dim;
+    let mut steps = Steps::new(lab, kernel, shape, &lengths, 10, 2)?;
+    let (mut k, v) = (lab.normal(66, 3 * width), lab.normal(67, 3 * width));
+    k[0] = 1e6;
+    k[width..width + shape.head_dim].fill(0.0);
+    steps.run(&vec![0.0; 3 * width], &k, &v)?;
+    steps.expect(&k, &v, &lengths)?;
+    steps.wrong(&[5, 1, 8])
 }
 
 /// Appends to caches that hold something, then moves the lengths on.
-fn append(lab: &Lab, kernel: &str, steps: bool) -> Result<f64> {
+fn append(lab: &Lab, kernel: &str) -> Result<f64> {
     let (heads, head_dim, capacity, slots) = (3, 16, 10, 3);
     let width = heads * head_dim;
-    let before = [4, 0, 7];
-    // Slots 2 and 0 get three and two tokens; as steps every slot gets one.
+    let before = [4, 0, 7].map(|length| [length; 3]);
+    // Slots 2 and 0 get three and two tokens.
     let table = [[0, 3, 2, 0], [3, 5, 0, 0]];
-    let tokens = if steps { slots } else { 5 };
-    let (mut k, v) = (lab.normal(66, tokens * width), lab.normal(67, tokens * width));
+    let (mut k, v) = (lab.normal(66, 5 * width), lab.normal(67, 5 * width));
     // One beyond f16, and a head of zeros.
     k[0] = 1e6;
     k[width..width + head_dim].fill(0.0);
-    let (new_keys, new_values, lengths) = (lab.put(&k)?, lab.put(&v)?, lab.put(&before)?);
-    let sequences = if steps { None } else { Some(lab.put(table.as_flattened())?) };
+    let (new_keys, new_values, lengths) = (lab.put(&k)?, lab.put(&v)?, lab.put(before.as_flattened())?);
+    let sequences = lab.put(table.as_flattened())?;
     let size = slots * capacity * width;
     let keys = Stored::new(lab, &lab.normal(68, size), kernel, head_dim)?;
     let values = Stored::new(lab, &lab.normal(69, size), kernel, head_dim)?;
-    let arguments = Arguments::default().with(&new_keys).with(&new_values).with(heads).with(head_dim).with(sequences.as_ref());
-    let (blocks, count) = if steps { ([1, slots, 1], slots) } else { ([3, 2, 1], 2) };
-    lab.launch(kernel, blocks, 256, 0, places(arguments.with(&lengths).with(capacity), &keys, &values))?;
-    if let Some(sequences) = &sequences {
-        lab.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&lengths).with(sequences).with(count))?;
-    }
-    let rows: Vec<(usize, usize)> = if steps { vec![(0, 4), (1, 0), (2, 7)] } else { vec![(2, 7), (2, 8), (2, 9), (0, 4), (0, 5)] };
+    let arguments = Arguments::default().with(&new_keys).with(&new_values).with(heads).with(head_dim).with(&sequences);
+    lab.launch(kernel, [3, 2, 1], 256, 0, places(arguments.with(&lengths).with(capacity), &keys, &values))?;
+    lab.launch("advance", [1, 1, 1], 256, 0, Arguments::default().with(&lengths).with(&sequences).with(2_usize).with(heads))?;
+    let rows = [(2, 7), (2, 8), (2, 9), (0, 4), (0, 5)];
     let (k, v) = (Stored::new(lab, &k, kernel, head_dim)?.floats, Stored::new(lab, &v, kernel, head_dim)?.floats);
     let (mut expected_keys, mut expected_values) = (keys.floats.clone(), values.floats.clone());
     for (token, (slot, position)) in rows.iter().enumerate() {
@@ -197,8 +271,8 @@ fn append(lab: &Lab, kernel: &str, steps: bool) -> Result<f64> {
         expected_keys[to..to + width].copy_from_slice(&k[from.clone()]);
         expected_values[to..to + width].copy_from_slice(&v[from]);
     }
-    let after = if steps { [5, 1, 8] } else { [6, 0, 10] };
+    let after = [6, 0, 10].map(|length| [length; 3]);
     Ok(mismatches(&keys.read(kernel, head_dim)?, &expected_keys)
         + mismatches(&values.read(kernel, head_dim)?, &expected_values)
-        + mismatches(&lengths.download::<i32>(slots)?, &after))
+        + mismatches(&lengths.download::<i32>(3 * slots)?, after.as_flattened()))
 }

@@ -55,7 +55,10 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     }
     for (rows, cols) in [(3, 320), (2, 5000), (1, 131_072)] {
         let shape = format!("{rows}x{cols}");
-        all.push(Check::new("argmax", shape.clone(), EXACT, move |lab| argmax(lab, rows, cols)));
+        for parts in [1, 3, 64] {
+            let shape = format!("{shape} in {parts}");
+            all.push(Check::new("argmax", shape, EXACT, move |lab| argmax(lab, rows, cols, parts)));
+        }
         all.push(Check::new("log_probability", shape.clone(), FLOAT, move |lab| log_probability(lab, rows, cols)));
         all.push(Check::new("divergence", shape, FLOAT, move |lab| divergence(lab, rows, cols)));
     }
@@ -281,12 +284,25 @@ fn log_softmax(row: &[f32]) -> Vec<f64> {
     row.iter().map(|x| f64::from(*x) - max - sum).collect()
 }
 
-fn argmax(lab: &Lab, rows: usize, cols: usize) -> Result<f64> {
-    let x = logits(lab, 16, rows, cols);
-    let (input, out) = (lab.put(&x)?, lab.poisoned::<i32>(rows)?);
-    lab.launch("argmax", [rows, 1, 1], 1024, 0, Arguments::default().with(&input).with(cols).with(&out))?;
-    let expected: Vec<i32> = x.chunks_exact(cols).map(|row| first_largest(row) as i32).collect();
-    Ok(mismatches(&out.download::<i32>(rows)?, &expected))
+/// Rows divided among `parts` blocks; twice, and then with no number in the last row.
+fn argmax(lab: &Lab, rows: usize, cols: usize, parts: usize) -> Result<f64> {
+    let mut x = logits(lab, 16, rows, cols);
+    let (tops, tickets, fault) = (lab.poisoned::<u64>(rows * parts)?, lab.put(&vec![0; rows])?, lab.put(&[7])?);
+    let mut wrong = 0.0;
+    for (round, fault) in [None, Some(&fault), None].into_iter().enumerate() {
+        if round == 1 {
+            x.rotate_right(1);
+        } else if round == 2 {
+            x[(rows - 1) * cols..].fill(f32::NAN);
+        }
+        let (input, out) = (lab.put(&x)?, lab.poisoned::<i32>(rows + 1)?);
+        let arguments = Arguments::default().with(&input).with(cols).with(&tops).with(&tickets).with(fault).with(&out);
+        lab.launch("argmax", [parts, rows, 1], 256, 0, arguments)?;
+        let mut expected: Vec<i32> = x.chunks_exact(cols).map(|row| first_largest(row) as i32).collect();
+        expected.push(if fault.is_some() { 7 } else { 0 });
+        wrong += mismatches(&out.download::<i32>(rows + 1)?, &expected);
+    }
+    Ok(wrong)
 }
 
 fn log_probability(lab: &Lab, rows: usize, cols: usize) -> Result<f64> {
