@@ -1,10 +1,11 @@
 // Depthwise causal convolution over x | B | C with SiLU: `silu(bias + Σ_k weight[c, k] · input[t − kernel + 1 + k, c])`.
 // Inputs in front of a sequence come from its slot's window `[kernel − 1, channels]`, oldest first, or are zeros.
-#include "conv.cuh"
+#include "device.cuh"
 
 namespace {
 
-constexpr int TOKENS = 16;  // of a block
+constexpr int TOKENS = 16;      // of a block
+constexpr int MAX_KERNEL = 8;
 
 struct Sequence {
     int begin, end, from, to;
@@ -77,6 +78,19 @@ KERNEL(128, conv_step, (const float* projected, int stride, int inner, const flo
     const int c = blockIdx.x * blockDim.x + threadIdx.x, slot = blockIdx.y;
     if (c >= channels) return;
     float* window = windows + static_cast<i64>(slot) * (kernel - 1) * channels + c;
-    const float result = convolve_step(weight, bias, kernel, window, channels, projected[static_cast<i64>(slot) * stride + inner + c], c, [&](int k, float value) { window[static_cast<i64>(k) * channels] = value; });
-    out[static_cast<i64>(slot) * channels + c] = result;
+    float values[MAX_KERNEL], taps[MAX_KERNEL];
+#pragma unroll
+    for (int k = 0; k < MAX_KERNEL; ++k) {
+        if (k >= kernel) break;
+        taps[k] = weight[c * kernel + k];
+        values[k] = k < kernel - 1 ? window[static_cast<i64>(k) * channels] : projected[static_cast<i64>(slot) * stride + inner + c];
+    }
+    float sum = bias[c];
+#pragma unroll
+    for (int k = 0; k < MAX_KERNEL; ++k) {
+        if (k >= kernel) break;
+        sum = fmaf(taps[k], values[k], sum);
+        if (k > 0) window[static_cast<i64>(k - 1) * channels] = values[k];
+    }
+    out[static_cast<i64>(slot) * channels + c] = silu(sum);
 }

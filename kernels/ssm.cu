@@ -2,39 +2,36 @@
 // State `[slots, heads, head_dim, state]` in f32, f16 or int8 with one scale a row; arithmetic in f32. A row of the state is a
 // warp's, four consecutive values a lane. y is read out before the new state is rounded to what stores it. x, B, C and dt are floats
 // or codes; of codes, C·B is an integer product: `y = exp(dt·A)·S·C + (C·B)·dt·x + D·x` with the state as it was. What is stored is y
-// times its gate. `conv_ssm_step_*` is the convolution in front of it as well.
-#include "conv.cuh"
+// times its gate.
 #include "gate.cuh"
 
 namespace {
 
-constexpr int OWN = 4;    // rows of a warp
-constexpr int LINE = 128;  // bytes that memory hands out at once
+constexpr int ROWS = 16;  // of a block
+constexpr int WARPS = 4;
 
 struct Four {
     float v[4];
 };
 
-// Four values as they are stored, and what they stand for.
-DEVICE float4 fetch(const float* at) { return *reinterpret_cast<const float4*>(at); }
-DEVICE uint2 fetch(const f16* at) { return *reinterpret_cast<const uint2*>(at); }
-DEVICE u32 fetch(const i8* at) { return *reinterpret_cast<const u32*>(at); }
+DEVICE Four read(const float* at, float) {
+    const float4 x = *reinterpret_cast<const float4*>(at);
+    return {{x.x, x.y, x.z, x.w}};
+}
 
-DEVICE Four expand(float4 x, float) { return {{x.x, x.y, x.z, x.w}}; }
-
-DEVICE Four expand(uint2 x, float) {
+DEVICE Four read(const f16* at, float) {
+    const uint2 x = *reinterpret_cast<const uint2*>(at);
     const f16 a = {static_cast<unsigned short>(x.x)}, b = {static_cast<unsigned short>(x.x >> 16)}, c = {static_cast<unsigned short>(x.y)}, d = {static_cast<unsigned short>(x.y >> 16)};
     return {{widen(a), widen(b), widen(c), widen(d)}};
 }
 
-DEVICE Four expand(u32 x, float scale) {
+DEVICE Four read(const i8* at, float scale) {
+    const u32 x = *reinterpret_cast<const u32*>(at);
     Four out;
 #pragma unroll
     for (int i = 0; i < 4; ++i) out.v[i] = __fmul_rn(static_cast<float>(static_cast<i8>(x >> 8 * i)), scale);
     return out;
 }
-
-template <class State> DEVICE Four read(const State* at, float scale) { return expand(fetch(at), scale); }
 
 DEVICE void write(float* at, const Four& x, float) { *reinterpret_cast<float4*>(at) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]); }
 
@@ -62,9 +59,6 @@ struct Floats {
     // dt, z and the states are read while the launch in front still runs: that one runs since `conv_step`, which lets nothing begin before all
     // in front of itself is done, wrote none of them.
     static constexpr bool AHEAD = true;
-    int warps() const { return 4; }
-    void convolve() const {}
-    void move() const {}
     float x(int slot, int c, int) const { return xbc[static_cast<i64>(slot) * channels + c]; }
     Four four(int slot, int c, int) const { return read(xbc + static_cast<i64>(slot) * channels + c, 1.0f); }
     float dt(int slot, int head) const { return projected[static_cast<i64>(slot) * stride + dt_offset + head]; }
@@ -79,9 +73,6 @@ struct Codes {
     const float *scales, *fixed, *dt_scales, *dt_fixed;
     static constexpr bool INTEGER = true;
     static constexpr bool AHEAD = false;
-    int warps() const { return 4; }
-    void convolve() const {}
-    void move() const {}
     float scale(int slot, int c, int span) const { return fixed ? fixed[c] : scales[slot * spans + span]; }
     float x(int slot, int c, int span) const { return __fmul_rn(static_cast<float>(xbc[static_cast<i64>(slot) * channels + c]), scale(slot, c, span)); }
     Four four(int slot, int c, int span) const { return read(xbc + static_cast<i64>(slot) * channels + c, scale(slot, c, span)); }
@@ -98,120 +89,42 @@ struct Mixer {
     int heads, head_dim, groups, size;
 };
 
-// Floats in front of the convolution: slices `projected`, and windows that move on. A block convolves what it reads, x of its rows and B and C
-// of its group, which all blocks of the group's heads do. So the last of them to have read the windows of B and C moves these: a warp behind
-// those that have rows sees to that, while they go on.
-struct Raw {
-    const float *projected, *weight, *bias;
-    int stride, kernel;
-    float* windows;
-    u32* readers;     // [slots, groups]: blocks that have read, 0 between launches
-    float* convolved;  // shared: x of the rows, B, C
-    float* inputs;     // shared: of B and C, what their windows hold when they have moved on
-    Mixer mixer;
-    static constexpr bool INTEGER = false;
-    // In front runs `in_proj`, which lets this begin before it has waited itself: dt and z are not there yet, and of no launch in front is it
-    // sure that it is done, be it the step before. So everything is only asked for, which does no harm however early it is.
-    static constexpr bool AHEAD = false;
-    int warps() const { return blockDim.x / 32 - 1; }
-    int rows() const { return OWN * warps(); }
-    int inner() const { return mixer.heads * mixer.head_dim; }
-    int channels() const { return inner() + 2 * mixer.groups * mixer.size; }
-    int group() const { return blockIdx.x / (mixer.heads / mixer.groups); }
-    // Of the i-th that is convolved: its channel, −1 for rows behind the head's last.
-    int channel(int i) const {
-        const int p = blockIdx.y * rows() + i, n = i - rows();
-        if (n < 0) return p < mixer.head_dim ? static_cast<int>(blockIdx.x) * mixer.head_dim + p : -1;
-        return inner() + (n < mixer.size ? group() * mixer.size + n : (mixer.groups + group() - 1) * mixer.size + n);
-    }
-    float* window(int c) const { return windows + static_cast<i64>(blockIdx.z) * (kernel - 1) * channels() + c; }
-    // Brings what is read to the second-level cache.
-    template <class State> void ask(const State* state) const {
-        const int first = blockIdx.y * rows(), count = minimum(rows(), mixer.head_dim - first);
-        const State* own = state + ((static_cast<i64>(blockIdx.z) * mixer.heads + blockIdx.x) * mixer.head_dim + first) * mixer.size;
-        for (int at = threadIdx.x * LINE; at < count * mixer.size * static_cast<int>(sizeof(State)); at += blockDim.x * LINE) prefetch(reinterpret_cast<const u8*>(own) + at);
-        for (int i = threadIdx.x; i < rows() + 2 * mixer.size; i += blockDim.x) {
-            const int c = channel(i);
-            if (c < 0) continue;
-            prefetch(weight + c * kernel);
-            prefetch(bias + c);
-            for (int k = 0; k < kernel - 1; ++k) prefetch(window(c) + static_cast<i64>(k) * channels());
-        }
-    }
-    void convolve() const {
-        const float* token = projected + static_cast<i64>(blockIdx.z) * stride + inner();
-        for (int i = threadIdx.x; i < rows() + 2 * mixer.size; i += blockDim.x) {
-            const int c = channel(i), bc = i - rows();
-            if (c < 0) continue;
-            float* const own = window(c);
-            convolved[i] = convolve_step(weight, bias, kernel, own, channels(), token[c], c, [&](int k, float value) {
-                if (bc < 0) own[static_cast<i64>(k) * channels()] = value;
-                else inputs[k * 2 * mixer.size + bc] = value;
-            });
-        }
-        __syncthreads();
-    }
-    void move() const {
-        const int lane = threadIdx.x % 32;
-        const u32 others = mixer.heads / mixer.groups * gridDim.y - 1;
-        int last = 0;
-        if (lane == 0) {
-            __threadfence();
-            last = atomicInc(readers + blockIdx.z * mixer.groups + group(), others) == others;
-            __threadfence();
-        }
-        if (!shuffle(last, 0)) return;
-        for (int k = 0; k < kernel - 1; ++k)
-            for (int bc = lane; bc < 2 * mixer.size; bc += 32) window(channel(rows() + bc))[static_cast<i64>(k) * channels()] = inputs[k * 2 * mixer.size + bc];
-    }
-    float x(int, int c, int) const { return convolved[c - static_cast<int>(blockIdx.x) * mixer.head_dim - static_cast<int>(blockIdx.y) * rows()]; }
-    Four four(int, int c, int) const {
-        const int n = c - inner() - group() * mixer.size;
-        return read(convolved + rows() + (n < mixer.size ? n : n - (mixer.groups - 1) * mixer.size), 1.0f);
-    }
-    float dt(int slot, int head) const { return projected[static_cast<i64>(slot) * stride + inner() + channels() + head]; }
-    u32 word(int, int) const { return 0; }
-    float scale(int, int, int) const { return 1.0f; }
-};
-
 // CHUNKS: vectors of four states that a lane has of a row, 128 states each.
 template <class State, int CHUNKS, class Input>
 DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, const Gate& gate, float* y) {
-    const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = in.warps();
+    constexpr int OWN = ROWS / WARPS;
+    const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int inner = m.heads * m.head_dim, group = head / (m.heads / m.groups), size = m.size;
     const int b_offset = inner + group * size, c_offset = inner + (m.groups + group) * size;
     const i64 first = (static_cast<i64>(slot) * m.heads + head) * m.head_dim;
-    // A warp behind those that have rows has none.
-    const auto row = [&](int own) { return warp < warps ? (static_cast<int>(blockIdx.y) * OWN + own) * warps + warp : m.head_dim; };
-    // Everything that is read from memory is under way before the first of it is used, states too: they are widened later.
-    decltype(fetch(state)) held[OWN][CHUNKS];
-    Four b[CHUNKS], c[CHUNKS];
-    float scales[OWN], z[OWN], x[OWN];
+    // Everything that is read from memory is under way before the first of it is used.
+    Four s[OWN][CHUNKS], b[CHUNKS], c[CHUNKS];
+    float x[OWN], gates[OWN];
     int product = 0;
     if (!Input::AHEAD) wait_previous();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
-        const int p = row(own);
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
         if (p >= m.head_dim) continue;
-        scales[own] = scaled<State> ? state_scales[first + p] : 1.0f;
-        z[own] = gate.raw(slot, head * m.head_dim + p);
+        const float scale = scaled<State> ? state_scales[first + p] : 1.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const int n = chunk * 128 + lane * 4;
-            if (n < size) held[own][chunk] = fetch(state + (first + p) * size + n);
+            if (n < size) s[own][chunk] = read(state + (first + p) * size + n, scale);
         }
-    }
-    const float raw = in.dt(slot, head), bias = m.dt_bias[head], a = m.a[head], skip = m.d[head];
-    launch_next();
-    if (Input::AHEAD) wait_previous();
-    in.convolve();
-    if (warp >= warps) {
-        in.move();
-        return;
     }
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
-        const int p = row(own);
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        if (p < m.head_dim) gates[own] = gate.at(slot, head * m.head_dim + p);
+    }
+    const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
+    const float decay = expf(dt * m.a[head]);
+    launch_next();
+    if (Input::AHEAD) wait_previous();
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
         if (p < m.head_dim) x[own] = in.x(slot, head * m.head_dim + p, head);
     }
 #pragma unroll
@@ -222,8 +135,6 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         c[chunk] = in.four(slot, c_offset + n, m.heads + m.groups + group);
         if (Input::INTEGER) product = dot4(static_cast<int>(in.word(slot, b_offset + n)), static_cast<int>(in.word(slot, c_offset + n)), product);
     }
-    const float dt = fminf(fmaxf(softplus(raw + bias), m.dt_min), m.dt_max);
-    const float decay = expf(dt * a);
     float share = 0.0f;  // C·B
     if (Input::INTEGER) {
         for (int mask = 16; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
@@ -231,17 +142,15 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     }
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
-        const int p = row(own);
+        const int p = blockIdx.y * ROWS + own * WARPS + warp;
         if (p >= m.head_dim) break;
-        Four s[CHUNKS];
         float sum = 0.0f, largest = 0.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             if (chunk * 128 + lane * 4 >= size) continue;
-            s[chunk] = expand(held[own][chunk], scales[own]);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float& value = s[chunk].v[i];
+                float& value = s[own][chunk].v[i];
                 if (Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
                 value = value * decay + dt * x[own] * b[chunk].v[i];
                 if (!Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
@@ -254,18 +163,18 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const int n = chunk * 128 + lane * 4;
-            if (n < size) write(state + (first + p) * size + n, s[chunk], scale);
+            if (n < size) write(state + (first + p) * size + n, s[own][chunk], scale);
         }
         if (lane == 0) {
             if (scaled<State>) state_scales[first + p] = scale;
-            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = (sum + skip * x[own]) * gate.factor(z[own]);
+            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = (sum + m.d[head] * x[own]) * gates[own];
         }
     }
 }
 
 }  // namespace
 
-#define STEP(name, int8_name, raw_name, State)                                                                                                  \
+#define STEP(name, int8_name, State)                                                                                                            \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
                        float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) { \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
@@ -281,20 +190,11 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
         if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                             \
         else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                               \
-    }                                                                                                                                           \
-    KERNEL(544, raw_name, (const float* projected, int stride, const float* weight, const float* bias, int kernel, float* windows, u32* readers, const float* a, const float* d, const float* dt_bias,\
-                           float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) {\
-        DYNAMIC_SHARED(float, shared);                                                                                                          \
-        const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
-        const Raw in = {projected, weight, bias, stride, kernel, windows, readers, shared, shared + (blockDim.x / 32 - 1) * OWN + 2 * state_size, mixer};\
-        in.ask(state);                                                                                                                          \
-        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                             \
-        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                               \
     }
 
-STEP(ssm_step_f32, ssm_step_codes_f32, conv_ssm_step_f32, float)
-STEP(ssm_step_f16, ssm_step_codes_f16, conv_ssm_step_f16, f16)
-STEP(ssm_step_i8, ssm_step_codes_i8, conv_ssm_step_i8, i8)
+STEP(ssm_step_f32, ssm_step_codes_f32, float)
+STEP(ssm_step_f16, ssm_step_codes_f16, f16)
+STEP(ssm_step_i8, ssm_step_codes_i8, i8)
 
 // States between f32, in which the scan over a sequence leaves them, and what stores them. A block a row of `size`.
 #define CONVERT(name, State)                                                                                                                    \

@@ -173,24 +173,23 @@ fn mixers_of_every_form_give_the_cpus_outputs() {
             rotation,
         };
         let caches = CacheFormats { state: format, conv: format, kv: format };
-        for calls in [vec![vec![70, 3], vec![2, 65], vec![1, 1], vec![1, 1]], vec![vec![5], vec![1], vec![1], vec![2], vec![1]]] {
-            let (on_cpu, on_cuda) = (mix(&Cpu, &parameters, &shape, caches, &calls), mix(&cuda, &parameters, &shape, caches, &calls));
-            let square = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
-            let difference = square(&mut on_cpu.iter().zip(&on_cuda).map(|(a, b)| f64::from(a - b)));
-            let share = (difference / square(&mut on_cpu.iter().map(|x| f64::from(*x)))).sqrt();
-            assert!(share < MIXER_TOLERANCE, "{internals:?}, {rotation:?}, {format:?}, {calls:?}: {share}");
-        }
+        let calls = [vec![70, 3], vec![2, 65], vec![1, 1], vec![1, 1]];
+        let (on_cpu, on_cuda) = (mix(&Cpu, &parameters, &shape, caches, &calls), mix(&cuda, &parameters, &shape, caches, &calls));
+        let square = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
+        let difference = square(&mut on_cpu.iter().zip(&on_cuda).map(|(a, b)| f64::from(a - b)));
+        let share = (difference / square(&mut on_cpu.iter().map(|x| f64::from(*x)))).sqrt();
+        assert!(share < MIXER_TOLERANCE, "{internals:?}, {rotation:?}, {format:?}: {share}");
     }
 }
 
-/// Gated and normalised outputs of calls with these lengths of sequences, all from one cache; the last steps are a call each.
+/// Gated and normalised outputs of calls with these lengths of two sequences, all from one cache; the last steps are a call each.
 fn mix<B: Backend>(backend: &B, parameters: &MambaParameters, shape: &MambaShape, formats: CacheFormats, calls: &[Vec<usize>]) -> Vec<f32> {
     let width = shape.projected();
     let identity: Vec<f32> = (0..width * width).map(|i| f32::from(u8::from(i % (width + 1) == 0))).collect();
     let in_proj = backend.prepare(LinearWeights::float(identity, width)).unwrap();
     let weight = backend.prepare_vector((0..shape.inner()).map(|c| 1.0 + 0.01 * (c % 9) as f32).collect()).unwrap();
     let parameters = backend.prepare_mamba(parameters.clone()).unwrap();
-    let mut cache = backend.ssm_cache(&parameters, shape, calls[0].len(), formats);
+    let mut cache = backend.ssm_cache(&parameters, shape, 2, formats);
     let mut all = Vec::new();
     for (call, lengths) in calls.iter().enumerate() {
         let tokens: usize = lengths.iter().sum();

@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
 /// what writes past its shared memory and a missing barrier.
-const MUTANTS: [(&str, &str, &str); 79] = [
+const MUTANTS: [(&str, &str, &str); 75] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -94,11 +94,7 @@ const MUTANTS: [(&str, &str, &str); 79] = [
     ("scan.cu", "held[i].second * share[t + 1]", "held[i].second * share[t]"),
     ("ssd.cu", "s <= t ?", "s < t ?"),
     ("gate.cuh", "z[token * stride + c]", "z[c]"),
-    ("ssm.cu", "gate.raw(slot, head * m.head_dim + p)", "gate.raw(slot, p)"),
-    ("conv.cuh", "keep(k - 1, values[k])", "keep(k - 1, values[k - 1])"),
-    ("ssm.cu", "== others;", "== 0;"),
-    ("ssm.cu", "n - (mixer.groups - 1) * mixer.size", "n - mixer.groups * mixer.size"),
-    ("ssm.cu", "        __syncthreads();\n    }\n    void move", "    }\n    void move"),
+    ("ssm.cu", "gate.at(slot, head * m.head_dim + p)", "gate.at(slot, p)"),
     ("ssd.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
     ("scan.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
     ("internals.cu", "gates.at(row, span.first + lane + 32 * i)", "gates.at(row, span.first + lane)"),

@@ -26,18 +26,6 @@ const CONV_CHANNELS: usize = 128;
 /// Channels of a span at most.
 const SPAN_CHANNELS: usize = 256;
 
-/// Rows of a state that a warp has in a step, and rows of a block that convolves as well, at most.
-const STEP_ROWS: usize = 4;
-const BLOCK_ROWS: usize = 64;
-
-/// How `conv_ssm_step_*` are launched: blocks of a head, threads of a block, bytes of its shared memory.
-pub fn step_launch(shape: &MambaShape) -> [usize; 3] {
-    let blocks = shape.head_dim.div_ceil(BLOCK_ROWS);
-    let warps = shape.head_dim.div_ceil(blocks * STEP_ROWS);
-    // One more moves the windows of B and C on.
-    [blocks, 32 * (warps + 1), 4 * (warps * STEP_ROWS + 2 * shape.state * shape.kernel)]
-}
-
 /// Parameters of a mixer on the device.
 pub struct Parameters {
     conv_weight: Buffer,
@@ -220,26 +208,7 @@ impl Cuda {
             let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
             gate_arguments(arguments.with(&states.values).with(states.scales.as_ref()), gate).with(y.buffer())
         };
-        let suffix = match states.format {
-            CacheFormat::F32 => "f32",
-            CacheFormat::F16 => "f16",
-            CacheFormat::Int8 => "i8",
-        };
-        let launch = |kernel: &str, arguments: Arguments| {
-            let blocks = [shape.heads, shape.head_dim.div_ceil(4 * STEP_ROWS), count];
-            self.launch(&format!("{kernel}_{suffix}"), blocks, 128, 0, mixer(arguments))
-        };
-        match projection {
-            // In one launch, where convolving B and C in every block that reads them costs less than another launch does.
-            Projection::Float(projected) if count == 1 && parameters.rotation.is_none() => {
-                let [blocks, threads, shared] = step_launch(shape);
-                self.widened_windows(&slots.windows, |windows| {
-                    let arguments = Arguments::default().with(projected.buffer()).with(projected.cols).with(&parameters.conv_weight);
-                    let arguments = arguments.with(&parameters.conv_bias).with(shape.kernel).with(windows).with(&slots.windows.readers);
-                    let kernel = format!("conv_ssm_step_{suffix}");
-                    self.launch(&kernel, [shape.heads, blocks, count], threads, shared, mixer(arguments))
-                })?;
-            }
+        let (kernels, arguments) = match projection {
             Projection::Float(projected) => {
                 let xbc = self.tensor(count, shape.conv_channels())?;
                 self.widened_windows(&slots.windows, |windows| {
@@ -247,15 +216,23 @@ impl Cuda {
                     self.launch("conv_step", [shape.conv_channels().div_ceil(CONV_CHANNELS), count, 1], 128, 0, arguments)
                 })?;
                 self.rotate_spans(Spans::conv(shape), &xbc, parameters, None)?;
-                launch("ssm_step", Arguments::default().with(xbc.buffer()).with(projected.buffer()).with(projected.cols))?;
+                let arguments = Arguments::default().with(xbc.buffer()).with(projected.buffer()).with(projected.cols);
+                (["ssm_step_f32", "ssm_step_f16", "ssm_step_i8"], mixer(arguments))
             }
             Projection::Int8(slices) => {
                 let convolved = self.convolve_codes(slices, parameters, shape, None, Some(&slots.windows))?;
                 let (scales, stride, fixed) = slices.dt_scales(parameters, shape);
-                let arguments = convolved.arguments(parameters).with(&slices.codes).with(shape.projected());
-                launch("ssm_step_codes", arguments.with(scales).with(stride).with(fixed))?;
+                let arguments =
+                    convolved.arguments(parameters).with(&slices.codes).with(shape.projected()).with(scales).with(stride).with(fixed);
+                (["ssm_step_codes_f32", "ssm_step_codes_f16", "ssm_step_codes_i8"], mixer(arguments))
             }
-        }
+        };
+        let kernel = kernels[match states.format {
+            CacheFormat::F32 => 0,
+            CacheFormat::F16 => 1,
+            CacheFormat::Int8 => 2,
+        }];
+        self.launch(kernel, [shape.heads, shape.head_dim.div_ceil(16), count], 128, 0, arguments)?;
         Ok(y)
     }
 

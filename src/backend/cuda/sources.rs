@@ -15,7 +15,6 @@ macro_rules! source {
 /// What the kernels include.
 pub const HEADERS: &[Source] = &[
     source!("device.cuh"),
-    source!("conv.cuh"),
     source!("experts.cuh"),
     source!("few.cuh"),
     source!("front.cuh"),

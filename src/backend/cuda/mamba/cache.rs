@@ -32,8 +32,6 @@ pub(super) struct Windows {
     pub values: Buffer,
     /// `[slots, kernel − 1, spans]`, of int8 with scales of its own.
     pub scales: Option<Buffer>,
-    /// `[slots, groups]`: how many blocks of a step have read B and C of a group, 0 between steps.
-    pub readers: Buffer,
     slots: usize,
     shape: MambaShape,
 }
@@ -95,7 +93,6 @@ impl Cuda {
             format,
             values: zeros(rows * shape.conv_channels() * format.map_or(1, bytes_of))?,
             scales: if scaled { Some(zeros(4 * rows * Spans::conv(shape).count())?) } else { None },
-            readers: zeros(4 * count * shape.groups)?,
             slots: count,
             shape: *shape,
         };

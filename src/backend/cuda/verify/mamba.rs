@@ -2,11 +2,10 @@
 
 use half::f16;
 
-use super::{Check, EXACT, Extent, FLOAT, HALVES, Lab, STORED, difference, mismatches, wide, worse};
+use super::{Check, Extent, FLOAT, HALVES, Lab, STORED, difference, mismatches, wide, worse};
 use crate::backend::MambaShape;
 use crate::backend::cpu::stored::{round_each, round_span};
 use crate::backend::cuda::device::{Arguments, Buffer};
-use crate::backend::cuda::mamba::step_launch;
 use crate::backend::cuda::scan;
 use crate::error::Result;
 
@@ -56,9 +55,6 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
             }
         }
         all.push(Check::new("conv_step", text.clone(), FLOAT, move |lab| conv_step(lab, &shape)));
-        for (kernel, format) in [("conv_ssm_step_f32", "f32"), ("conv_ssm_step_f16", "f16"), ("conv_ssm_step_i8", "i8")] {
-            all.push(Check::new(kernel, text.clone(), EXACT, move |lab| step_at_once(lab, format, &shape)));
-        }
         all.push(Check::new("ssm_step_f32", text.clone(), FLOAT, move |lab| step_f32(lab, &shape, Form::Float)));
         all.push(Check::new("ssm_step_f16", text.clone(), FLOAT, move |lab| step_f16(lab, &shape, Form::Float)));
         all.push(Check::new("ssm_step_i8", text.clone(), STORED, move |lab| step_i8(lab, &shape, Form::Float)));
@@ -395,47 +391,6 @@ fn step_i8(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
         wrong += usize::from(codes.iter().all(|code| code.unsigned_abs() < 127));
     }
     Ok(worse(difference(&y, &expected_y), wrong as f64))
-}
-
-/// Steps with the convolution in the same launch, against those with a launch for each: all that they leave.
-fn step_at_once(lab: &Lab, format: &str, shape: &MambaShape) -> Result<f64> {
-    let (channels, count, [blocks, threads, shared]) = (shape.conv_channels(), 3, step_launch(shape));
-    let mixer = Mixer::new(lab, shape, STEPS * count);
-    let windows = lab.normal(58, count * (shape.kernel - 1) * channels);
-    let (weight, bias, xbc) = (lab.put(&mixer.weight)?, lab.put(&mixer.bias)?, lab.poisoned::<f32>(count * channels)?);
-    let (a, d, dt_bias) = (lab.put(&mixer.a)?, lab.put(&mixer.d)?, lab.put(&mixer.dt_bias)?);
-    let readers = lab.put(&vec![0; count * shape.groups])?;
-    let run = |at_once: bool| {
-        let (held, mut left) = (lab.put(&windows)?, Vec::new());
-        let (state, scales) =
-            (lab.put(&vec![0.0_f32; count * shape.inner() * shape.state])?, lab.put(&vec![0.0_f32; count * shape.inner()])?);
-        for row in mixer.projected.chunks_exact(count * shape.projected()) {
-            let (input, y) = (lab.put(row)?, lab.poisoned::<f32>(count * shape.inner())?);
-            let begin = || Arguments::default().with(&input).with(shape.projected());
-            let end = |arguments: Arguments| {
-                let arguments = arguments.with(&a).with(&d).with(&dt_bias).with(shape.dt_min).with(shape.dt_max);
-                let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
-                arguments.with(&state).with(&scales).with(&input).with(shape.projected()).with(&y)
-            };
-            if at_once {
-                let arguments = begin().with(&weight).with(&bias).with(shape.kernel).with(&held).with(&readers);
-                lab.launch(&format!("conv_ssm_step_{format}"), [shape.heads, blocks, count], threads, shared, end(arguments))?;
-            } else {
-                let arguments = begin().with(shape.inner()).with(&weight).with(&bias).with(channels).with(shape.kernel).with(&held);
-                lab.launch("conv_step", [channels.div_ceil(128), count, 1], 128, 0, arguments.with(&xbc))?;
-                let arguments = Arguments::default().with(&xbc).then(&begin());
-                let blocks = [shape.heads, shape.head_dim.div_ceil(16), count];
-                lab.launch(&format!("ssm_step_{format}"), blocks, 128, 0, end(arguments))?;
-            }
-            left.extend(y.download::<u8>(y.bytes())?);
-        }
-        for buffer in [&held, &state, &scales] {
-            left.extend(buffer.download::<u8>(buffer.bytes())?);
-        }
-        Ok::<_, crate::error::Error>(left)
-    };
-    let wrong = mismatches(&run(true)?, &run(false)?);
-    Ok(worse(wrong, mismatches(&readers.download::<i32>(count * shape.groups)?, &vec![0; count * shape.groups])))
 }
 
 /// The chunked scan of some sequences, from and to states; `whole`: with the state in registers.
