@@ -139,11 +139,11 @@ KERNEL(256, gptq_update, (float* w, const float* factor, const float* errors, in
             if (inside(i, j)) w[static_cast<i64>(first_row + ty + 16 * i) * cols + first_col + tx + 16 * j] = held[i][j];
 }
 
-// Columns into rounding order: out[row, j] = w[row, order[j]]. Grid (⌈cols/256⌉, rows).
+// Columns into rounding order: out[row, j] = w[row, order[j]]. Grid (rows, ⌈cols/256⌉).
 KERNEL(256, gptq_permute, (const float* w, const int* order, int cols, float* out)) {
     depend();
-    const int col = blockIdx.x * blockDim.x + threadIdx.x;
-    if (col < cols) out[static_cast<i64>(blockIdx.y) * cols + col] = w[static_cast<i64>(blockIdx.y) * cols + order[col]];
+    const int col = blockIdx.y * blockDim.x + threadIdx.x;
+    if (col < cols) out[static_cast<i64>(blockIdx.x) * cols + col] = w[static_cast<i64>(blockIdx.x) * cols + order[col]];
 }
 
 // The Hessian in f32 with `damping` on its diagonal. Grid (⌈cols/256⌉, cols).

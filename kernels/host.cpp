@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -111,7 +112,27 @@ struct Block {
     ~Block() { if (stacks) munmap(stacks, stacks_size); }
 };
 
-thread_local std::unique_ptr<Block> block;
+// The block that this thread runs.
+__thread Block* block = nullptr;
+
+// Blocks that nobody runs. They are the library's and not their threads': what a thread has to destroy keeps the library in memory until the
+// thread ends, and with it its share of the little room for variables like `current`.
+std::mutex idle_lock;
+std::vector<std::unique_ptr<Block>> idle;
+
+struct Lease {
+    Lease() {
+        const std::lock_guard lock(idle_lock);
+        if (idle.empty()) idle.push_back(std::make_unique<Block>());
+        block = idle.back().release();
+        idle.pop_back();
+    }
+    ~Lease() {
+        const std::lock_guard lock(idle_lock);
+        idle.emplace_back(block);
+        block = nullptr;
+    }
+};
 
 void leave() {
     Fiber* fiber = block->running;
@@ -282,7 +303,7 @@ extern "C" int strata_launch(const char* name, const unsigned grid[3], const uns
     const unsigned threads = block_size[0];
     if (threads == 0 || threads > found->second.threads || block_size[1] != 1 || block_size[2] != 1) return 1;
     if (smem > SHARED_LIMIT) return 2;
-    if (!block) block = std::make_unique<Block>();
+    const Lease lease;
     Block& b = *block;
     if (b.stacks_size < threads * STACK) {
         if (b.stacks) munmap(b.stacks, b.stacks_size);

@@ -214,6 +214,7 @@ inline uint4 load_once(const void* from) { uint4 x; std::memcpy(&x, from, 16); r
 
 inline void prefetch(const void*) {}
 
+inline void __threadfence() {}
 inline int atomicAdd(int* to, int x) { int old = *to; *to += x; return old; }
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long x) { unsigned long long old = *to; *to += x; return old; }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { unsigned old = *to; *to += x; return old; }

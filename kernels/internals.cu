@@ -94,10 +94,10 @@ DEVICE Sequence sequence(const int* sequences, int index) {
 KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int groups, int state, int state_block, int rest, float* out, GATE_PARAMETERS, i8* codes, const float* fixed, float* scales, int* fault)) {
     depend();
     const Layout layout = {heads, head_dim, head_block, groups, state, state_block, rest};
-    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
+    const int index = blockIdx.y * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
     if (index >= count) return;
     const Span span = span_of(layout, index);
-    const i64 row = blockIdx.y, at = row * (heads * head_dim + groups * state + rest) + span.first;
+    const i64 row = blockIdx.x, at = row * (heads * head_dim + groups * state + rest) + span.first;
     float v[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) v[i] = lane + 32 * i < span.width ? x[at + lane + 32 * i] : 0.0f;
@@ -113,10 +113,10 @@ KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int
 KERNEL(128, widen_spans, (const i8* codes, int stride, const float* scales, int scale_stride, const float* fixed, int heads, int head_dim, int groups, int state, float* out)) {
     depend();
     const Layout layout = {heads, head_dim, 1, groups, state, 1, 0};
-    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int index = blockIdx.y * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index >= spans_of(layout)) return;
     const Span span = span_of(layout, index);
-    const i64 row = blockIdx.y;
+    const i64 row = blockIdx.x;
     const float scale = fixed ? 0.0f : scales[row * scale_stride + index];
     for (int c = span.first + lane; c < span.first + span.width; c += 32)
         out[row * (heads * head_dim + groups * state) + c] = __fmul_rn(static_cast<float>(codes[row * stride + c]), fixed ? fixed[c] : scale);

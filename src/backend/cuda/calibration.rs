@@ -136,7 +136,7 @@ impl Cuda {
         let importance = self.upload_values(&task.order.iter().map(|c| task.diagonal[*c]).collect::<Vec<_>>())?;
         let work = self.buffer::<f32>(rows * cols)?;
         let arguments = Arguments::default().with(&weights).with(&order).with(cols).with(&work);
-        self.launch("gptq_permute", [cols.div_ceil(256), rows, 1], 256, 0, arguments)?;
+        self.launch("gptq_permute", [rows, cols.div_ceil(256), 1], 256, 0, arguments)?;
         let (low, high) = (f32::from(task.scheme.min_code()), f32::from(task.scheme.max_code()));
         // 0: one scale a row, f32.
         let group = if task.scheme == Scheme::Int8 { 0 } else { task.scheme.group(cols) };

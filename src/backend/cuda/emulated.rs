@@ -312,6 +312,10 @@ impl Device for Emulated {
     }
 
     unsafe fn launch(&self, kernel: &str, grid: Grid, arguments: &mut [*mut c_void]) -> Result<()> {
+        // As on a GPU.
+        if grid.blocks[1..].iter().any(|count| *count > 65535) {
+            return Err(Error::run(format!("launching `{kernel}` on {grid:?} failed: more than 65535 blocks in y or z")));
+        }
         let kernel = CString::new(kernel).map_err(|_| Error::run("a kernel's name holds a zero byte"))?;
         // SAFETY: `Arguments` keeps each value in eight bytes; of a tensor map the first eight say all.
         let arguments = arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read() }).collect();

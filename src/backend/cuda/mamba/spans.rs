@@ -72,7 +72,7 @@ impl Cuda {
         let fault = self.fault()?;
         let arguments = spans.arguments(Arguments::default().with(x)).with(spans.rest).with(None::<&Buffer>);
         let arguments = gate_arguments(arguments, None).with(codes).with(fixed).with(scales).with(&*fault);
-        self.launch("spans", [spans.count().div_ceil(SPANS), rows, 1], 128, 0, arguments)
+        self.launch("spans", [rows, spans.count().div_ceil(SPANS), 1], 128, 0, arguments)
     }
 
     /// Rotates `x` in place and applies its gate, where there is a rotation.
@@ -84,7 +84,7 @@ impl Cuda {
         let arguments = spans.arguments(Arguments::default().with(x.buffer())).with(spans.rest).with(x.buffer());
         let arguments = gate_arguments(arguments, gate);
         let arguments = arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(None::<&Buffer>).with(None::<&Buffer>);
-        self.launch("spans", [spans.count().div_ceil(SPANS), x.rows, 1], 128, 0, arguments)
+        self.launch("spans", [x.rows, spans.count().div_ceil(SPANS), 1], 128, 0, arguments)
     }
 
     /// The floats `[rows, width]` that codes with a distance between their rows stand for; scales the same, or `fixed`.
@@ -100,6 +100,6 @@ impl Cuda {
         let arguments = Arguments::default().with(codes.0).with(codes.1);
         let arguments = arguments.with(scales.map(|(scales, _)| scales)).with(scales.map_or(0, |(_, stride)| stride)).with(fixed);
         let arguments = arguments.with(spans.heads).with(spans.head_dim).with(spans.groups).with(spans.state).with(out);
-        self.launch("widen_spans", [spans.count().div_ceil(SPANS), rows, 1], 128, 0, arguments)
+        self.launch("widen_spans", [rows, spans.count().div_ceil(SPANS), 1], 128, 0, arguments)
     }
 }

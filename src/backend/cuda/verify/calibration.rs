@@ -52,6 +52,8 @@ pub fn checks(extent: Extent) -> Vec<Check> {
         all.push(Check::new("gptq_descend", name.clone(), EXACT, move |lab| descend(lab, rows, cols, group)));
         all.push(Check::new("gptq_block", name + ", rounding only", EXACT, move |lab| gptq(lab, rows, cols, group, false)));
     }
+    // A head has more rows than a grid has blocks in its second dimension.
+    all.push(Check::new("gptq_block", "65540x8 int8, rounding only", EXACT, |lab| gptq(lab, 65540, 8, 0, false)));
     all
 }
 
@@ -333,7 +335,7 @@ fn gptq(lab: &Lab, rows: usize, cols: usize, group: usize, compensate: bool) -> 
     let groups = cols.checked_div(group).unwrap_or(1);
     let (scales, codes, errors) = (lab.poisoned::<f32>(rows * groups)?, lab.poisoned::<i8>(rows * cols)?, lab.poisoned::<f32>(rows * 128)?);
     let arguments = Arguments::default().with(&input).with(&columns).with(cols).with(&work);
-    lab.launch("gptq_permute", [cols.div_ceil(256), rows, 1], 256, 0, arguments)?;
+    lab.launch("gptq_permute", [rows, cols.div_ceil(256), 1], 256, 0, arguments)?;
     if group == 0 {
         let arguments = Arguments::default().with(&work).with(&weights).with(rows).with(cols).with(low).with(high).with(&scales);
         lab.launch("gptq_row_scales", [rows.div_ceil(4), 1, 1], 128, 0, arguments)?;

@@ -50,7 +50,7 @@ fn round(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
         let arguments = layout(Arguments::default().with(&input), shape, 2 * shape.heads, 2 * shape.groups, None).with(shape.heads);
         let arguments =
             arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(0_usize).with(&codes).with(given).with(found).with(fault);
-        lab.launch("spans", [spans.len().div_ceil(4), tokens, 1], 128, 0, arguments)
+        lab.launch("spans", [tokens, spans.len().div_ceil(4), 1], 128, 0, arguments)
     };
     launch(&fault)?;
     let mut wrong = mismatches(&codes.download::<i8>(tokens * width)?, &expected.codes) + mismatches(&fault.download::<i32>(1)?, &[0]);
@@ -72,7 +72,7 @@ fn widen(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
     let (found, given) = if fixed { (None, Some(&scales)) } else { (Some(&scales), None) };
     let arguments = Arguments::default().with(&codes).with(width).with(found).with(spans.len()).with(given);
     let arguments = arguments.with(shape.heads).with(shape.head_dim).with(0_usize).with(shape.state).with(&out);
-    lab.launch("widen_spans", [shape.heads.div_ceil(4), tokens, 1], 128, 0, arguments)?;
+    lab.launch("widen_spans", [tokens, shape.heads.div_ceil(4), 1], 128, 0, arguments)?;
     Ok(mismatches(&out.download::<f32>(z.len())?, &z))
 }
 
@@ -82,7 +82,7 @@ fn rotate(lab: &Lab, shape: &MambaShape) -> Result<f64> {
     let (x, none) = (lab.put(&values)?, None::<&Buffer>);
     let arguments = layout(Arguments::default().with(&x), shape, shape.heads, 2 * shape.groups, Some(rotation)).with(0_usize);
     let arguments = arguments.with(&x).with(none).with(0_usize).with(none).with(none).with(none).with(none);
-    lab.launch("spans", [conv_spans(shape).len().div_ceil(4), tokens, 1], 128, 0, arguments)?;
+    lab.launch("spans", [tokens, conv_spans(shape).len().div_ceil(4), 1], 128, 0, arguments)?;
     for row in values.chunks_exact_mut(width) {
         let (x, bc) = row.split_at_mut(shape.inner());
         transform_blocks(x, rotation.head);
@@ -98,7 +98,7 @@ fn rotate_gated(lab: &Lab, shape: &MambaShape) -> Result<f64> {
     let (y, gate, none) = (lab.put(&values)?, lab.put(&gates)?, None::<&Buffer>);
     let arguments = layout(Arguments::default().with(&y), shape, shape.heads, 0, Some(rotation)).with(0_usize);
     let arguments = arguments.with(&y).with(&gate).with(stride).with(none).with(none).with(none).with(none);
-    lab.launch("spans", [shape.heads.div_ceil(4), tokens, 1], 128, 0, arguments)?;
+    lab.launch("spans", [tokens, shape.heads.div_ceil(4), 1], 128, 0, arguments)?;
     transform_blocks(&mut values, rotation.head);
     let gates = gates.chunks_exact(stride).flat_map(|row| &row[..inner]);
     let expected: Vec<f64> = values.iter().zip(gates).map(|(y, z)| f64::from(*y) * silu(f64::from(*z))).collect();
