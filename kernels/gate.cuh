@@ -11,8 +11,10 @@ namespace {
 struct Gate {
     const float* z;
     int stride;
+    float raw(i64 token, int c) const { return z ? z[token * stride + c] : 0.0f; }
     // What y is multiplied by.
-    float at(i64 token, int c) const { return z ? silu(z[token * stride + c]) : 1.0f; }
+    float factor(float raw) const { return z ? silu(raw) : 1.0f; }
+    float at(i64 token, int c) const { return factor(raw(token, c)); }
     // Brings the 128 bytes around z to the second-level cache.
     void ask(i64 token, int c) const {
         if (z) prefetch(z + token * stride + c);

@@ -84,9 +84,6 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             const int at = threadIdx.x + i * WIDE, p = p0 + at % CHANNELS, t = at / CHANNELS * 2, c = head * head_dim + p;
             held[i] = {p < head_dim && t < length ? rows.at(t, c, head) : 0.0f, p < head_dim && t + 1 < length ? rows.at(t + 1, c, head) : 0.0f};
         }
-        // Of each token two lines of z, which are read when the chunk's y is done.
-        const int token = threadIdx.x / 2, line = p0 + threadIdx.x % 2 * (CHANNELS / 2);
-        if (token < length && line < head_dim) gate.ask(begin + token, head * head_dim + line);
         if (threadIdx.x >= CHUNK) return;
         const bool inside = static_cast<int>(threadIdx.x) < length;
         const i64 at = static_cast<i64>(begin + threadIdx.x) * heads + head;
@@ -136,11 +133,24 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
         }
         ask(chunk + 1);
         fetch(chunk + 1);
+        const int first = warp * 16 + lane / 4, column = half * 32;  // this lane's tokens: first and first + 8
+        const Source rows = xbc.from(begin);
+        const auto each = [&](auto use) {
+#pragma unroll
+            for (int m = 0; m < 4; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int t = first + i / 2 * 8, channel = p0 + column + m * 8 + lane % 4 * 2 + i % 2;
+                    if (t < length && channel < head_dim) use(m, i, t, head * head_dim + channel);
+                }
+        };
+        // What y takes beside products is on its way while these are made: behind them each chunk would wait for it.
+        float inputs_of_y[4][4], gates[4][4];
+        each([&](int m, int i, int t, int c) { inputs_of_y[m][i] = rows.at(t, c, head), gates[m][i] = gate.raw(begin + t, c); });
         barrier_wait(full + index % 2, index / 2 & 1);
         __syncthreads();
         const Shared& own = ring[index % 2];
 
-        const int first = warp * 16 + lane / 4, column = half * 32;  // this lane's tokens: first and first + 8
         float results[4][4] = {};
 #pragma unroll 2
         for (int k = 0; k < state_size; k += 16) {
@@ -168,19 +178,7 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             }
             accumulate<2>(results, high, low, inputs, column, k * 16);
         }
-        // All loads ahead of the stores: the compiler does not know that they lie elsewhere.
-        const Source rows = xbc.from(begin);
-        const auto each = [&](auto use) {
-#pragma unroll
-            for (int m = 0; m < 4; ++m)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int t = first + i / 2 * 8, channel = p0 + column + m * 8 + lane % 4 * 2 + i % 2;
-                    if (t < length && channel < head_dim) use(results[m][i], t, head * head_dim + channel);
-                }
-        };
-        each([&](float& result, int t, int c) { result = (result + skip * rows.at(t, c, head)) * gate.at(begin + t, c); });
-        each([&](float& result, int t, int c) { y[static_cast<i64>(begin + t) * inner + c] = result; });
+        each([&](int m, int i, int t, int c) { y[static_cast<i64>(begin + t) * inner + c] = (results[m][i] + skip * inputs_of_y[m][i]) * gate.factor(gates[m][i]); });
 
         const float factor = expf(sum_decay[length - 1]);
 #pragma unroll

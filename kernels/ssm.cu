@@ -14,24 +14,26 @@ struct Four {
     float v[4];
 };
 
-DEVICE Four read(const float* at, float) {
-    const float4 x = *reinterpret_cast<const float4*>(at);
-    return {{x.x, x.y, x.z, x.w}};
-}
+// Four values as they are stored, and what they stand for.
+DEVICE float4 fetch(const float* at) { return *reinterpret_cast<const float4*>(at); }
+DEVICE uint2 fetch(const f16* at) { return *reinterpret_cast<const uint2*>(at); }
+DEVICE u32 fetch(const i8* at) { return *reinterpret_cast<const u32*>(at); }
 
-DEVICE Four read(const f16* at, float) {
-    const uint2 x = *reinterpret_cast<const uint2*>(at);
+DEVICE Four expand(float4 x, float) { return {{x.x, x.y, x.z, x.w}}; }
+
+DEVICE Four expand(uint2 x, float) {
     const f16 a = {static_cast<unsigned short>(x.x)}, b = {static_cast<unsigned short>(x.x >> 16)}, c = {static_cast<unsigned short>(x.y)}, d = {static_cast<unsigned short>(x.y >> 16)};
     return {{widen(a), widen(b), widen(c), widen(d)}};
 }
 
-DEVICE Four read(const i8* at, float scale) {
-    const u32 x = *reinterpret_cast<const u32*>(at);
+DEVICE Four expand(u32 x, float scale) {
     Four out;
 #pragma unroll
     for (int i = 0; i < 4; ++i) out.v[i] = __fmul_rn(static_cast<float>(static_cast<i8>(x >> 8 * i)), scale);
     return out;
 }
+
+template <class State> DEVICE Four read(const State* at, float scale) { return expand(fetch(at), scale); }
 
 DEVICE void write(float* at, const Four& x, float) { *reinterpret_cast<float4*>(at) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]); }
 
@@ -92,39 +94,36 @@ struct Mixer {
 // CHUNKS: vectors of four states that a lane has of a row, 128 states each.
 template <class State, int CHUNKS, class Input>
 DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, const Gate& gate, float* y) {
-    constexpr int OWN = ROWS / WARPS;
     const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int inner = m.heads * m.head_dim, group = head / (m.heads / m.groups), size = m.size;
     const int b_offset = inner + group * size, c_offset = inner + (m.groups + group) * size;
     const i64 first = (static_cast<i64>(slot) * m.heads + head) * m.head_dim;
-    // Everything that is read from memory is under way before the first of it is used.
-    Four s[OWN][CHUNKS], b[CHUNKS], c[CHUNKS];
-    float x[OWN], gates[OWN];
+    constexpr int OWN = ROWS / WARPS;
+    const auto row = [&](int own) { return static_cast<int>(blockIdx.y) * ROWS + own * WARPS + warp; };
+    // Everything that is read from memory is under way before the first of it is used, states too: they are widened later.
+    decltype(fetch(state)) held[OWN][CHUNKS];
+    Four b[CHUNKS], c[CHUNKS];
+    float scales[OWN], z[OWN], x[OWN];
     int product = 0;
     if (!Input::AHEAD) wait_previous();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
-        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        const int p = row(own);
         if (p >= m.head_dim) continue;
-        const float scale = scaled<State> ? state_scales[first + p] : 1.0f;
+        scales[own] = scaled<State> ? state_scales[first + p] : 1.0f;
+        z[own] = gate.raw(slot, head * m.head_dim + p);
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const int n = chunk * 128 + lane * 4;
-            if (n < size) s[own][chunk] = read(state + (first + p) * size + n, scale);
+            if (n < size) held[own][chunk] = fetch(state + (first + p) * size + n);
         }
     }
-#pragma unroll
-    for (int own = 0; own < OWN; ++own) {
-        const int p = blockIdx.y * ROWS + own * WARPS + warp;
-        if (p < m.head_dim) gates[own] = gate.at(slot, head * m.head_dim + p);
-    }
-    const float dt = fminf(fmaxf(softplus(in.dt(slot, head) + m.dt_bias[head]), m.dt_min), m.dt_max);
-    const float decay = expf(dt * m.a[head]);
+    const float raw = in.dt(slot, head), bias = m.dt_bias[head], a = m.a[head], skip = m.d[head];
     launch_next();
     if (Input::AHEAD) wait_previous();
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
-        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        const int p = row(own);
         if (p < m.head_dim) x[own] = in.x(slot, head * m.head_dim + p, head);
     }
 #pragma unroll
@@ -135,6 +134,8 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         c[chunk] = in.four(slot, c_offset + n, m.heads + m.groups + group);
         if (Input::INTEGER) product = dot4(static_cast<int>(in.word(slot, b_offset + n)), static_cast<int>(in.word(slot, c_offset + n)), product);
     }
+    const float dt = fminf(fmaxf(softplus(raw + bias), m.dt_min), m.dt_max);
+    const float decay = expf(dt * a);
     float share = 0.0f;  // C·B
     if (Input::INTEGER) {
         for (int mask = 16; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
@@ -142,15 +143,17 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     }
 #pragma unroll
     for (int own = 0; own < OWN; ++own) {
-        const int p = blockIdx.y * ROWS + own * WARPS + warp;
+        const int p = row(own);
         if (p >= m.head_dim) break;
+        Four s[CHUNKS];
         float sum = 0.0f, largest = 0.0f;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             if (chunk * 128 + lane * 4 >= size) continue;
+            s[chunk] = expand(held[own][chunk], scales[own]);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float& value = s[own][chunk].v[i];
+                float& value = s[chunk].v[i];
                 if (Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
                 value = value * decay + dt * x[own] * b[chunk].v[i];
                 if (!Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
@@ -163,18 +166,18 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const int n = chunk * 128 + lane * 4;
-            if (n < size) write(state + (first + p) * size + n, s[own][chunk], scale);
+            if (n < size) write(state + (first + p) * size + n, s[chunk], scale);
         }
         if (lane == 0) {
             if (scaled<State>) state_scales[first + p] = scale;
-            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = (sum + m.d[head] * x[own]) * gates[own];
+            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = (sum + skip * x[own]) * gate.factor(z[own]);
         }
     }
 }
 
 }  // namespace
 
-#define STEP(name, int8_name, State)                                                                                                            \
+#define STEP(name, int8_name, State)                                                                                                  \
     KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
                        float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) { \
         const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \

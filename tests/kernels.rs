@@ -94,7 +94,7 @@ const MUTANTS: [(&str, &str, &str); 75] = [
     ("scan.cu", "held[i].second * share[t + 1]", "held[i].second * share[t]"),
     ("ssd.cu", "s <= t ?", "s < t ?"),
     ("gate.cuh", "z[token * stride + c]", "z[c]"),
-    ("ssm.cu", "gate.at(slot, head * m.head_dim + p)", "gate.at(slot, p)"),
+    ("ssm.cu", "gate.raw(slot, head * m.head_dim + p)", "gate.at(slot, p)"),
     ("ssd.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
     ("scan.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
     ("internals.cu", "gates.at(row, span.first + lane + 32 * i)", "gates.at(row, span.first + lane)"),
