@@ -1,5 +1,5 @@
 // The selective scan over whole sequences where shared memory holds what a chunk needs twice (227 KiB: data-centre GPUs from sm_90 on),
-// for up to 128 states: `ssd_share` computes for every chunk what the heads of a group have in common, `ssd_scan` goes through a
+// for up to 128 states, an even number of channels a head and in each row: `ssd_share` computes for every chunk what the heads of a group have in common, `ssd_scan` goes through a
 // sequence's chunks with the state of 64 channels in registers. No state comes to memory between chunks, and what is common is
 // computed once in place of once for every four heads. Other GPUs, and larger states, use `ssd.cu`, which has the equations.
 #include "gate.cuh"
@@ -135,18 +135,19 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
         fetch(chunk + 1);
         const int first = warp * 16 + lane / 4, column = half * 32;  // this lane's tokens: first and first + 8
         const Source rows = xbc.from(begin);
+        // Pairs of channels: the m-th of the lane's first or second token.
         const auto each = [&](auto use) {
 #pragma unroll
             for (int m = 0; m < 4; ++m)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int t = first + i / 2 * 8, channel = p0 + column + m * 8 + lane % 4 * 2 + i % 2;
+                for (int i = 0; i < 2; ++i) {
+                    const int t = first + i * 8, channel = p0 + column + m * 8 + lane % 4 * 2;
                     if (t < length && channel < head_dim) use(m, i, t, head * head_dim + channel);
                 }
         };
         // What y takes beside products is on its way while these are made: behind them each chunk would wait for it.
-        float inputs_of_y[4][4], gates[4][4];
-        each([&](int m, int i, int t, int c) { inputs_of_y[m][i] = rows.at(t, c, head), gates[m][i] = gate.raw(begin + t, c); });
+        float2 inputs_of_y[4][2], gates[4][2];
+        each([&](int m, int i, int t, int c) { inputs_of_y[m][i] = rows.pair(t, c, head), gates[m][i] = gate.pair(begin + t, c); });
         barrier_wait(full + index % 2, index / 2 & 1);
         __syncthreads();
         const Shared& own = ring[index % 2];
@@ -178,7 +179,11 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             }
             accumulate<2>(results, high, low, inputs, column, k * 16);
         }
-        each([&](int m, int i, int t, int c) { y[static_cast<i64>(begin + t) * inner + c] = (results[m][i] + skip * inputs_of_y[m][i]) * gate.factor(gates[m][i]); });
+        each([&](int m, int i, int t, int c) {
+            const float2 x = inputs_of_y[m][i], z = gates[m][i];
+            *reinterpret_cast<float2*>(y + static_cast<i64>(begin + t) * inner + c) =
+                make_float2((results[m][2 * i] + skip * x.x) * gate.factor(z.x), (results[m][2 * i + 1] + skip * x.y) * gate.factor(z.y));
+        });
 
         const float factor = expf(sum_decay[length - 1]);
 #pragma unroll

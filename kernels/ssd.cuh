@@ -15,6 +15,8 @@ struct Floats {
     int channels;
     Floats from(int token) const { return {rows + static_cast<i64>(token) * channels, channels}; }
     float at(int t, int c, int) const { return rows[static_cast<i64>(t) * channels + c]; }
+    // Channels c and c + 1, of an even c where rows have an even number.
+    float2 pair(int t, int c, int) const { return *reinterpret_cast<const float2*>(rows + static_cast<i64>(t) * channels + c); }
     const void* place(int t, int c) const { return rows + static_cast<i64>(t) * channels + c; }
 };
 
@@ -28,6 +30,7 @@ struct Codes {
     const void* place(int t, int c) const { return rows + static_cast<i64>(t) * channels + c; }
     float scale(int t, int c, int span) const { return fixed ? fixed[c] : scales[t * spans + span]; }
     float at(int t, int c, int span) const { return __fmul_rn(static_cast<float>(rows[static_cast<i64>(t) * channels + c]), scale(t, c, span)); }
+    float2 pair(int t, int c, int span) const { return make_float2(at(t, c, span), at(t, c + 1, span)); }
 };
 
 // Where B or C of a group begins, and its span.

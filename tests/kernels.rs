@@ -96,7 +96,7 @@ const MUTANTS: [(&str, &str, &str); 75] = [
     ("gate.cuh", "z[token * stride + c]", "z[c]"),
     ("ssm.cu", "gate.raw(slot, head * m.head_dim + p)", "gate.at(slot, p)"),
     ("ssd.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
-    ("scan.cu", "gate.at(begin + t, c)", "gate.at(t, c)"),
+    ("scan.cu", "gate.pair(begin + t, c)", "gate.pair(t, c)"),
     ("internals.cu", "gates.at(row, span.first + lane + 32 * i)", "gates.at(row, span.first + lane)"),
     ("attention.cu", "total - (own[1] - 1 - (first + row))", "total - (own[1] - (first + row))"),
     ("attention.cu", "lane < count ? ((sums", "true ? ((sums"),

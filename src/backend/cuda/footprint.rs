@@ -93,7 +93,7 @@ pub fn scan(shape: &MambaShape, tokens: usize) -> u64 {
     let rows = tensor(tokens, shape.conv_channels()) + 2 * tensor(tokens, shape.heads) + 2 * tensor(tokens, shape.inner());
     let chunks = tokens.div_ceil(SSM_CHUNK);
     // Hopper's scan keeps states in registers, and instead what the heads of a group share.
-    let shared = if scan::serves(90, shape.state) { buffer(chunks * shape.groups * scan::SHARED_CHUNK) } else { 0 };
+    let shared = if scan::serves(90, shape) { buffer(chunks * shape.groups * scan::SHARED_CHUNK) } else { 0 };
     cache + codes + rows + tensor(chunks, state).max(shared)
 }
 

@@ -369,7 +369,7 @@ impl Cuda {
             let arguments = arguments.with(shape.heads).with(&level.chunks).with(dt.buffer()).with(decay.buffer());
             let kernel = |name: &str| format!("{name}{suffix}");
             self.launch(&kernel("ssd_decay"), [shape.heads.div_ceil(32), level.chunk_count, 1], 128, 0, arguments)?;
-            if scan::serves(self.device().arch(), shape.state) {
+            if scan::serves(self.device().arch(), shape) {
                 let shared = self.buffer::<u8>(level.chunk_count * shape.groups * scan::SHARED_CHUNK)?;
                 let blocks = [shape.groups, level.chunk_count, 1];
                 let arguments = sizes(inputs().with(&level.chunks)).with(&shared);

@@ -1,5 +1,7 @@
 //! Launches of `kernels/scan.cu`: the scan over a sequence with its state in registers.
 
+use crate::backend::MambaShape;
+
 /// Threads of a block.
 pub const THREADS: usize = 256;
 
@@ -19,7 +21,8 @@ pub const SHARE_MEMORY: usize = SHARED_CHUNK + 64 * STATES * 4;
 /// two barriers.
 pub const SCAN_MEMORY: usize = 2 * SHARED_CHUNK + CHANNELS * STATES * 4 + 2 * CHANNELS * 64 * 4 + 3 * 64 * 4 + 16;
 
-/// Whether these kernels serve models with so many states on GPUs of this architecture (90 for sm_90).
-pub fn serves(arch: u32, states: usize) -> bool {
-    super::stream::serves(arch) && super::shared_limit(arch) >= SCAN_MEMORY && states <= STATES
+/// Whether these kernels serve models of this shape on GPUs of this architecture (90 for sm_90). They read channels in pairs.
+pub fn serves(arch: u32, shape: &MambaShape) -> bool {
+    let even = [shape.head_dim, shape.conv_channels(), shape.projected()].into_iter().all(|count| count.is_multiple_of(2));
+    super::stream::serves(arch) && super::shared_limit(arch) >= SCAN_MEMORY && shape.state <= STATES && even
 }

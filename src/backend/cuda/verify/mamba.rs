@@ -47,7 +47,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
             for form in [Form::Float, Form::PerToken, Form::Static] {
                 let kernels = if form == Form::Float { ["ssd_output", "ssd_scan"] } else { ["ssd_output_i8", "ssd_scan_i8"] };
                 // Emulation has every architecture's kernels.
-                let whole = arch == 0 || scan::serves(arch, shape.state);
+                let whole = arch == 0 || scan::serves(arch, &shape);
                 for (kernel, whole) in kernels.into_iter().zip([false, true]).take(1 + usize::from(whole)) {
                     let lengths = lengths.clone();
                     all.push(Check::new(kernel, format!("{name}, {form:?}"), HALVES, move |lab| scan(lab, &shape, &lengths, form, whole)));
