@@ -8,15 +8,16 @@ use crate::error::{Error, Result};
 
 /// Writes `bytes` to `path` so that the file is either absent (or old) or whole.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    replace(path, |temporary| fs::write(temporary, bytes).map_err(|error| Error::io("writing", path, &error)))
+    replace(path, |file| file.write_all(bytes).map_err(|error| Error::io("writing", path, &error)))
 }
 
-/// The same for a file that `write` makes, given where.
-pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// The same for what `write` writes.
+pub fn replace(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let temporary = path.with_extension("tmp");
-    write(&temporary)?;
-    let kept = File::open(&temporary).and_then(|file| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
-    kept.map_err(|error| Error::io("writing", path, &error))
+    let failed = |error: std::io::Error| Error::io("writing", path, &error);
+    let mut file = File::create(&temporary).map_err(failed)?;
+    write(&mut file)?;
+    file.sync_all().and_then(|()| fs::rename(&temporary, path)).map_err(failed)
 }
 
 /// Adds `line` to the file at `path`, which need not exist, in one write: to a file that is opened for appending and locked

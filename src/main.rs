@@ -7,8 +7,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    // What is divided among threads is divided here, so that results do not depend on how many there are.
-    faer::set_global_parallelism(faer::Par::Seq);
     if let Err(error) = color_eyre::install() {
         return cli::fail(&strata::error::Error::run(format!("the error reporter cannot be installed: {error}")));
     }

@@ -42,8 +42,8 @@ fn every_kernel_agrees_with_its_reference() {
     }
 }
 
-/// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, and last
-/// what writes past its shared memory and a missing barrier.
+/// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, sums, ties, barriers; last
+/// what writes past its shared memory.
 const MUTANTS: [(&str, &str, &str); 75] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),

@@ -355,15 +355,15 @@ pub trait Backend: Send + Sync + 'static {
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, emit: Emit) -> Result<Self::Activation> {
         self.group_norm(x, weight, self.features(x), eps, emit)
     }
-    /// The same over each `group` features of a row, which they divide.
+    /// The same over `group` features at a time, which divides a row's.
     fn group_norm(&self, x: &Self::Tensor, weight: &Self::Vector, group: usize, eps: f32, emit: Emit) -> Result<Self::Activation>;
     /// `relu(x)²`.
     fn relu2(&self, x: &Self::Tensor, emit: Emit) -> Result<Self::Activation>;
-    /// `a + b`, reusing `a`'s memory where possible.
     /// Computes what a backend put off until somebody reads `activation`: for whoever times it.
     fn settle(&self, _: &Self::Activation) -> Result<()> {
         Ok(())
     }
+    /// `a + b`, reusing `a`'s memory where possible.
     fn add(&self, a: Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// Moves a mixer's small parameters to the device.

@@ -3,9 +3,8 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -193,12 +192,16 @@ fn write_checkpoint(config: &Value, folder: &Path, monitor: &Monitor) -> Result<
     let names = files.iter().flat_map(|(file, tensors)| tensors.iter().map(move |(tensor, _)| (tensor.clone(), file.clone())));
     let weight_map: BTreeMap<String, String> = names.collect();
     monitor.stage("random weights", files.len());
-    let done = AtomicUsize::new(0);
+    let done = Mutex::new(0);
     // One by one, so that the largest begins first.
     files.into_par_iter().with_max_len(1).try_for_each(|(name, tensors)| {
         monitor.check()?;
-        write_views(&folder.join(name), tensors)?;
-        monitor.step(done.fetch_add(1, Ordering::Relaxed) + 1, "")
+        let path = folder.join(name);
+        let mut file = File::create(&path).map_err(|error| Error::io("creating", &path, &error))?;
+        write_views(&mut file, &path, tensors)?;
+        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+        *done += 1;
+        monitor.step(*done, "")
     })?;
     for (name, text) in
         [("model.safetensors.index.json", json!({ "weight_map": weight_map }).to_string()), ("config.json", config.to_string())]

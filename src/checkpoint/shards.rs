@@ -136,7 +136,7 @@ impl Shards {
         Ok(shards)
     }
 
-    /// Opens these shards of `directory`, which no index names yet.
+    /// Opens these shards of `directory`, in this order.
     pub fn open_files<'n>(directory: &Path, files: impl IntoIterator<Item = &'n String>) -> Result<Self> {
         let mut shards = Self { shards: Vec::new(), entries: BTreeMap::new() };
         for file in files {

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::backend::Backend;
 use crate::checkpoint::hexadecimal;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::Boundary;
 
 /// SHA-256 over the values of tensors, one after another.
@@ -51,26 +52,22 @@ impl FloatHash {
 
 /// Writes tensors one after another, f32 in little-endian, so that the file is absent (or old) or whole.
 pub fn write<B: Backend>(backend: &B, path: &Path, tensors: impl Iterator<Item = Result<B::Tensor>>) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    let failed = |error: std::io::Error| Error::io("writing", path, &error);
-    let mut file = File::create(&temporary).map_err(failed)?;
-    // One tensor is written while the next comes from the device.
-    let written = thread::scope(|scope| -> Result<std::io::Result<()>> {
-        let (sender, receiver) = mpsc::sync_channel::<Vec<f32>>(1);
-        let writer = scope.spawn(move || {
-            receiver.into_iter().try_for_each(|values| file.write_all(bytemuck::cast_slice(&values)))?;
-            file.sync_all()
-        });
-        for tensor in tensors {
-            // Whoever writes no longer takes any where that failed, and says why below.
-            if sender.send(backend.download(&tensor?)?).is_err() {
-                break;
+    files::replace(path, |file| {
+        // One tensor is written while the next comes from the device.
+        thread::scope(|scope| {
+            let (sender, receiver) = mpsc::sync_channel::<Vec<f32>>(0);
+            let writer = scope.spawn(move || receiver.into_iter().try_for_each(|values| file.write_all(bytemuck::cast_slice(&values))));
+            for tensor in tensors {
+                // Whoever writes no longer takes any where that failed, and says why below.
+                if sender.send(backend.download(&tensor?)?).is_err() {
+                    break;
+                }
             }
-        }
-        drop(sender);
-        Ok(writer.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that writes ended"))))
-    })?;
-    written.and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
+            drop(sender);
+            let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            written.map_err(|error| Error::io("writing", path, &error))
+        })
+    })
 }
 
 /// Reads what [`write`] wrote into boundaries, one after another: in each a tensor `[tokens, cols]` for each of `tokens`.

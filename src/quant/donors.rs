@@ -135,6 +135,7 @@ impl Donors {
         store: &Path,
         monitor: &Monitor,
     ) -> Result<Self> {
+        super::divide_nothing();
         let key = Self::key(&checkpoint.sha256()?, steps, sample);
         let directory = store.join(&key[..16]);
         fs::create_dir_all(&directory).map_err(|error| Error::io("creating", &directory, &error))?;

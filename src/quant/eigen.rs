@@ -53,7 +53,7 @@ mod tests {
 
     #[test]
     fn threads_do_not_matter() {
-        let matrix = matrix(DIVIDED);
+        let matrix = matrix(DIVIDED + 70);
         let with = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| eigenvectors(matrix.as_ref()).unwrap())

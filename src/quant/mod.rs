@@ -34,3 +34,8 @@ pub(crate) use publish::write_views;
 pub use publish::{lock, work_directory};
 pub use recipe::{AllocateSpec, Formats, Internals, Method, Override, RECIPE_SCHEMA, Recipe, Steps};
 pub use sample::{Sample, SampleSpec};
+
+/// Has faer divide nothing among threads but what it is told to: results must not depend on how many there are.
+fn divide_nothing() {
+    faer::set_global_parallelism(faer::Par::Seq);
+}

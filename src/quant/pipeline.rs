@@ -1,8 +1,8 @@
 //! load → analyze → quantize → validate → save, one block at a time.
 //!
 //! Two residual streams of the sample move from block to block: the float model's, and the quantized model's. After
-//! each block its shard, both streams and what was measured are in the work folder; a run that ends early goes on
-//! from there. The finished files are opened again and must give the same streams and logits before they appear.
+//! each block its shard is in the work folder and, as often as that is cheap, both streams and what was measured; a run that ends
+//! early goes on from there. The finished files are opened again and must give the same streams and logits before they appear.
 
 mod block;
 mod ends;
@@ -101,7 +101,7 @@ pub fn request_key(source: &str, request: &QuantizeRequest<'_>) -> String {
 }
 
 /// Makes a variant. Killed at any moment, it leaves either no variant or a whole one at the output, and the same
-/// request run again goes on after the last finished block.
+/// request run again goes on after the last block whose streams were kept.
 pub fn quantize<B: Backend>(backend: &B, request: &QuantizeRequest<'_>, monitor: &Monitor) -> Result<VariantManifest> {
     if request.output.exists() && !request.force {
         return Err(publish::exists(&request.output));
@@ -109,6 +109,7 @@ pub fn quantize<B: Backend>(backend: &B, request: &QuantizeRequest<'_>, monitor:
     if request.checkpoint.variant.is_some() {
         return Err(Error::input(format!("{} is quantized already", request.checkpoint.name)).hint("give the original checkpoint"));
     }
+    super::divide_nothing();
     let work = publish::work_directory(&request.output);
     let lock = publish::lock(&work, "wait for it, or choose another output with -o")?;
     let manifest = Pipeline::new(backend, request, &work, monitor)?.run()?;

@@ -54,12 +54,12 @@ pub fn write_tensors(path: &Path, tensors: &[TensorOut<'_>]) -> Result<()> {
         .map(|(name, dtype, shape, bytes)| Ok((name.clone(), TensorView::new(*dtype, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, SafeTensorError>>();
     let views = views.map_err(|error| not_laid_out(path, &error))?;
-    files::replace(path, |temporary| write_views(temporary, views))
+    files::replace(path, |file| write_views(file, path, views))
 }
 
-/// Writes a safetensors file of these tensors, to the byte as the library does: but their bytes are asked for one after another, and
-/// go to the file from where they are.
-pub fn write_views(path: &Path, mut tensors: Vec<(String, impl View)>) -> Result<()> {
+/// Writes a safetensors file of these tensors to `file`, at `path`, to the byte as the library does: but their bytes are asked for one
+/// after another, and go to the file from where they are.
+pub fn write_views(file: &mut File, path: &Path, mut tensors: Vec<(String, impl View)>) -> Result<()> {
     tensors.sort_by(|(name, tensor), (other, next)| next.dtype().cmp(&tensor.dtype()).then(name.cmp(other)));
     let mut end = 0;
     let info = |(name, tensor): &(String, _)| {
@@ -73,13 +73,15 @@ pub fn write_views(path: &Path, mut tensors: Vec<(String, impl View)>) -> Result
     let header = metadata.and_then(|metadata| Ok(serde_json::to_vec(&metadata)?));
     let mut header = header.map_err(|error| not_laid_out(path, &error))?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(path)?;
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        tensors.iter().try_for_each(|(_, tensor)| file.write_all(&tensor.data()))
-    };
-    write().map_err(|error| Error::io("writing", path, &error))
+    let failed = |error: std::io::Error| Error::io("writing", path, &error);
+    file.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&header)).map_err(failed)?;
+    tensors.iter().try_for_each(|(name, tensor)| {
+        let bytes = tensor.data();
+        if bytes.len() != View::data_len(tensor) {
+            return Err(Error::run(format!("tensor `{name}` has {} bytes, not {}", bytes.len(), View::data_len(tensor))));
+        }
+        file.write_all(&bytes).map_err(failed)
+    })
 }
 
 fn not_laid_out(path: &Path, error: &SafeTensorError) -> Error {
