@@ -103,7 +103,7 @@ template <int THREADS, int COUNT> DEVICE float round_row(float4 (&held)[COUNT], 
     for (int i = 0; i < COUNT; ++i) largest = maximum(largest, magnitude_of(held[i]));
     const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(front_max<THREADS>(largest, scratch))), 127.0f);
     const Rounding rounding(scale);
-    if (static_scale)
+    if (static_scale || scale < SMALLEST_NORMAL)
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) held[i] = make_float4(rounding.within(held[i].x), rounding.within(held[i].y), rounding.within(held[i].z), rounding.within(held[i].w));
 #pragma unroll
@@ -142,7 +142,8 @@ template <int THREADS> DEVICE Codes front_codes(u8* shared, int cols, CODES_PARA
     return {reinterpret_cast<const i8*>(to), scale};
 }
 
-// Where input k of a row of floats lies: of each 256 the first four of every eight come first, as with codes.
+// Where input k of a row of floats lies: of each 256 the first four of every eight come first, so that a warp
+// which reads eight a lane, four at a time, meets all banks.
 DEVICE int float_place(int k) { return k / 256 * 256 + k % 8 / 4 * 128 + k / 8 % 32 * 4 + k % 4; }
 
 // The same as floats, by `float_place`.

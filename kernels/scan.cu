@@ -1,7 +1,8 @@
 // The selective scan over whole sequences where shared memory holds what a chunk needs twice (227 KiB: data-centre GPUs from sm_90 on),
-// for up to 128 states, an even number of channels a head and in each row: `ssd_share` computes for every chunk what the heads of a group have in common, `ssd_scan` goes through a
-// sequence's chunks with the state of 64 channels in registers. No state comes to memory between chunks, and what is common is
-// computed once in place of once for every four heads. Other GPUs, and larger states, use `ssd.cu`, which has the equations.
+// for up to 128 states, an even number of channels a head and in each row: `ssd_share` computes for every chunk what the heads of a
+// group have in common, `ssd_scan` goes through a sequence's chunks with the state of 64 channels in registers. No state comes to
+// memory between chunks, and what is common is computed once in place of once for every four heads. Others use `ssd.cu`, which has the
+// equations.
 #include "gate.cuh"
 #include "ssd.cuh"
 

@@ -1,7 +1,8 @@
 // Linears of one token where there is a copy engine (sm_90 and later), bound by reading the weights once: four warps bring tiles of 16 rows
-// through a ring (`ring.cuh`), sixteen have a row of each tile. Nobody needs tensor cores for one token, nor another warp's sums. The
-// norm or relu² in front of the linear is computed here, too (`front.cuh`), while the ring fills. Integer results are those of
-// `linear_few.cu` to the bit. This file is empty where there is no copy engine.
+// through a ring (`ring.cuh`), sixteen multiply. bf16 and int8: each has a row of a tile, and needs neither tensor cores nor another warp's
+// sums; int4: each has the same inputs of all 16 rows, tensor cores multiply, and one warp more adds up. The norm or relu² in front of
+// the linear is computed here, too (`front.cuh`), while the ring fills. Integer results are those of `linear_few.cu` to the bit. This
+// file is empty where there is no copy engine.
 #include "front.cuh"
 #include "ring.cuh"
 
@@ -203,8 +204,8 @@ RESIDENT_KERNEL(THREADS + ADDING, 1, one_w4a8, (const u8* w, const bf16* w_scale
         return;
     }
     if (threadIdx.x >= WORKING) {
-        wait_previous();
         for (Stages first = ring; first.parity == ring.parity;) first.hand_back();
+        wait_previous();
         for (Tiles left = others; left.more(); left.next())
             for (int at = 0; at < ld(cols); at += PIECE) ring.wait_released(), ring.hand_back();
         add_int4(ring, tiles, products, Scratch(front).scale, rows, groups, TAIL_ARGUMENTS);

@@ -252,7 +252,7 @@ fn quantized(folder: &Path, recipe: &str, overrides: &[&str]) -> Checkpoint {
 }
 
 fn recordable(cuda: &Cuda, checkpoint: &Checkpoint) -> Vec<bool> {
-    (0..checkpoint.layout.blocks.len()).map(|index| Block::load(cuda, checkpoint, index).unwrap().is_recordable()).collect()
+    (0..checkpoint.layout.blocks.len()).map(|index| Block::load(cuda, checkpoint, index).unwrap().is_recordable(cuda)).collect()
 }
 
 /// Whole models with experts, quantized: prompts and steps as on the CPU, steps recorded; the same where experts differ, which

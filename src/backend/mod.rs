@@ -394,6 +394,10 @@ pub trait Backend: Send + Sync + 'static {
         cache: Option<&mut Self::SsmCache>,
     ) -> Result<Self::Tensor>;
 
+    /// Whether a decoding step with attention of this shape can be recorded.
+    fn records_attention(&self, _: &AttentionShape) -> bool {
+        true
+    }
     /// An empty cache for `sequences` sequences. New keys and values are rounded to the format before any query sees
     /// them, so that a prefill in one call and token by token agree.
     fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> Self::KvCache;

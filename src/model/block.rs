@@ -326,10 +326,11 @@ impl<B: Backend> Block<B> {
     }
 
     /// Whether a decoding step through it can be recorded, because its launches are the same for every token.
-    pub fn is_recordable(&self) -> bool {
+    pub fn is_recordable(&self, backend: &B) -> bool {
         match &self.mixer {
             Mixer::Moe(moe) => moe.is_recordable(),
-            Mixer::Ssm(_) | Mixer::Mlp(_) | Mixer::Attention(_) => true,
+            Mixer::Attention(attention) => backend.records_attention(&attention.shape),
+            Mixer::Ssm(_) | Mixer::Mlp(_) => true,
         }
     }
 

@@ -184,7 +184,7 @@ impl<B: Backend> Hybrid<B> {
         }
         let sequences = Sequences::steps(cache.sequences);
         if cache.warm
-            && self.blocks.iter().all(Block::is_recordable)
+            && self.blocks.iter().all(|block| block.is_recordable(&self.backend))
             && let Some((step, logits)) = self.backend.record(&mut || self.last_logits(ids, &sequences, Some(&mut *cache)))?
         {
             cache.step = Some(step);

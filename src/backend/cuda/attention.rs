@@ -14,6 +14,7 @@ const QUERIES: usize = 64;
 const SPLIT_KEYS: usize = 32;
 /// Warps of a block of a decoding step: as many read keys and values, and each query head of a key-value head has one.
 const READING_WARPS: usize = 8;
+/// Warps of such a block at most: query heads of a key-value head.
 const MOST_WARPS: usize = 16;
 /// Tokens that a new cache has room for, for each sequence; it doubles when they are used up.
 const FIRST_CAPACITY: usize = 256;
@@ -120,6 +121,11 @@ impl KvCache {
 }
 
 impl Cuda {
+    /// Whether a step's attention is one launch, which reads on the device how far sequences are, so that it can be recorded.
+    pub(super) fn steps_attention(shape: &AttentionShape) -> bool {
+        shape.heads / shape.kv_heads <= MOST_WARPS
+    }
+
     /// Without a cache: each sequence sees its own keys behind those of the sequences that it continues.
     pub(super) fn attend(&self, [q, k, v]: [&CudaTensor; 3], shape: &AttentionShape, sequences: &Sequences) -> Result<CudaTensor> {
         let ranges: Vec<_> = sequences.ranges().collect();
@@ -180,7 +186,7 @@ impl Cuda {
             *length += range.len();
         }
         let (moves, step) = (positions.moves, ranges.iter().all(|range| range.len() == 1));
-        if step && shape.heads / shape.kv_heads <= MOST_WARPS {
+        if step && Self::steps_attention(shape) {
             drop(positions);
             if let Some(notes) = &mut *lock(&self.recording) {
                 notes.positions.push((Arc::clone(&cache.positions), moves));

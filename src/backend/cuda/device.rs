@@ -130,7 +130,7 @@ pub trait Pinned: Send + Sync {
     fn write(&self, bytes: &[u8]);
     /// Copies the beginning. Whoever calls it has waited for the kernels that write it.
     fn read(&self, bytes: &mut [u8]);
-    fn address(&self) -> *const u8;
+    fn address(&self) -> *mut u8;
 }
 
 /// Sizes at and above this are rounded up to a multiple of it, smaller ones to [`SMALL`]: buffers are reused by size.
@@ -293,11 +293,6 @@ impl Memory {
         free.next_recording += 1;
         free.recording = Some(recording);
         recording
-    }
-
-    /// Goes on allocating for an earlier recording.
-    pub fn resume_private(&self, recording: u64) {
-        lock(&self.free).recording = Some(recording);
     }
 
     pub fn end_private(&self) {

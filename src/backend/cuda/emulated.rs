@@ -422,7 +422,7 @@ impl Pinned for HostBytes {
         bytes.copy_from_slice(&lock(&self.0)[..bytes.len()]);
     }
 
-    fn address(&self) -> *const u8 {
-        lock(&self.0).as_ptr()
+    fn address(&self) -> *mut u8 {
+        lock(&self.0).as_mut_ptr()
     }
 }

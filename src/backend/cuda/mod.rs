@@ -340,6 +340,10 @@ impl Backend for Cuda {
         self.scan(projection, parameters, shape, sequences, cache)
     }
 
+    fn records_attention(&self, shape: &AttentionShape) -> bool {
+        Self::steps_attention(shape)
+    }
+
     fn kv_cache(&self, shape: &AttentionShape, sequences: usize, formats: CacheFormats) -> attention::KvCache {
         attention::KvCache::new(shape, sequences, formats)
     }

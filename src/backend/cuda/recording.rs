@@ -58,8 +58,8 @@ impl Cuda {
         });
         let notes = lock(&self.recording).take().unwrap_or_default();
         self.memory.end_private();
-        let ((left, result), graph) = recorded?;
-        graph.launch()?;
+        let launched = recorded.and_then(|(recorded, graph)| graph.launch().map(|()| (recorded, graph)));
+        let ((left, result), graph) = launched.inspect_err(|_| self.memory.drop_private(private))?;
         lock(&self.choices).insert(result.buffer().address(), left);
         let (choices, memory) = (Arc::clone(&self.choices), Arc::clone(&self.memory));
         Ok(Some((CudaRecording { graph, notes, result: Some(result.clone()), choices, private, memory }, result)))

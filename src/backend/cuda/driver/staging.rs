@@ -42,7 +42,7 @@ impl PageLocked {
 
 impl Drop for PageLocked {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new`; the driver waits for copies that use it.
+        // SAFETY: allocated by `new`; the driver waits for copies that use it, and whoever has kernels write it for these.
         let _ = unsafe { result::free_host(self.address.cast()) };
     }
 }
@@ -60,7 +60,7 @@ impl Pinned for PageLocked {
         unsafe { std::ptr::copy_nonoverlapping(self.address, bytes.as_mut_ptr(), count) };
     }
 
-    fn address(&self) -> *const u8 {
+    fn address(&self) -> *mut u8 {
         self.address
     }
 }
