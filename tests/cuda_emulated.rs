@@ -16,7 +16,9 @@ use strata::backend::cuda::emulated::Emulated;
 use strata::backend::cuda::libraries::Libraries;
 use strata::backend::cuda::nvrtc::Nvrtc;
 use strata::backend::cuda::{Cuda, sources};
-use strata::backend::{Backend, Emit, MambaParameters, MambaShape, Sequences, Side, SsmInternals, SsmScales, StateRotation};
+use strata::backend::{
+    AttentionShape, Backend, Emit, MambaParameters, MambaShape, Sequences, Side, SsmInternals, SsmScales, StateRotation,
+};
 use strata::checkpoint::{self, Checkpoint};
 use strata::eval::{EvaluateRequest, ModelToEvaluate, evaluate};
 use strata::format::{CacheFormat, CacheFormats, LinearWeights};
@@ -290,6 +292,28 @@ fn decoding_with_caches_and_recorded_steps_gives_the_cpus_logits() {
         drop(cuda_cache);
         let (logits, chosen) = last.unwrap();
         assert_eq!(cuda.argmax(&logits).unwrap(), chosen, "{name}");
+    }
+}
+
+#[test]
+fn steps_of_many_heads_a_key_value_head_see_every_key_and_are_not_recorded() {
+    let Some(cuda) = emulated() else { return };
+    let shape = |ratio: usize| AttentionShape { heads: 2 * ratio, kv_heads: 2, head_dim: 32 };
+    assert!(cuda.records_attention(&shape(16)) && !cuda.records_attention(&shape(17)));
+    for shape in [shape(16), shape(17)] {
+        let rows = |seed: usize, cols: usize| (0..cols).map(|i| ((i * 31 + seed * 17) % 23) as f32 / 23.0 - 0.5).collect::<Vec<f32>>();
+        let step = |seed: usize| [shape.heads, shape.kv_heads, shape.kv_heads].map(|heads| (rows(seed + heads, heads * 32), heads * 32));
+        let formats = CacheFormats::default();
+        let (mut on_cpu, mut on_cuda) = (Cpu.kv_cache(&shape, 1, formats), cuda.kv_cache(&shape, 1, formats));
+        for seed in 0..4 {
+            let sequences = Sequences::steps(1);
+            let [q, k, v] = step(seed).map(|(values, cols)| Cpu.upload(values, cols).unwrap());
+            let expected = Cpu.attention(&q, &k, &v, &shape, &sequences, Some(&mut on_cpu)).unwrap();
+            let [q, k, v] = step(seed).map(|(values, cols)| cuda.upload(values, cols).unwrap());
+            let found = cuda.attention(&q, &k, &v, &shape, &sequences, Some(&mut on_cuda)).unwrap();
+            let difference = largest_difference(&Cpu.download(&expected).unwrap(), &cuda.download(&found).unwrap());
+            assert!(difference < FLOAT_TOLERANCE, "{} heads, step {seed}: {difference}", shape.heads);
+        }
     }
 }
 
