@@ -152,7 +152,7 @@ if wanted sanitizer && command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         quiet=()
         [ "$tool" = memcheck ] && quiet=(--report-api-errors no)
-        step "$tool" 60 compute-sanitizer --tool "$tool" "${quiet[@]}" --error-exitcode 9 "$strata" bench --verify --small --device "$device"
+        step "$tool" 120 compute-sanitizer --tool "$tool" "${quiet[@]}" --error-exitcode 9 "$strata" bench --verify --small --device "$device"
         note "$tool findings" "$(grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$tool.txt" "$tool.log" | tail -n 1)"
     done
 fi
