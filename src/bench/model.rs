@@ -12,6 +12,7 @@ use crate::eval::statistics::median;
 use crate::format::{BlockKind, CacheFormat, CacheFormats, Format};
 use crate::model::Hybrid;
 use crate::monitor::Monitor;
+use crate::quant::Recipe;
 
 /// Times each measurement is repeated; medians are reported.
 const REPETITIONS: usize = 5;
@@ -25,6 +26,8 @@ const CONTEXT: usize = 64;
 #[derive(Debug, Clone)]
 pub struct ModelRequest {
     pub formats: Vec<Format>,
+    /// Whose online transforms and internals of Mamba-2 the models have; without one they have none.
+    pub recipe: Option<Recipe>,
     pub prompts: Vec<usize>,
     pub batches: Vec<usize>,
     pub state: CacheFormat,
@@ -35,6 +38,8 @@ pub struct ModelRequest {
 pub struct ModelSpeed {
     pub shape: String,
     pub format: String,
+    /// See [`ModelRequest::recipe`].
+    pub recipe: Option<String>,
     /// Weights on the device, with embedding and head.
     pub weight_bytes: u64,
     /// Most device memory in use; `None` where it is the process's.
@@ -85,10 +90,12 @@ pub fn measure<B: Backend + Clone>(
     for format in &request.formats {
         backend.reset_peak()?;
         monitor.stage(&format!("generate {format}"), shape.layout.blocks.len());
-        let model = random::assemble(backend.clone(), shape, *format, caches, &mut |index| monitor.step(index + 1, ""))?;
+        let model =
+            random::assemble(backend.clone(), shape, *format, request.recipe.as_ref(), caches, &mut |index| monitor.step(index + 1, ""))?;
         let mut speed = ModelSpeed {
             shape: shape.name.clone(),
             format: format.to_string(),
+            recipe: request.recipe.as_ref().map(|recipe| recipe.name.clone()),
             weight_bytes: model.resident_bytes(),
             peak_bytes: None,
             prefill: Vec::new(),

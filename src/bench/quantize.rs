@@ -184,7 +184,7 @@ fn write_checkpoint(config: &Value, folder: &Path, monitor: &Monitor) -> Result<
     // The largest first.
     let mut files = vec![("ends.safetensors".to_owned(), ends)];
     for spec in &layout.blocks {
-        let source = OfBlock { random: &random, spec };
+        let source = OfBlock { random: &random, spec, recipe: None };
         let vectors = spec.others.iter().map(|other| Ok(Random::vector(other, &source.tensor(&other.name)?)));
         let matrices = spec.linears.iter().map(|linear| Ok(Random::matrix(linear, &random)));
         files.push((format!("block-{:03}.safetensors", spec.index), vectors.chain(matrices).collect::<Result<_>>()?));

@@ -9,8 +9,9 @@ use super::Shape;
 use crate::backend::{Backend, SsmInternals};
 use crate::checkpoint::{BlockSpec, LinearSpec};
 use crate::error::{Error, Result};
-use crate::format::{CacheFormats, Format, LinearWeights, QuantizedMatrix, Scheme, WeightPart};
-use crate::model::{Block, BlockSource, Ends, Hybrid};
+use crate::format::{CacheFormats, Format, LinearWeights, QuantizedMatrix, Scheme, Transform, WeightPart};
+use crate::model::{Block, BlockSource, Ends, Hybrid, internals};
+use crate::quant::Recipe;
 
 /// Random values that weights are made of, again and again: a prime number, so that no two rows are alike.
 const POOL: usize = 1_048_573;
@@ -20,11 +21,13 @@ pub fn plan_format(format: Format) -> Format {
     if format == Format::W16A16 { format } else { Format::W8A8 }
 }
 
-/// A model of `shape` in `format` with random weights, its head in [`plan_format`], its SSM states kept as `caches` says.
+/// A model of `shape` in `format` with random weights, its head in [`plan_format`], its SSM states kept as `caches` says. With a `recipe`
+/// it computes what one that the recipe quantized does: its online transforms, and its internals of Mamba-2.
 pub fn assemble<B: Backend>(
     backend: B,
     shape: &Shape,
     format: Format,
+    recipe: Option<&Recipe>,
     caches: CacheFormats,
     each: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Hybrid<B>> {
@@ -36,7 +39,7 @@ pub fn assemble<B: Backend>(
     let ends = Ends::new(&backend, table, vec![1.0; config.hidden_size], config.norm_eps, head)?;
     let mut blocks = Vec::with_capacity(layout.blocks.len());
     for spec in &layout.blocks {
-        blocks.push(Block::assemble(&backend, config, spec, &OfBlock { random: &source, spec })?);
+        blocks.push(Block::assemble(&backend, config, spec, &OfBlock { random: &source, spec, recipe })?);
         each(spec.index)?;
     }
     Ok(Hybrid::new(backend, ends, blocks, config.vocab_size, caches))
@@ -138,7 +141,18 @@ impl RandomWeights {
 pub(super) struct OfBlock<'a> {
     pub random: &'a RandomWeights,
     pub spec: &'a BlockSpec,
+    /// What transforms it, and how its internals are rounded.
+    pub recipe: Option<&'a Recipe>,
 }
+
+impl OfBlock<'_> {
+    fn transforms(&self) -> &[Transform] {
+        self.recipe.map_or(&[], |recipe| &recipe.transforms)
+    }
+}
+
+/// Static scale of a mixer's internals, whose values are of about 1.
+const INTERNAL_SCALE: f32 = 4.0 / 127.0;
 
 impl BlockSource for OfBlock<'_> {
     fn tensor(&self, name: &str) -> Result<Vec<f32>> {
@@ -158,15 +172,21 @@ impl BlockSource for OfBlock<'_> {
     fn linear(&self, linear: &LinearSpec) -> Result<LinearWeights> {
         let mut weights = self.random.weights(linear, &linear.schemes(self.random.format), self.random.format);
         weights.bias = linear.bias.then(|| vec![0.0; linear.rows]);
+        weights.hadamard = linear.hadamard(self.transforms());
         Ok(weights)
     }
 
-    fn internals(&self, _: &BlockSpec) -> Result<SsmInternals> {
-        Ok(SsmInternals::Float)
+    fn internals(&self, block: &BlockSpec) -> Result<SsmInternals> {
+        let Some(recipe) = self.recipe else { return Ok(SsmInternals::Float) };
+        internals(recipe.activations.ssm, self.random.format, block, |name| {
+            let spec = block.internal_scales().into_iter().find(|spec| spec.name == name);
+            let count = spec.ok_or_else(|| Error::run(format!("block {} has no scales `{name}`", block.index)))?.elements();
+            Ok(vec![INTERNAL_SCALE; count as usize])
+        })
     }
 
     fn rotates_state(&self) -> bool {
-        false
+        self.transforms().contains(&Transform::RotateState)
     }
 }
 

@@ -15,6 +15,7 @@ use strata::bench::{PUBLISHED, Shape};
 use strata::error::{Error, Result};
 use strata::format::{CacheFormat, Format};
 use strata::monitor::{CancelToken, Monitor, Report};
+use strata::quant::Recipe;
 use strata::session::report;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -40,9 +41,10 @@ pub struct Bench {
     /// Quantize a model of the shape with random weights (nemotron-h-8b unless --shape names another) and time the stages.
     #[arg(long)]
     quantize: bool,
-    /// With --quantize: the recipe.
-    #[arg(long, default_value = "phase2", requires = "quantize")]
-    recipe: String,
+    /// With --quantize: the recipe, phase2 if none is named. With --shape alone: give the random models the online transforms and the
+    /// internals of Mamba-2 that models of this recipe have.
+    #[arg(long)]
+    recipe: Option<String>,
     /// With --quantize: only so many of the shape's first blocks.
     #[arg(long, requires = "quantize")]
     blocks: Option<usize>,
@@ -93,7 +95,7 @@ impl Bench {
             cancel_on_signals(cancel)?;
             let request = QuantizeSpeedRequest {
                 shape: self.shape.clone().unwrap_or_else(|| PUBLISHED[0].0.into()),
-                recipe: self.recipe.clone(),
+                recipe: self.recipe.clone().unwrap_or_else(|| "phase2".into()),
                 blocks: self.blocks,
                 sequences: self.sequences,
                 length: self.length,
@@ -110,11 +112,15 @@ impl Bench {
             Some(name) => {
                 let request = ModelRequest {
                     formats: self.formats.iter().map(|format| format.parse().map_err(Error::input)).collect::<Result<_>>()?,
+                    recipe: self.recipe.as_deref().map(Recipe::find).transpose()?,
                     prompts: self.prompts.clone(),
                     batches: self.batches.clone(),
                     state: state(&self.state)?,
                 };
                 models = model::measure(backend, &Shape::find(name)?, &request, bandwidth, &monitor, |_| {})?;
+            }
+            None if self.recipe.is_some() => {
+                return Err(Error::input("--recipe is of whole models").hint("give --shape, to time random models, or --quantize"));
             }
             None => timed = operations::measure(backend, &Shape::find(PUBLISHED[0].0)?, &self.tokens, bandwidth, &monitor)?,
         }
@@ -210,7 +216,8 @@ fn print_operations(timed: &[OperationSpeed]) -> Result<()> {
 fn print_models(models: &[ModelSpeed]) -> Result<()> {
     for speed in models {
         let peak = speed.peak_bytes.map_or_else(String::new, |bytes| format!(", peak {}", report::bytes(bytes)));
-        output::line(&format!("{} {}: weights {}{peak}", speed.shape, speed.format, report::bytes(speed.weight_bytes)))?;
+        let like = speed.recipe.as_ref().map_or_else(String::new, |recipe| format!(" as of {recipe}"));
+        output::line(&format!("{} {}{like}: weights {}{peak}", speed.shape, speed.format, report::bytes(speed.weight_bytes)))?;
         let base = models.iter().find(|other| other.format == Format::W16A16.to_string());
         for prefill in &speed.prefill {
             let ratio = base.and_then(|base| base.prefill.iter().find(|other| other.tokens == prefill.tokens));
