@@ -70,14 +70,13 @@ impl Nvrtc {
         self.compile_with(source, arch, &[]).map(|(cubin, _)| cubin)
     }
 
-    /// What each kernel of a file takes of a multiprocessor of `arch`, as the assembler tells.
+    /// What each kernel of a file takes of a multiprocessor of `arch`, as the assembler tells; files may be empty for some.
     pub fn resources(&self, source: &Source, arch: u32) -> Result<Vec<KernelResources>> {
         let (_, log) = self.compile_with(source, arch, &["--ptxas-options=-v"])?;
-        let resources = parse_resources(&log);
-        if resources.is_empty() {
+        if !log.contains("ptxas info") {
             return Err(Error::run(format!("NVRTC tells nothing about {}", source.name)).hint("NVRTC 12.0 and newer do"));
         }
-        Ok(resources)
+        Ok(parse_resources(&log))
     }
 
     /// Machine code and the compiler's log.
