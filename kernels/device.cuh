@@ -57,6 +57,8 @@ template <> __device__ __forceinline__ f16 narrow<f16>(float x) { f16 y; asm("cv
 // Two bf16 in a word, `low` in the lower half.
 DEVICE u32 pack_bf16(float low, float high) { u32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
 
+// The bytes of a word moved down by one, and byte i of another behind them.
+DEVICE u32 push_byte(u32 word, u32 from, int i) { return __byte_perm(word, from, 0x0321 | (4 + i) << 12); }
 // The lowest bytes of four words, a's lowest.
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410); }
 DEVICE int dot4(int a, int b, int sum) { return __dp4a(a, b, sum); }

@@ -190,6 +190,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 
+inline u32 push_byte(u32 word, u32 from, int i) { return word >> 8 | (from >> 8 * i & 0xff) << 24; }
 inline u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | d << 24; }
 
 inline int dot4(int a, int b, int sum) {

@@ -2,11 +2,11 @@
 // or y, a state group of B or C, or all of dt. A row has `heads` spans of `head_dim` channels, then `groups` of `state`, then one of
 // `rest` (0: none). A warp takes a span, lane l its channels l, l + 32, …; scales are `[rows, spans]`, or `fixed`, one a channel.
 #include "gate.cuh"
+#include "rotate.cuh"
 
 namespace {
 
 constexpr int WARPS = 4;
-constexpr int COUNT = 8;   // channels of a lane at most: spans have up to 256
 constexpr int TOKENS = 8;  // of a block of the convolution
 
 struct Layout {
@@ -26,40 +26,14 @@ DEVICE Span span_of(const Layout& layout, int index) {
     return {behind + layout.groups * layout.state, layout.rest, 1};
 }
 
-// Orthonormal Hadamard transform of each `block` channels, Sylvester's order.
-DEVICE void rotate(float (&v)[COUNT], int block) {
-    const int lane = threadIdx.x % 32;
-    for (int half = 1; half < minimum(block, 32); half *= 2)
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            const float other = shuffle_xor(v[i], half);
-            v[i] = lane & half ? other - v[i] : v[i] + other;
-        }
-#pragma unroll
-    for (int step = 1; step < COUNT; step *= 2) {
-        if (32 * step >= block) break;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            if (i & step) continue;
-            const float a = v[i], b = v[i + step];
-            v[i] = a + b;
-            v[i + step] = a - b;
-        }
-    }
-    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(block)));
-    if (block > 1)
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) v[i] = __fmul_rn(v[i], scale);
-}
-
 // round-half-even(x / scale) within ±127, 0 where the scale is 0.
 DEVICE i8 code_of(float x, float scale) {
     return scale > 0.0f ? static_cast<i8>(round_even(fminf(fmaxf(__fdiv_rn(x, scale), -127.0f), 127.0f))) : static_cast<i8>(0);
 }
 
-// Rounds a span to `codes` under `fixed`, both of its first channel, or under absmax / 127, which it leaves in `scale`. Codes cannot
-// say that something is not a number: `fault` does.
-DEVICE void round_span(const float (&v)[COUNT], int width, const float* fixed, i8* codes, float* scale, int* fault) {
+// A span's codes under `fixed`, of its first channel, or under absmax / 127, which it returns. Codes cannot say that something is not a number:
+// `fault` does.
+DEVICE float codes_of_span(const float (&v)[COUNT], i8 (&codes)[COUNT], int width, const float* fixed, int* fault) {
     const int lane = threadIdx.x % 32;
     float largest = 0.0f;
     bool finite = true;
@@ -74,8 +48,19 @@ DEVICE void round_span(const float (&v)[COUNT], int width, const float* fixed, i
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const int c = lane + 32 * i;
-        if (c < width) codes[c] = code_of(v[i], fixed ? fixed[c] : found);
+        codes[i] = c < width ? code_of(v[i], fixed ? fixed[c] : found) : static_cast<i8>(0);
     }
+    return found;
+}
+
+// Leaves a span's codes, and its scale unless that is `fixed`.
+DEVICE void round_span(const float (&v)[COUNT], int width, const float* fixed, i8* codes, float* scale, int* fault) {
+    const int lane = threadIdx.x % 32;
+    i8 rounded[COUNT];
+    const float found = codes_of_span(v, rounded, width, fixed, fault);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (lane + 32 * i < width) codes[lane + 32 * i] = rounded[i];
     if (!fixed && lane == 0) *scale = found;
 }
 
@@ -83,9 +68,7 @@ struct Sequence {
     int begin, end, from, to;
 };
 
-// Without a table, token i is a step of the sequence in slot i.
 DEVICE Sequence sequence(const int* sequences, int index) {
-    if (!sequences) return {index, index + 1, index, index};
     return {sequences[4 * index], sequences[4 * index + 1], sequences[4 * index + 2], sequences[4 * index + 3]};
 }
 
@@ -101,7 +84,7 @@ KERNEL(128, spans, (const float* x, int heads, int head_dim, int head_block, int
     float v[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) v[i] = lane + 32 * i < span.width ? x[at + lane + 32 * i] : 0.0f;
-    rotate(v, span.block);
+    rotate(v, span.width, span.block);
     const Gate gates = {GATE_ARGUMENTS};
     if (out)
 #pragma unroll
@@ -124,8 +107,7 @@ KERNEL(128, widen_spans, (const i8* codes, int stride, const float* scales, int 
 
 // The causal convolution of x | B | C in integers, SiLU, rotation, and the codes of the result. With run-time scales a tap's product is
 // scaled by its token's scale and taps are added in f32, oldest first; with static ones (`scales` null, part of `tap_scales`) in int32.
-// Without `sequences` every token is a step, and the windows move on.
-KERNEL(128, conv_i8, (const i8* projected, int stride, int inner, const float* scales, int scale_stride, int scale_offset, const i8* taps, const float* tap_scales, const float* bias, int kernel, int heads, int head_dim, int head_block, int groups, int state, int state_block, const int* sequences, i8* windows, float* window_scales, const float* fixed, i8* out, float* out_scales, int* fault)) {
+KERNEL(128, conv_i8, (const i8* projected, int stride, int inner, const float* scales, int scale_stride, int scale_offset, const i8* taps, const float* tap_scales, const float* bias, int kernel, int heads, int head_dim, int head_block, int groups, int state, int state_block, const int* sequences, const i8* windows, const float* window_scales, const float* fixed, i8* out, float* out_scales, int* fault)) {
     depend();
     const Layout layout = {heads, head_dim, head_block, groups, state, state_block, 0};
     const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, count = spans_of(layout);
@@ -136,8 +118,8 @@ KERNEL(128, conv_i8, (const i8* projected, int stride, int inner, const float* s
     const int channels = heads * head_dim + groups * state;
     const i8* tokens = projected + static_cast<i64>(own.begin) * stride + inner + span.first;
     const float* token_scales = scales ? scales + static_cast<i64>(own.begin) * scale_stride + scale_offset + index : nullptr;
-    i8* window = own.from < 0 ? nullptr : windows + static_cast<i64>(own.from) * (kernel - 1) * channels + span.first;
-    float* window_scale = own.from < 0 || !scales ? nullptr : window_scales + static_cast<i64>(own.from) * (kernel - 1) * count + index;
+    const i8* window = own.from < 0 ? nullptr : windows + static_cast<i64>(own.from) * (kernel - 1) * channels + span.first;
+    const float* window_scale = own.from < 0 || !scales ? nullptr : window_scales + static_cast<i64>(own.from) * (kernel - 1) * count + index;
     for (int t = first; t < minimum(first + TOKENS, length); ++t) {
         float v[COUNT];
 #pragma unroll
@@ -157,16 +139,65 @@ KERNEL(128, conv_i8, (const i8* projected, int stride, int inner, const float* s
             }
             v[i] = silu((scales ? sum : static_cast<float>(integer)) * tap_scales[span.first + c] + bias[span.first + c]);
         }
-        rotate(v, span.block);
+        rotate(v, span.width, span.block);
         const i64 row = own.begin + t;
         round_span(v, span.width, fixed ? fixed + span.first : nullptr, out + row * channels + span.first, out_scales + row * count + index, fault);
     }
-    if (sequences) return;
+}
+
+// A step of each slot: rounds its row z | x | B | C | dt, leaves in `widened` [slots, inner + heads] what the codes of z and dt stand for, and of
+// x | B | C, whose windows move on, the convolution as above. With run-time scales of the windows (`window_scales` not null), or `fixed_in` ones, of a
+// row, in `tap_scales` as well.
+KERNEL(128, conv_i8_step, (const float* projected, const float* fixed_in, const i8* taps, const float* tap_scales, const float* bias, int kernel, int heads, int head_dim, int head_block, int groups, int state, int state_block, i8* windows, float* window_scales, const float* fixed, float* widened, i8* out, float* out_scales, int* fault)) {
+    // In this order: `ssm_step_*` reads ahead what is written before this launch.
+    wait_previous();
+    launch_next();
+    const Layout row = {2 * heads, head_dim, 1, groups, state, 1, heads}, behind = {heads, head_dim, head_block, groups, state, state_block, 0};
+    const int index = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, slot = blockIdx.y;
+    if (index >= spans_of(row)) return;
+    const Span from = span_of(row, index);
+    const int inner = heads * head_dim, channels = inner + groups * state, width = inner + channels + heads;
+    const float *x = projected + static_cast<i64>(slot) * width + from.first, *own_fixed = fixed_in ? fixed_in + from.first : nullptr;
+    float v[COUNT];
+    i8 codes[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] = lane + 32 * i < from.width ? x[lane + 32 * i] : 0.0f;
+    const float found = codes_of_span(v, codes, from.width, own_fixed, fault);
+    if (index < heads || index >= 2 * heads + groups) {
+        float* to = widened + static_cast<i64>(slot) * (inner + heads) + (index < heads ? from.first : inner);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int c = lane + 32 * i;
+            if (c < from.width) to[c] = __fmul_rn(static_cast<float>(codes[i]), own_fixed ? own_fixed[c] : found);
+        }
+        return;
+    }
+    const int conv_index = index - heads, count = heads + groups;
+    const Span span = span_of(behind, conv_index);
+    i8* window = windows + static_cast<i64>(slot) * (kernel - 1) * channels + span.first;
+    float* window_scale = window_scales ? window_scales + static_cast<i64>(slot) * (kernel - 1) * count + conv_index : nullptr;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const int c = lane + 32 * i;
+        v[i] = 0.0f;
+        if (c >= span.width) continue;
+        int integer = 0;
+        float sum = 0.0f;
+        for (int k = 0; k < kernel; ++k) {
+            const i8 code = k < kernel - 1 ? window[static_cast<i64>(k) * channels + c] : codes[i];
+            const int product = code * taps[(span.first + c) * kernel + k];
+            integer += product;
+            if (window_scale) sum += static_cast<float>(product) * (k < kernel - 1 ? window_scale[k * count] : found);
+            if (k > 0) window[static_cast<i64>(k - 1) * channels + c] = code;
+        }
+        v[i] = silu((window_scale ? sum : static_cast<float>(integer)) * tap_scales[span.first + c] + bias[span.first + c]);
+    }
+    // All lanes have read the scales.
     __syncwarp();
-    for (int c = lane; c < span.width; c += 32)
-        for (int k = 0; k < kernel - 1; ++k) window[static_cast<i64>(k) * channels + c] = k < kernel - 2 ? window[static_cast<i64>(k + 1) * channels + c] : tokens[c];
-    if (scales && lane == 0)
-        for (int k = 0; k < kernel - 1; ++k) window_scale[k * count] = k < kernel - 2 ? window_scale[(k + 1) * count] : *token_scales;
+    if (window_scale && lane == 0)
+        for (int k = 1; k < kernel; ++k) window_scale[(k - 1) * count] = k < kernel - 1 ? window_scale[k * count] : found;
+    rotate(v, span.width, span.block);
+    round_span(v, span.width, fixed ? fixed + span.first : nullptr, out + static_cast<i64>(slot) * channels + span.first, out_scales + static_cast<i64>(slot) * count + conv_index, fault);
 }
 
 // The last `kernel − 1` inputs of each sequence, into its slot; behind `conv_i8`.

@@ -2,13 +2,15 @@
 // State `[slots, heads, head_dim, state]` in f32, f16 or int8 with one scale a row; arithmetic in f32. A row of the state is a
 // warp's, four consecutive values a lane. y is read out before the new state is rounded to what stores it. x, B, C and dt are floats
 // or codes; of codes, C·B is an integer product: `y = exp(dt·A)·S·C + (C·B)·dt·x + D·x` with the state as it was. What is stored is y
-// times its gate.
+// times its gate; of codes, whose heads may be rotated, a block takes a whole head, OWN rows a warp at a time, and turns its y back first.
 #include "gate.cuh"
+#include "rotate.cuh"
 
 namespace {
 
-constexpr int ROWS = 16;  // of a block
-constexpr int WARPS = 4;
+constexpr int OWN = 4;  // rows of a warp at a time
+constexpr int MAX_THREADS = 640;
+constexpr int MAX_HEAD = 32 * COUNT;
 
 struct Four {
     float v[4];
@@ -58,9 +60,6 @@ struct Floats {
     const float *xbc, *projected;
     int channels, stride, dt_offset;
     static constexpr bool INTEGER = false;
-    // dt, z and the states are read while the launch in front still runs: that one runs since `conv_step`, which lets nothing begin before all
-    // in front of itself is done, wrote none of them.
-    static constexpr bool AHEAD = true;
     float x(int slot, int c, int) const { return xbc[static_cast<i64>(slot) * channels + c]; }
     Four four(int slot, int c, int) const { return read(xbc + static_cast<i64>(slot) * channels + c, 1.0f); }
     float dt(int slot, int head) const { return projected[static_cast<i64>(slot) * stride + dt_offset + head]; }
@@ -68,21 +67,18 @@ struct Floats {
     float scale(int, int, int) const { return 1.0f; }
 };
 
-// The same as codes: scales `[slots, spans]` of x | B | C and one of dt every `dt_scale_stride`, or `fixed` ones a channel, `dt_fixed` a head.
+// x | B | C as codes: scales `[slots, spans]`, or `fixed` ones a channel.
 struct Codes {
-    const i8 *xbc, *projected;
-    int channels, stride, dt_offset, spans, dt_scale_stride;
-    const float *scales, *fixed, *dt_scales, *dt_fixed;
+    const i8* xbc;
+    const float* projected;
+    int channels, stride, dt_offset, spans;
+    const float *scales, *fixed;
     static constexpr bool INTEGER = true;
-    static constexpr bool AHEAD = false;
     float scale(int slot, int c, int span) const { return fixed ? fixed[c] : scales[slot * spans + span]; }
     float x(int slot, int c, int span) const { return __fmul_rn(static_cast<float>(xbc[static_cast<i64>(slot) * channels + c]), scale(slot, c, span)); }
     Four four(int slot, int c, int span) const { return read(xbc + static_cast<i64>(slot) * channels + c, scale(slot, c, span)); }
     u32 word(int slot, int c) const { return *reinterpret_cast<const u32*>(xbc + static_cast<i64>(slot) * channels + c); }
-    float dt(int slot, int head) const {
-        const float own = dt_fixed ? dt_fixed[head] : dt_scales[static_cast<i64>(slot) * dt_scale_stride];
-        return __fmul_rn(static_cast<float>(projected[static_cast<i64>(slot) * stride + dt_offset + head]), own);
-    }
+    float dt(int slot, int head) const { return projected[static_cast<i64>(slot) * stride + dt_offset + head]; }
 };
 
 struct Mixer {
@@ -91,41 +87,55 @@ struct Mixer {
     int heads, head_dim, groups, size;
 };
 
-// CHUNKS: vectors of four states that a lane has of a row, 128 states each.
+// CHUNKS: vectors of four states that a lane has of a row, 128 states each. `head_block`: of the rotation of heads of codes, 1 where there is none.
 template <class State, int CHUNKS, class Input>
-DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, const Gate& gate, float* y) {
-    const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_scales, const Gate& gate, float* y, int head_block = 1) {
+    SHARED(float, turned, MAX_HEAD);
+    SHARED(float, factors, MAX_HEAD);
+    const int head = blockIdx.x, slot = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int inner = m.heads * m.head_dim, group = head / (m.heads / m.groups), size = m.size;
     const int b_offset = inner + group * size, c_offset = inner + (m.groups + group) * size;
     const i64 first = (static_cast<i64>(slot) * m.heads + head) * m.head_dim;
-    constexpr int OWN = ROWS / WARPS;
-    const auto row = [&](int own) { return static_cast<int>(blockIdx.y) * ROWS + own * WARPS + warp; };
-    // Everything that is read from memory is under way before the first of it is used, states too: they are widened later.
+    int start = blockIdx.y * OWN * warps;
+    const int end = Input::INTEGER ? m.head_dim : minimum(m.head_dim, start + OWN * warps);
     decltype(fetch(state)) held[OWN][CHUNKS];
-    Four b[CHUNKS], c[CHUNKS];
     float scales[OWN], z[OWN], x[OWN];
-    int product = 0;
-    if (!Input::AHEAD) wait_previous();
+    const auto row = [&](int own) { return start + own * warps + warp; };
+    const auto ask = [&] {
 #pragma unroll
-    for (int own = 0; own < OWN; ++own) {
-        const int p = row(own);
-        if (p >= m.head_dim) continue;
-        scales[own] = scaled<State> ? state_scales[first + p] : 1.0f;
-        z[own] = gate.raw(slot, head * m.head_dim + p);
+        for (int own = 0; own < OWN; ++own) {
+            const int p = row(own);
+            if (p >= end) continue;
+            scales[own] = scaled<State> ? state_scales[first + p] : 1.0f;
+            if (!Input::INTEGER) z[own] = gate.raw(slot, head * m.head_dim + p);
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            const int n = chunk * 128 + lane * 4;
-            if (n < size) held[own][chunk] = fetch(state + (first + p) * size + n);
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                const int n = chunk * 128 + lane * 4;
+                if (n < size) held[own][chunk] = fetch(state + (first + p) * size + n);
+            }
         }
-    }
-    const float raw = in.dt(slot, head), bias = m.dt_bias[head], a = m.a[head], skip = m.d[head];
-    launch_next();
-    if (Input::AHEAD) wait_previous();
+    };
+    const auto ask_inputs = [&] {
 #pragma unroll
-    for (int own = 0; own < OWN; ++own) {
-        const int p = row(own);
-        if (p < m.head_dim) x[own] = in.x(slot, head * m.head_dim + p, head);
-    }
+        for (int own = 0; own < OWN; ++own) {
+            const int p = row(own);
+            if (p >= end) continue;
+            x[own] = in.x(slot, head * m.head_dim + p, head);
+            if (Input::INTEGER) z[own] = gate.raw(slot, head * m.head_dim + p);
+        }
+    };
+    // Everything that is read from memory is under way before the first of it is used, states too: they are widened later. They are read while the
+    // launch in front still runs, and of floats dt and z, too: that one runs since `conv_step` or `conv_i8_step`, which let nothing begin before all in
+    // front of themselves is done, wrote none of them.
+    ask();
+    float raw = Input::INTEGER ? 0.0f : in.dt(slot, head);
+    const float bias = m.dt_bias[head], a = m.a[head], skip = m.d[head];
+    launch_next();
+    wait_previous();
+    if (Input::INTEGER) raw = in.dt(slot, head);
+    ask_inputs();
+    Four b[CHUNKS], c[CHUNKS];
+    int product = 0;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         const int n = chunk * 128 + lane * 4;
@@ -141,58 +151,74 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         for (int mask = 16; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
         share = static_cast<float>(product) * (in.scale(slot, c_offset, m.heads + m.groups + group) * in.scale(slot, b_offset, m.heads + group));
     }
+    for (;;) {
 #pragma unroll
-    for (int own = 0; own < OWN; ++own) {
-        const int p = row(own);
-        if (p >= m.head_dim) break;
-        Four s[CHUNKS];
-        float sum = 0.0f, largest = 0.0f;
+        for (int own = 0; own < OWN; ++own) {
+            const int p = row(own);
+            if (p >= end) break;
+            Four s[CHUNKS];
+            float sum = 0.0f, largest = 0.0f;
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            if (chunk * 128 + lane * 4 >= size) continue;
-            s[chunk] = expand(held[own][chunk], scales[own]);
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                if (chunk * 128 + lane * 4 >= size) continue;
+                s[chunk] = expand(held[own][chunk], scales[own]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& value = s[chunk].v[i];
-                if (Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
-                value = value * decay + dt * x[own] * b[chunk].v[i];
-                if (!Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
-                if (scaled<State>) largest = fmaxf(largest, fabsf(value));
+                for (int i = 0; i < 4; ++i) {
+                    float& value = s[chunk].v[i];
+                    if (Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
+                    value = value * decay + dt * x[own] * b[chunk].v[i];
+                    if (!Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
+                    if (scaled<State>) largest = fmaxf(largest, fabsf(value));
+                }
+            }
+            sum = warp_sum(sum);
+            if (Input::INTEGER) sum = decay * sum + share * dt * x[own];
+            const float scale = scaled<State> ? __fdiv_rn(warp_max(largest), 127.0f) : 1.0f;
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                const int n = chunk * 128 + lane * 4;
+                if (n < size) write(state + (first + p) * size + n, s[chunk], scale);
+            }
+            if (lane == 0) {
+                if (scaled<State>) state_scales[first + p] = scale;
+                const float out = sum + skip * x[own], factor = gate.factor(z[own]);
+                if (Input::INTEGER) turned[p] = out, factors[p] = factor;
+                else y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = out * factor;
             }
         }
-        sum = warp_sum(sum);
-        if (Input::INTEGER) sum = decay * sum + share * dt * x[own];
-        const float scale = scaled<State> ? __fdiv_rn(warp_max(largest), 127.0f) : 1.0f;
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            const int n = chunk * 128 + lane * 4;
-            if (n < size) write(state + (first + p) * size + n, s[chunk], scale);
-        }
-        if (lane == 0) {
-            if (scaled<State>) state_scales[first + p] = scale;
-            y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = (sum + skip * x[own]) * gate.factor(z[own]);
-        }
+        if (!Input::INTEGER) return;
+        start += OWN * warps;
+        if (start >= end) break;
+        ask();
+        ask_inputs();
     }
+    __syncthreads();
+    if (warp > 0) return;
+    float v[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] = lane + 32 * i < m.head_dim ? turned[lane + 32 * i] : 0.0f;
+    rotate(v, m.head_dim, head_block);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (lane + 32 * i < m.head_dim) y[static_cast<i64>(slot) * inner + head * m.head_dim + lane + 32 * i] = v[i] * factors[lane + 32 * i];
 }
 
 }  // namespace
 
 #define STEP(name, int8_name, State)                                                                                                  \
-    KERNEL(128, name, (const float* xbc, const float* projected, int stride, const float* a, const float* d, const float* dt_bias, float dt_min, \
+    KERNEL(128, name, (const float* xbc, const float* projected, int stride, int dt_offset, const float* a, const float* d, const float* dt_bias, float dt_min, \
                        float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) { \
-        const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
-        const Floats in = {xbc, projected, channels, stride, heads * head_dim + channels};                                                      \
+        const Floats in = {xbc, projected, heads * head_dim + 2 * groups * state_size, stride, dt_offset};                                      \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
-        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                             \
-        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                               \
+        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                 \
+        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                   \
     }                                                                                                                                           \
-    KERNEL(128, int8_name, (const i8* xbc, const float* scales, const float* fixed, const i8* projected, int stride, const float* dt_scales, int dt_scale_stride, const float* dt_fixed, \
-                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y)) { \
-        const int channels = heads * head_dim + 2 * groups * state_size;                                                                        \
-        const Codes in = {xbc, projected, channels, stride, heads * head_dim + channels, heads + 2 * groups, dt_scale_stride, scales, fixed, dt_scales, dt_fixed}; \
+    KERNEL(MAX_THREADS, int8_name, (const i8* xbc, const float* scales, const float* fixed, const float* projected, int stride, int dt_offset, \
+                       const float* a, const float* d, const float* dt_bias, float dt_min, float dt_max, int heads, int head_dim, int groups, int state_size, State* state, float* state_scales, GATE_PARAMETERS, float* y, int head_block)) { \
+        const Codes in = {xbc, projected, heads * head_dim + 2 * groups * state_size, stride, dt_offset, heads + 2 * groups, scales, fixed};    \
         const Mixer mixer = {a, d, dt_bias, dt_min, dt_max, heads, head_dim, groups, state_size};                                               \
-        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                             \
-        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y);                                                               \
+        if (state_size <= 128) step<State, 1>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y, head_block);                                 \
+        else step<State, 2>(in, mixer, state, state_scales, {GATE_ARGUMENTS}, y, head_block);                                                   \
     }
 
 STEP(ssm_step_f32, ssm_step_codes_f32, float)

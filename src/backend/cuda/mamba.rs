@@ -1,9 +1,10 @@
 //! The Mamba-2 mixer on the device: convolution, chunked scan for sequences, state update for a step; in floats, or with
 //! int8 internals ([`crate::backend::SsmInternals`]).
 //!
-//! [`spans`] rounds and rotates slices, [`cache`] is what is kept between calls, [`tables`] what kernels know of a batch.
+//! [`spans`] rounds and rotates slices, [`fixed`] does where scales are static, [`cache`] is what is kept between calls, [`tables`] what kernels know of a batch.
 
 mod cache;
+pub mod fixed;
 mod spans;
 mod tables;
 
@@ -25,6 +26,13 @@ const CODE_TOKENS: usize = 8;
 const CONV_CHANNELS: usize = 128;
 /// Channels of a span at most.
 const SPAN_CHANNELS: usize = 256;
+/// Taps of the convolution at most.
+const TAPS: usize = 8;
+/// Rows of the state that a warp of a step takes at a time, and the warps of a block: few, or where blocks have a multiprocessor each, up to
+/// so many.
+const WARP_ROWS: usize = 4;
+const STEP_WARPS: usize = 4;
+const STEP_WARPS_ALONE: usize = 20;
 
 /// Parameters of a mixer on the device.
 pub struct Parameters {
@@ -53,11 +61,10 @@ struct Taps {
     fixed: Option<(Buffer, Buffer)>,
 }
 
-/// `in_proj`'s output z | x | B | C | dt.
-pub enum Projection {
-    /// `[tokens, projected]`.
-    Float(CudaTensor),
-    Int8(Slices),
+/// `in_proj`'s output z | x | B | C | dt, `[tokens, projected]`. With int8 internals it is rounded by whoever reads it: a step by the kernel of its
+/// convolution, whole sequences by [`Cuda::slices`].
+pub struct Projection {
+    projected: CudaTensor,
 }
 
 /// Codes `[tokens, projected]` with scales `[tokens, spans]`, or static ones.
@@ -75,6 +82,11 @@ struct Convolved {
 
 impl Cuda {
     pub(super) fn mamba_parameters(&self, parameters: &MambaParameters) -> Result<Parameters> {
+        let taps = parameters.conv_weight.len() / parameters.conv_bias.len();
+        if taps > TAPS {
+            return Err(Error::input(format!("convolutions on the GPU have up to {TAPS} taps; this model's has {taps}"))
+                .hint("run it with --device cpu"));
+        }
         Ok(Parameters {
             conv_weight: self.upload_values(&parameters.conv_weight)?,
             conv_bias: self.upload_values(&parameters.conv_bias)?,
@@ -108,43 +120,38 @@ impl Cuda {
         Ok(Internals::Int8(Taps { codes: self.upload_values(&weights.codes)?, scales: self.upload_values(&weights.scales)?, fixed }))
     }
 
-    /// See [`crate::backend::Backend::project`]: `projected` in the form that the mixer reads.
-    pub(super) fn slices(&self, projected: CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Result<Projection> {
-        let Internals::Int8(taps) = &parameters.internals else { return Ok(Projection::Float(projected)) };
-        if shape.head_dim.max(shape.state).max(shape.heads) > SPAN_CHANNELS {
+    /// See [`crate::backend::Backend::project`].
+    pub(super) fn projection(&self, projected: CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Result<Projection> {
+        if matches!(parameters.internals, Internals::Int8(_)) && shape.head_dim.max(shape.state).max(shape.heads) > SPAN_CHANNELS {
             return Err(Error::input(format!(
                 "int8 SSM internals on the GPU take heads, head dimension and state up to {SPAN_CHANNELS}; this model has {}, {} and {}",
                 shape.heads, shape.head_dim, shape.state
             ))
             .hint("run this variant with --device cpu"));
         }
+        Ok(Projection { projected })
+    }
+
+    fn slices(&self, projected: &CudaTensor, taps: &Taps, parameters: &Parameters, shape: &MambaShape) -> Result<Slices> {
         let (tokens, spans) = (projected.rows, Spans::projection(shape));
+        if let Some(fixed) = fixed::of(parameters, shape) {
+            return Ok(Slices { tokens, codes: self.round_by_fours(&fixed, projected)?, scales: None });
+        }
         let codes = self.buffer::<i8>(tokens * spans.width())?;
         let scales = if taps.fixed.is_none() { Some(self.buffer::<f32>(tokens * spans.count())?) } else { None };
         let fixed = taps.fixed.as_ref().map(|(in_front, _)| in_front);
         self.round_spans(spans, tokens, projected.buffer(), &codes, fixed, scales.as_ref())?;
-        Ok(Projection::Int8(Slices { tokens, codes, scales }))
+        Ok(Slices { tokens, codes, scales })
     }
 
-    /// A tensor that holds z in its first columns.
-    fn gate(&self, projection: &Projection, parameters: &Parameters, shape: &MambaShape) -> Result<CudaTensor> {
-        match projection {
-            Projection::Float(projected) => Ok(projected.clone()),
-            Projection::Int8(slices) => {
-                let z = self.tensor(slices.tokens, shape.inner())?;
-                let scales = slices.scales.as_ref().map(|scales| (scales, Spans::projection(shape).count()));
-                let codes = (&slices.codes, shape.projected());
-                self.widen_spans(
-                    Spans::heads(shape),
-                    slices.tokens,
-                    codes,
-                    scales,
-                    parameters.fixed().map(|(fixed, _)| fixed),
-                    z.buffer(),
-                )?;
-                Ok(z)
-            }
-        }
+    /// z as its codes say.
+    fn widened_gate(&self, slices: &Slices, parameters: &Parameters, shape: &MambaShape) -> Result<CudaTensor> {
+        let z = self.tensor(slices.tokens, shape.inner())?;
+        let scales = slices.scales.as_ref().map(|scales| (scales, Spans::projection(shape).count()));
+        let codes = (&slices.codes, shape.projected());
+        let fixed = parameters.fixed().map(|(in_front, _)| in_front);
+        self.widen_spans(Spans::heads(shape), slices.tokens, codes, scales, fixed, z.buffer())?;
+        Ok(z)
     }
 
     /// See [`crate::backend::Backend::mamba_scan`].
@@ -156,16 +163,13 @@ impl Cuda {
         sequences: &Sequences,
         cache: Option<&mut SsmCache>,
     ) -> Result<CudaTensor> {
-        let gate = self.gate(projection, parameters, shape)?;
-        // Whoever makes y multiplies by it; but rotated heads are turned back first.
-        let own_gate = parameters.rotation.is_none().then_some(&gate);
-        let y = match cache {
+        match cache {
             None => {
                 let tables = self.tables(sequences, false)?;
                 let slots =
                     if tables.slots > 0 { Some(self.slots(tables.slots, shape, parameters, CacheFormats::default())?) } else { None };
                 let slots = slots.as_ref().map(|Slots { windows, states }| (windows, &windows.values, &states.values));
-                self.scan_sequences(projection, parameters, shape, &tables, slots, own_gate)
+                self.scan_sequences(projection, parameters, shape, &tables, slots)
             }
             Some(cache) if cache.sequences != sequences.count() => {
                 Err(Error::run(format!("a cache of {} sequences was given {}", cache.sequences, sequences.count())))
@@ -173,67 +177,97 @@ impl Cuda {
             Some(cache) => {
                 let slots = cache.slots(self, parameters)?;
                 if sequences.tokens() == sequences.count() {
-                    self.scan_step(projection, parameters, shape, sequences.count(), slots, own_gate)
-                } else {
-                    let tables = self.tables(sequences, true)?;
-                    let scan = |windows: &Buffer| {
-                        self.widened_states(&slots.states, |states| {
-                            let slots = Some((&slots.windows, windows, states));
-                            self.scan_sequences(projection, parameters, shape, &tables, slots, own_gate)
-                        })
-                    };
-                    if slots.windows.format.is_some() { self.widened_windows(&slots.windows, scan) } else { scan(&slots.windows.values) }
+                    return self.scan_step(projection, parameters, shape, slots);
                 }
+                let tables = self.tables(sequences, true)?;
+                let scan = |windows: &Buffer| {
+                    self.widened_states(&slots.states, |states| {
+                        self.scan_sequences(projection, parameters, shape, &tables, Some((&slots.windows, windows, states)))
+                    })
+                };
+                if slots.windows.format.is_some() { self.widened_windows(&slots.windows, scan) } else { scan(&slots.windows.values) }
             }
-        }?;
-        self.rotate_spans(Spans::heads(shape), &y, parameters, Some(&gate))?;
-        Ok(y)
+        }
     }
 
     /// One token a sequence.
-    fn scan_step(
-        &self,
-        projection: &Projection,
-        parameters: &Parameters,
-        shape: &MambaShape,
-        count: usize,
-        slots: &Slots,
-        gate: Option<&CudaTensor>,
-    ) -> Result<CudaTensor> {
+    fn scan_step(&self, projection: &Projection, parameters: &Parameters, shape: &MambaShape, slots: &Slots) -> Result<CudaTensor> {
+        let projected = &projection.projected;
+        let (count, states) = (projected.rows, &slots.states);
         let y = self.tensor(count, shape.inner())?;
-        let states = &slots.states;
-        let mixer = |arguments: Arguments| {
+        let mixer = |inputs: Arguments, gate: &CudaTensor, dt: usize, own_gate: Option<&CudaTensor>| {
+            let arguments = inputs.with(gate.buffer()).with(gate.cols).with(dt);
             let arguments =
                 arguments.with(&parameters.a).with(&parameters.d).with(&parameters.dt_bias).with(shape.dt_min).with(shape.dt_max);
             let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
-            gate_arguments(arguments.with(&states.values).with(states.scales.as_ref()), gate).with(y.buffer())
+            gate_arguments(arguments.with(&states.values).with(states.scales.as_ref()), own_gate).with(y.buffer())
         };
-        let (kernels, arguments) = match projection {
-            Projection::Float(projected) => {
+        let of_state = |kernels: [&'static str; 3]| match states.format {
+            CacheFormat::F32 => kernels[0],
+            CacheFormat::F16 => kernels[1],
+            CacheFormat::Int8 => kernels[2],
+        };
+        match &parameters.internals {
+            Internals::Float => {
                 let xbc = self.tensor(count, shape.conv_channels())?;
                 self.widened_windows(&slots.windows, |windows| {
                     let arguments = conv_arguments(projected, parameters, shape).with(windows).with(xbc.buffer());
                     self.launch("conv_step", [shape.conv_channels().div_ceil(CONV_CHANNELS), count, 1], 128, 0, arguments)
                 })?;
                 self.rotate_spans(Spans::conv(shape), &xbc, parameters, None)?;
-                let arguments = Arguments::default().with(xbc.buffer()).with(projected.buffer()).with(projected.cols);
-                (["ssm_step_f32", "ssm_step_f16", "ssm_step_i8"], mixer(arguments))
+                // Heads are turned back, and only then multiplied by their gates.
+                let own_gate = parameters.rotation.is_none().then_some(projected);
+                let inputs = Arguments::default().with(xbc.buffer());
+                let arguments = mixer(inputs, projected, shape.projected() - shape.heads, own_gate);
+                let kernel = of_state(["ssm_step_f32", "ssm_step_f16", "ssm_step_i8"]);
+                self.launch(kernel, [shape.heads, shape.head_dim.div_ceil(WARP_ROWS * STEP_WARPS), count], 32 * STEP_WARPS, 0, arguments)?;
+                self.rotate_spans(Spans::heads(shape), &y, parameters, Some(projected))?;
             }
-            Projection::Int8(slices) => {
-                let convolved = self.convolve_codes(slices, parameters, shape, None, Some(&slots.windows))?;
-                let (scales, stride, fixed) = slices.dt_scales(parameters, shape);
-                let arguments =
-                    convolved.arguments(parameters).with(&slices.codes).with(shape.projected()).with(scales).with(stride).with(fixed);
-                (["ssm_step_codes_f32", "ssm_step_codes_f16", "ssm_step_codes_i8"], mixer(arguments))
+            Internals::Int8(taps) => {
+                let (convolved, widened) = self.convolve_step(projected, taps, parameters, shape, &slots.windows)?;
+                let head_block = parameters.rotation.map_or(1, |rotation| rotation.head);
+                let arguments = mixer(convolved.arguments(parameters), &widened, shape.inner(), Some(&widened)).with(head_block);
+                let alone = shape.heads * count <= self.device().multiprocessors();
+                let warps = if alone { shape.head_dim.div_ceil(WARP_ROWS).min(STEP_WARPS_ALONE) } else { STEP_WARPS };
+                let kernel = of_state(["ssm_step_codes_f32", "ssm_step_codes_f16", "ssm_step_codes_i8"]);
+                self.launch(kernel, [shape.heads, 1, count], 32 * warps, 0, arguments)?;
             }
-        };
-        let kernel = kernels[match states.format {
-            CacheFormat::F32 => 0,
-            CacheFormat::F16 => 1,
-            CacheFormat::Int8 => 2,
-        }];
-        self.launch(kernel, [shape.heads, shape.head_dim.div_ceil(16), count], 128, 0, arguments)?;
+        }
         Ok(y)
+    }
+
+    /// A step of every slot in codes: x | B | C behind the convolution, and what the codes of z and dt stand for, `[slots, inner + heads]`.
+    fn convolve_step(
+        &self,
+        projected: &CudaTensor,
+        taps: &Taps,
+        parameters: &Parameters,
+        shape: &MambaShape,
+        windows: &Windows,
+    ) -> Result<(Convolved, CudaTensor)> {
+        let (slots, behind) = (projected.rows, Spans::conv(shape));
+        let widened = self.tensor(slots, shape.inner() + shape.heads)?;
+        let convolved = self.convolved(slots, taps, shape)?;
+        if let Some(fixed) = fixed::of(parameters, shape) {
+            self.convolve_step_by_fours(&fixed, projected, taps, parameters, shape, windows, &widened, &convolved.codes)?;
+            return Ok((convolved, widened));
+        }
+        let fixed = parameters.fixed();
+        let arguments = Arguments::default().with(projected.buffer()).with(fixed.map(|(in_front, _)| in_front));
+        let arguments = arguments.with(&taps.codes).with(&taps.scales).with(&parameters.conv_bias).with(shape.kernel);
+        let arguments = behind.rotated(parameters.rotation).arguments(arguments).with(&windows.values).with(windows.scales.as_ref());
+        let arguments = arguments.with(fixed.map(|(_, behind)| behind)).with(widened.buffer());
+        let arguments = arguments.with(&convolved.codes).with(convolved.scales.as_ref()).with(&*self.fault()?);
+        self.launch("conv_i8_step", [Spans::projection(shape).count().div_ceil(SPANS), slots, 1], 128, 0, arguments)?;
+        Ok((convolved, widened))
+    }
+
+    /// Room for x | B | C of some tokens behind the convolution.
+    fn convolved(&self, tokens: usize, taps: &Taps, shape: &MambaShape) -> Result<Convolved> {
+        let spans = Spans::conv(shape);
+        let codes = self.buffer::<i8>(tokens * spans.width())?;
+        let scales = if taps.fixed.is_none() { Some(self.buffer::<f32>(tokens * spans.count())?) } else { None };
+        Ok(Convolved { codes, scales })
     }
 
     /// x | B | C of the sequences of a batch, level after level.
@@ -274,45 +308,43 @@ impl Cuda {
         self.widened_windows(&slots.windows, |windows| self.convolve(projected, parameters, shape, &tables, Some(windows)))
     }
 
-    /// The same of codes, rotated and rounded again. Without tables it is a step of every slot, and the windows move on.
+    /// The same of codes, rotated and rounded again.
     fn convolve_codes(
         &self,
         slices: &Slices,
+        taps: &Taps,
         parameters: &Parameters,
         shape: &MambaShape,
-        tables: Option<&Tables>,
+        tables: &Tables,
         windows: Option<&Windows>,
     ) -> Result<Convolved> {
-        let Internals::Int8(taps) = &parameters.internals else { return Err(Error::run("a mixer in float was given codes")) };
         let (spans, behind) = (Spans::projection(shape), Spans::conv(shape));
-        let codes = self.buffer::<i8>(slices.tokens * behind.width())?;
-        let scales = if taps.fixed.is_none() { Some(self.buffer::<f32>(slices.tokens * behind.count())?) } else { None };
+        let convolved = self.convolved(slices.tokens, taps, shape)?;
         let (values, window_scales) = (windows.map(|windows| &windows.values), windows.and_then(|windows| windows.scales.as_ref()));
         let inputs = || {
             let arguments = Arguments::default().with(&slices.codes).with(spans.width()).with(shape.inner());
             arguments.with(slices.scales.as_ref()).with(spans.count()).with(shape.heads)
         };
         let fault = self.fault()?;
-        let convolve = |sequences: Option<&Buffer>, longest: usize, count: usize| {
-            let arguments = inputs().with(&taps.codes).with(&taps.scales).with(&parameters.conv_bias).with(shape.kernel);
-            let arguments = behind.rotated(parameters.rotation).arguments(arguments);
-            let arguments = arguments.with(sequences).with(values).with(window_scales);
-            let arguments = arguments.with(parameters.fixed().map(|(_, behind)| behind)).with(&codes).with(scales.as_ref()).with(&*fault);
-            self.launch("conv_i8", [behind.count().div_ceil(SPANS), longest.div_ceil(CODE_TOKENS), count], 128, 0, arguments)
-        };
-        let Some(tables) = tables else {
-            convolve(None, 1, slices.tokens)?;
-            return Ok(Convolved { codes, scales });
-        };
         for level in &tables.levels {
-            convolve(Some(&level.sequences), level.longest, level.count)?;
+            if let Some(fixed) = fixed::of(parameters, shape) {
+                self.convolve_by_fours(&fixed, slices, taps, parameters, shape, level, values, &convolved.codes)?;
+            } else {
+                let arguments = inputs().with(&taps.codes).with(&taps.scales).with(&parameters.conv_bias).with(shape.kernel);
+                let arguments = behind.rotated(parameters.rotation).arguments(arguments);
+                let arguments = arguments.with(&level.sequences).with(values).with(window_scales);
+                let arguments = arguments.with(parameters.fixed().map(|(_, behind)| behind)).with(&convolved.codes);
+                let arguments = arguments.with(convolved.scales.as_ref()).with(&*fault);
+                let blocks = [behind.count().div_ceil(SPANS), level.longest.div_ceil(CODE_TOKENS), level.count];
+                self.launch("conv_i8", blocks, 128, 0, arguments)?;
+            }
             if values.is_some() {
                 let arguments = inputs().with(shape.kernel).with(shape.heads).with(shape.head_dim).with(2 * shape.groups).with(shape.state);
                 let arguments = arguments.with(&level.sequences).with(values).with(window_scales);
                 self.launch("conv_window_i8", [behind.count().div_ceil(SPANS), level.count, 1], 128, 0, arguments)?;
             }
         }
-        Ok(Convolved { codes, scales })
+        Ok(convolved)
     }
 
     /// Whole sequences; slots give windows, and states in f32.
@@ -323,25 +355,42 @@ impl Cuda {
         shape: &MambaShape,
         tables: &Tables,
         slots: Option<(&Windows, &Buffer, &Buffer)>,
-        gate: Option<&CudaTensor>,
     ) -> Result<CudaTensor> {
-        let states = slots.map(|(_, _, states)| states);
-        match projection {
-            Projection::Float(projected) => {
+        let projected = &projection.projected;
+        let (states, dt) = (slots.map(|(_, _, states)| states), shape.projected() - shape.heads);
+        // Whoever makes y multiplies by its gate; but rotated heads are turned back first.
+        let own = parameters.rotation.is_none();
+        match &parameters.internals {
+            Internals::Float => {
                 let windows = slots.map(|(_, windows, _)| windows);
                 let xbc = self.convolve(projected, parameters, shape, tables, windows)?;
-                let raw = Arguments::default().with(projected.buffer()).with(projected.cols).with(shape.projected() - shape.heads);
+                let raw = Arguments::default().with(projected.buffer()).with(projected.cols).with(dt);
                 let inputs = || Arguments::default().with(xbc.buffer());
-                self.scan_chunks("", &raw, &inputs, projected.rows, parameters, shape, tables, states, gate)
+                let gate = own.then_some(projected);
+                let y = self.scan_chunks("", &raw, &inputs, projected.rows, parameters, shape, tables, states, gate)?;
+                self.rotate_spans(Spans::heads(shape), &y, parameters, Some(projected))?;
+                Ok(y)
             }
-            Projection::Int8(slices) => {
+            Internals::Int8(taps) => {
+                let slices = self.slices(projected, taps, parameters, shape)?;
                 let windows = slots.map(|(windows, _, _)| windows);
-                let convolved = self.convolve_codes(slices, parameters, shape, Some(tables), windows)?;
+                let convolved = self.convolve_codes(&slices, taps, parameters, shape, tables, windows)?;
                 let (scales, stride, fixed) = slices.dt_scales(parameters, shape);
-                let raw = Arguments::default().with(&slices.codes).with(shape.projected()).with(shape.projected() - shape.heads);
+                let raw = Arguments::default().with(&slices.codes).with(shape.projected()).with(dt);
                 let raw = raw.with(scales).with(stride).with(fixed);
                 let inputs = || convolved.arguments(parameters);
-                self.scan_chunks("_i8", &raw, &inputs, slices.tokens, parameters, shape, tables, states, gate)
+                let scan = |gate: Option<&CudaTensor>| {
+                    self.scan_chunks("_i8", &raw, &inputs, slices.tokens, parameters, shape, tables, states, gate)
+                };
+                if let (Some(rotation), Some(fixed)) = (parameters.rotation, fixed::of(parameters, shape)) {
+                    let y = scan(None)?;
+                    self.turn_by_fours(&fixed, &y, rotation.head, &slices, shape)?;
+                    return Ok(y);
+                }
+                let gate = self.widened_gate(&slices, parameters, shape)?;
+                let y = scan(own.then_some(&gate))?;
+                self.rotate_spans(Spans::heads(shape), &y, parameters, Some(&gate))?;
+                Ok(y)
             }
         }
     }

@@ -326,7 +326,7 @@ impl Backend for Cuda {
         parameters: &mamba::Parameters,
         shape: &MambaShape,
     ) -> Result<mamba::Projection> {
-        self.slices(self.product(in_proj, x, None)?, parameters, shape)
+        self.projection(self.product(in_proj, x, None)?, parameters, shape)
     }
 
     fn mamba_scan(

@@ -5,6 +5,7 @@ use super::mamba::{Rounded, conv_spans, projection_spans, shapes, silu, table};
 use super::{Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, worse};
 use crate::backend::cpu::hadamard::transform_blocks;
 use crate::backend::cuda::device::{Arguments, Buffer};
+use crate::backend::cuda::mamba::fixed;
 use crate::backend::{MambaShape, StateRotation};
 use crate::error::Result;
 
@@ -15,15 +16,27 @@ pub fn checks(extent: Extent) -> Vec<Check> {
     let mut all = Vec::new();
     for shape in shapes(extent) {
         let text = format!("{}x{} heads, {} groups, state {}", shape.heads, shape.head_dim, shape.groups, shape.state);
+        let fours = fixed::serves(&shape, Some(StateRotation::of(&shape)));
         for fixed in [false, true] {
             let name = format!("{text}, {}", if fixed { "static" } else { "per token" });
-            all.push(Check::new("spans", name.clone(), EXACT, move |lab| round(lab, &shape, fixed)));
+            all.push(Check::new("spans", name.clone(), EXACT, move |lab| round(lab, &shape, fixed, false)));
             all.push(Check::new("widen_spans", name.clone(), EXACT, move |lab| widen(lab, &shape, fixed)));
             for lengths in [vec![1], vec![2, 11, 3]] {
                 let name = format!("{name}, tokens {lengths:?}");
-                all.push(Check::new("conv_i8", name, HALF_STEP, move |lab| convolve(lab, &shape, &lengths, fixed, false)));
+                for by_fours in [false, true].into_iter().take(1 + usize::from(fixed && fours)) {
+                    let (kernel, lengths) = (if by_fours { "fixed_conv" } else { "conv_i8" }, lengths.clone());
+                    let way = Way { fixed, steps: false, by_fours };
+                    all.push(Check::new(kernel, name.clone(), HALF_STEP, move |lab| convolve(lab, &shape, &lengths, way)));
+                }
             }
-            all.push(Check::new("conv_i8", format!("{name}, steps"), HALF_STEP, move |lab| convolve(lab, &shape, &[1, 1, 1], fixed, true)));
+            let way = Way { fixed, steps: true, by_fours: false };
+            all.push(Check::new("conv_i8_step", name, HALF_STEP, move |lab| convolve(lab, &shape, &[1, 1, 1], way)));
+        }
+        if fours {
+            let way = Way { fixed: true, steps: true, by_fours: true };
+            all.push(Check::new("fixed_conv_step", text.clone(), HALF_STEP, move |lab| convolve(lab, &shape, &[1, 1, 1], way)));
+            all.push(Check::new("fixed_round", text.clone(), EXACT, move |lab| round(lab, &shape, true, true)));
+            all.push(Check::new("fixed_turn", text.clone(), FLOAT, move |lab| turn(lab, &shape)));
         }
         all.push(Check::new("spans", format!("{text}, rotated"), EXACT, move |lab| rotate(lab, &shape)));
         all.push(Check::new("spans", format!("{text}, rotated and gated"), FLOAT, move |lab| rotate_gated(lab, &shape)));
@@ -37,9 +50,17 @@ fn layout(arguments: Arguments, shape: &MambaShape, heads: usize, groups: usize,
     arguments.with(heads).with(shape.head_dim).with(head).with(groups).with(shape.state).with(state)
 }
 
+/// How internals are computed: under static scales or run-time ones, as steps or as sequences, by spans or by fours.
+#[derive(Clone, Copy)]
+struct Way {
+    fixed: bool,
+    steps: bool,
+    by_fours: bool,
+}
+
 /// The slices of some tokens, one of which is zeros.
-fn round(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
-    let (tokens, width, spans) = (3, shape.projected(), projection_spans(shape));
+fn round(lab: &Lab, shape: &MambaShape, fixed: bool, by_fours: bool) -> Result<f64> {
+    let (tokens, width, spans) = (9, shape.projected(), projection_spans(shape));
     let mut values = lab.normal(80, tokens * width);
     values[width..2 * width].fill(0.0);
     let expected = Rounded::new(&values, &spans, fixed);
@@ -47,6 +68,10 @@ fn round(lab: &Lab, shape: &MambaShape, fixed: bool) -> Result<f64> {
     let scales = if fixed { lab.put(&expected.scales)? } else { lab.poisoned::<f32>(tokens * spans.len())? };
     let (given, found) = if fixed { (Some(&scales), None) } else { (None, Some(&scales)) };
     let launch = |fault: &Buffer| {
+        if by_fours {
+            let arguments = Arguments::default().with(&input).with(tokens).with(width).with(given).with(&codes).with(fault);
+            return lab.launch("fixed_round", [width.div_ceil(512), tokens.div_ceil(8), 1], 128, 0, arguments);
+        }
         let arguments = layout(Arguments::default().with(&input), shape, 2 * shape.heads, 2 * shape.groups, None).with(shape.heads);
         let arguments =
             arguments.with(None::<&Buffer>).with(None::<&Buffer>).with(0_usize).with(&codes).with(given).with(found).with(fault);
@@ -105,12 +130,28 @@ fn rotate_gated(lab: &Lab, shape: &MambaShape) -> Result<f64> {
     Ok(difference(&y.download::<f32>(expected.len())?, &expected))
 }
 
+/// y turned back, times the gate that codes stand for.
+fn turn(lab: &Lab, shape: &MambaShape) -> Result<f64> {
+    let (tokens, inner, stride, rotation) = (9, shape.inner(), shape.projected(), StateRotation::of(shape));
+    let mut values = lab.normal(88, tokens * inner);
+    let gates = Rounded::new(&lab.normal(89, tokens * stride), &projection_spans(shape), true);
+    let (y, codes, scales) = (lab.put(&values)?, lab.put(&gates.codes)?, lab.put(&gates.scales)?);
+    let arguments = Arguments::default().with(&y).with(tokens).with(inner).with(rotation.head).with(&codes).with(stride).with(&scales);
+    lab.launch("fixed_turn", [inner.div_ceil(512), tokens.div_ceil(8), 1], 128, 0, arguments)?;
+    transform_blocks(&mut values, rotation.head);
+    let gates = gates.floats();
+    let gates = gates.chunks_exact(stride).flat_map(|row| &row[..inner]);
+    let expected: Vec<f64> = values.iter().zip(gates).map(|(y, z)| f64::from(*y) * silu(f64::from(*z))).collect();
+    Ok(difference(&y.download::<f32>(expected.len())?, &expected))
+}
+
 /// The convolution of codes and the windows behind it: the largest distance of a code from its value, in steps.
-fn convolve(lab: &Lab, shape: &MambaShape, lengths: &[usize], fixed: bool, steps: bool) -> Result<f64> {
+fn convolve(lab: &Lab, shape: &MambaShape, lengths: &[usize], Way { fixed, steps, by_fours }: Way) -> Result<f64> {
     let (channels, kernel, inner) = (shape.conv_channels(), shape.kernel, shape.inner());
     let (tokens, width, spans, all) = (lengths.iter().sum::<usize>(), shape.projected(), conv_spans(shape), projection_spans(shape));
     let rotation = StateRotation::of(shape);
-    let projected = Rounded::new(&lab.normal(83, tokens * width), &all, fixed);
+    let mut values = lab.normal(83, tokens * width);
+    let projected = Rounded::new(&values, &all, fixed);
     let windows = Rounded::new(&lab.normal(84, lengths.len() * (kernel - 1) * channels), &spans, fixed);
     // A static scale is that of the inputs.
     let windows = if fixed { windows.with(windows.codes.clone(), projected.scales[inner..inner + channels].to_vec()) } else { windows };
@@ -156,24 +197,53 @@ fn convolve(lab: &Lab, shape: &MambaShape, lengths: &[usize], fixed: bool, steps
     let (out, given, fault) = (lab.poisoned::<i8>(tokens * channels)?, lab.put(&behind)?, lab.put(&[0])?);
     let out_scales = lab.poisoned::<f32>(tokens * spans.len())?;
     let some = |buffer| if fixed { None } else { Some(buffer) };
-    let begin = || {
-        let arguments = Arguments::default().with(&input).with(width).with(inner).with(some(&input_scales));
-        arguments.with(all.len()).with(shape.heads)
-    };
-    let arguments = begin().with(&taps).with(&tap_scales).with(&bias).with(kernel);
-    let arguments = layout(arguments, shape, shape.heads, 2 * shape.groups, Some(rotation)).with(if steps { None } else { Some(&own) });
-    let arguments = arguments.with(&slots).with(some(&slot_scales)).with(if fixed { Some(&given) } else { None });
-    let longest = lengths.iter().max().copied().unwrap_or(0);
-    let blocks = [spans.len().div_ceil(4), longest.div_ceil(8), lengths.len()];
-    lab.launch("conv_i8", blocks, 128, 0, arguments.with(&out).with(&out_scales).with(&fault))?;
-    if !steps {
+    let behind_fixed = if fixed { Some(&given) } else { None };
+    let (mut wrong, mut again) = (0.0, None);
+    if steps {
+        // It rounds what stands in front itself, and leaves what the codes of z and dt stand for.
+        let (raw, widened) = (lab.put(&values)?, lab.poisoned::<f32>(tokens * (inner + shape.heads))?);
+        let arguments = Arguments::default().with(&raw).with(if fixed { Some(&input_scales) } else { None });
+        let arguments = arguments.with(&taps).with(&tap_scales).with(&bias);
+        let (kernel, blocks, arguments) = if by_fours {
+            let arguments = arguments.with(inner).with(channels).with(shape.heads).with(rotation.head).with(rotation.state);
+            let arguments = arguments.with(&slots).with(behind_fixed).with(&widened).with(&out).with(&fault);
+            ("fixed_conv_step", width.div_ceil(512), arguments)
+        } else {
+            let arguments = layout(arguments.with(kernel), shape, shape.heads, 2 * shape.groups, Some(rotation));
+            let arguments = arguments.with(&slots).with(some(&slot_scales)).with(behind_fixed);
+            ("conv_i8_step", all.len().div_ceil(4), arguments.with(&widened).with(&out).with(&out_scales).with(&fault))
+        };
+        let launch = move || lab.launch(kernel, [blocks, tokens, 1], 128, 0, arguments.clone());
+        launch()?;
+        let expected = floats.chunks_exact(width).flat_map(|row| row[..inner].iter().chain(&row[inner + channels..])).copied();
+        wrong += mismatches(&widened.download::<f32>(tokens * (inner + shape.heads))?, &expected.collect::<Vec<_>>());
+        wrong += mismatches(&fault.download::<i32>(1)?, &[0]);
+        again = Some((raw, launch));
+    } else {
+        let begin = || {
+            let arguments = Arguments::default().with(&input).with(width).with(inner).with(some(&input_scales));
+            arguments.with(all.len()).with(shape.heads)
+        };
+        let longest = lengths.iter().max().copied().unwrap_or(0);
+        let blocks = |count: usize| [count, longest.div_ceil(8), lengths.len()];
+        if by_fours {
+            let arguments = Arguments::default().with(&input).with(width).with(inner).with(&taps).with(&tap_scales).with(&bias);
+            let arguments = arguments.with(channels).with(rotation.head).with(rotation.state).with(&own).with(&slots);
+            let arguments = arguments.with(behind_fixed).with(&out).with(&fault);
+            lab.launch("fixed_conv", blocks(channels.div_ceil(512)), 128, 0, arguments)?;
+        } else {
+            let arguments = begin().with(&taps).with(&tap_scales).with(&bias).with(kernel);
+            let arguments = layout(arguments, shape, shape.heads, 2 * shape.groups, Some(rotation)).with(&own);
+            let arguments = arguments.with(&slots).with(some(&slot_scales)).with(behind_fixed);
+            lab.launch("conv_i8", blocks(spans.len().div_ceil(4)), 128, 0, arguments.with(&out).with(&out_scales).with(&fault))?;
+        }
         let arguments = begin().with(kernel).with(shape.heads).with(shape.head_dim).with(2 * shape.groups).with(shape.state);
         let arguments = arguments.with(&own).with(&slots).with(some(&slot_scales));
         lab.launch("conv_window_i8", [spans.len().div_ceil(4), lengths.len(), 1], 128, 0, arguments)?;
     }
     let scales = if fixed { behind } else { out_scales.download::<f32>(tokens * spans.len())? };
     let of_channel: Vec<usize> = spans.iter().enumerate().flat_map(|(i, span)| std::iter::repeat_n(i, *span)).collect();
-    let mut distance = 0.0;
+    let mut distance = wrong;
     for (i, (code, value)) in out.download::<i8>(tokens * channels)?.iter().zip(&expected).enumerate() {
         let (row, c) = (i / channels, i % channels);
         let scale = f64::from(if fixed { scales[c] } else { scales[row * spans.len() + of_channel[c]] });
@@ -183,11 +253,18 @@ fn convolve(lab: &Lab, shape: &MambaShape, lengths: &[usize], fixed: bool, steps
     }
     let scales = if fixed { windows.scales.clone() } else { slot_scales.download::<f32>(windows.scales.len())? };
     let found = windows.with(slots.download::<i8>(windows.codes.len())?, scales).floats();
+    if let Some((raw, launch)) = again {
+        // What is not a number is told apart, in dt, too.
+        values[width - 1] = f32::NAN;
+        raw.upload(&values)?;
+        launch()?;
+        distance += mismatches(&fault.download::<i32>(1)?, &[1]);
+    }
     Ok(worse(distance, mismatches(&found, &expected_windows)))
 }
 
 /// The transform of each `block` values in f64.
-fn hadamard(values: &mut [f64], block: usize) {
+pub(super) fn hadamard(values: &mut [f64], block: usize) {
     for values in values.chunks_exact_mut(block) {
         let before = values.to_vec();
         for (i, value) in values.iter_mut().enumerate() {

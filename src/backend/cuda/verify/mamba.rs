@@ -2,11 +2,12 @@
 
 use half::f16;
 
+use super::internals::hadamard;
 use super::{Check, Extent, FLOAT, HALVES, Lab, STORED, difference, mismatches, wide, worse};
-use crate::backend::MambaShape;
 use crate::backend::cpu::stored::{round_each, round_span};
 use crate::backend::cuda::device::{Arguments, Buffer};
 use crate::backend::cuda::scan;
+use crate::backend::{MambaShape, StateRotation};
 use crate::error::Result;
 
 /// Tokens of a chunk at most.
@@ -55,14 +56,16 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
             }
         }
         all.push(Check::new("conv_step", text.clone(), FLOAT, move |lab| conv_step(lab, &shape)));
-        all.push(Check::new("ssm_step_f32", text.clone(), FLOAT, move |lab| step_f32(lab, &shape, Form::Float)));
-        all.push(Check::new("ssm_step_f16", text.clone(), FLOAT, move |lab| step_f16(lab, &shape, Form::Float)));
-        all.push(Check::new("ssm_step_i8", text.clone(), STORED, move |lab| step_i8(lab, &shape, Form::Float)));
-        for form in [Form::PerToken, Form::Static] {
-            let text = format!("{text}, {form:?}");
-            all.push(Check::new("ssm_step_codes_f32", text.clone(), FLOAT, move |lab| step_f32(lab, &shape, form)));
-            all.push(Check::new("ssm_step_codes_f16", text.clone(), FLOAT, move |lab| step_f16(lab, &shape, form)));
-            all.push(Check::new("ssm_step_codes_i8", text, STORED, move |lab| step_i8(lab, &shape, form)));
+        for form in [Form::Float, Form::PerToken, Form::Static] {
+            // Heads of codes are one block's: of many warps, or of few that go over it again and again.
+            let ways = [(4, false), (4, true), (shape.head_dim.div_ceil(4), true)];
+            for (warps, rotated) in ways.into_iter().take(if form == Form::Float { 1 } else { 3 }) {
+                let text = format!("{text}, {form:?}{}, {warps} warps", if rotated { ", rotated" } else { "" });
+                let step = Step { shape, form, rotated, warps };
+                all.push(Check::new(step.kernel("f32"), text.clone(), FLOAT, move |lab| step_f32(lab, &step)));
+                all.push(Check::new(step.kernel("f16"), text.clone(), FLOAT, move |lab| step_f16(lab, &step)));
+                all.push(Check::new(step.kernel("i8"), text, STORED, move |lab| step_i8(lab, &step)));
+            }
         }
     }
     all.push(Check::new("state_to_i8", "3x16", 0.0, |lab| convert(lab, 3, 16)));
@@ -175,8 +178,8 @@ fn conv_step(lab: &Lab, shape: &MambaShape) -> Result<f64> {
 }
 
 /// One token of the recurrence in f64, `projected` its row z | x | B | C | dt, `xbc` its convolved row; moves `state` on and returns
-/// y·silu(z).
-fn recur(shape: &MambaShape, mixer: &Mixer, projected: &[f32], xbc: &[f32], state: &mut [f64]) -> Vec<f64> {
+/// y·silu(z), y turned in blocks of `head_block` channels before.
+fn recur(shape: &MambaShape, mixer: &Mixer, projected: &[f32], xbc: &[f32], state: &mut [f64], head_block: usize) -> Vec<f64> {
     let (inner, n) = (shape.inner(), shape.state);
     let raw = &projected[shape.projected() - shape.heads..];
     let mut y = Vec::with_capacity(inner);
@@ -193,10 +196,11 @@ fn recur(shape: &MambaShape, mixer: &Mixer, projected: &[f32], xbc: &[f32], stat
                 *s = *s * decay + dt * x * f64::from(xbc[inner + group * n + i]);
                 sum += *s * f64::from(xbc[inner + (shape.groups + group) * n + i]);
             }
-            y.push((sum + f64::from(mixer.d[head]) * x) * silu(f64::from(projected[y.len()])));
+            y.push(sum + f64::from(mixer.d[head]) * x);
         }
     }
-    y
+    hadamard(&mut y, head_block);
+    y.iter().zip(projected).map(|(y, z)| y * silu(f64::from(*z))).collect()
 }
 
 /// In which form a mixer's slices are.
@@ -209,7 +213,6 @@ enum Form {
 
 /// What steps and scans read: x | B | C, and z and dt among the slices of `in_proj`.
 struct Inputs {
-    form: Form,
     /// x | B | C as floats, whatever they are kept as; the mixer's slices are replaced by theirs.
     xbc: Vec<f32>,
     convolved: Arguments,
@@ -255,7 +258,7 @@ impl Inputs {
         let z = lab.put(&mixer.projected)?;
         let gate = Arguments::default().with(&z).with(shape.projected());
         buffers.push(z);
-        Ok(Self { form, xbc, convolved: inputs, projected, dt_scales: scales, gate, a, d, dt_bias, _buffers: buffers })
+        Ok(Self { xbc, convolved: inputs, projected, dt_scales: scales, gate, a, d, dt_bias, _buffers: buffers })
     }
 }
 
@@ -288,7 +291,9 @@ impl Rounded {
         let mut codes = vec![0; values.len()];
         let mut scales = Vec::new();
         if fixed {
-            scales.extend(spans.iter().enumerate().flat_map(|(i, span)| std::iter::repeat_n(0.01 + 0.004 * (i % 5) as f32, *span)));
+            // Of B and C, which are among the later spans, all channels of a group have one.
+            let scale = |i: usize, c: usize| 0.01 + 0.004 * (i % 5) as f32 + if 2 * i < spans.len() { 0.001 * (c % 3) as f32 } else { 0.0 };
+            scales.extend(spans.iter().enumerate().flat_map(|(i, span)| (0..*span).map(move |c| scale(i, c))));
         }
         for (values, codes) in values.chunks_exact(width).zip(codes.chunks_exact_mut(width)) {
             if fixed {
@@ -320,47 +325,81 @@ impl Rounded {
     }
 }
 
-/// Runs one step from `state` (as stored in `format`) and returns y.
-fn step(lab: &Lab, format: &str, shape: &MambaShape, inputs: &Inputs, state: &Buffer, scales: Option<&Buffer>) -> Result<Vec<f32>> {
-    let count = inputs.xbc.len() / shape.conv_channels();
-    let y = lab.poisoned::<f32>(count * shape.inner())?;
-    let kernel = if inputs.form == Form::Float { format!("ssm_step_{format}") } else { format!("ssm_step_codes_{format}") };
-    let arguments = inputs.convolved.clone().then(&inputs.projected).then(&inputs.dt_scales);
-    let arguments = arguments.with(&inputs.a).with(&inputs.d).with(&inputs.dt_bias).with(shape.dt_min).with(shape.dt_max);
-    let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
-    let blocks = [shape.heads, shape.head_dim.div_ceil(16), count];
-    lab.launch(&kernel, blocks, 128, 0, arguments.with(state).with(scales).then(&inputs.gate).with(&y))?;
-    y.download(count * shape.inner())
+/// A step of mixers, whose heads are `rotated` or not.
+#[derive(Clone, Copy)]
+struct Step {
+    shape: MambaShape,
+    form: Form,
+    rotated: bool,
+    /// Of a block.
+    warps: usize,
 }
 
-/// What the recurrence makes of the same state.
-fn expected_step(shape: &MambaShape, mixer: &Mixer, xbc: &[f32], state: &mut [f64]) -> Vec<f64> {
-    let states = state.chunks_exact_mut(shape.inner() * shape.state);
-    let rows = mixer.projected.chunks_exact(shape.projected()).zip(xbc.chunks_exact(shape.conv_channels())).zip(states);
-    rows.flat_map(|((projected, xbc), state)| recur(shape, mixer, projected, xbc, state)).collect()
+impl Step {
+    fn kernel(&self, state: &str) -> &'static str {
+        match (self.form, state) {
+            (Form::Float, "f32") => "ssm_step_f32",
+            (Form::Float, "f16") => "ssm_step_f16",
+            (Form::Float, _) => "ssm_step_i8",
+            (_, "f32") => "ssm_step_codes_f32",
+            (_, "f16") => "ssm_step_codes_f16",
+            (_, _) => "ssm_step_codes_i8",
+        }
+    }
+
+    fn head_block(&self) -> usize {
+        if self.rotated { StateRotation::of(&self.shape).head } else { 1 }
+    }
+
+    /// Runs one from `state` (as stored in `format`) and returns y.
+    fn run(&self, lab: &Lab, format: &str, inputs: &Inputs, state: &Buffer, scales: Option<&Buffer>) -> Result<Vec<f32>> {
+        let shape = &self.shape;
+        let count = inputs.xbc.len() / shape.conv_channels();
+        let y = lab.poisoned::<f32>(count * shape.inner())?;
+        let arguments = inputs.convolved.clone().then(&inputs.gate).with(shape.projected() - shape.heads);
+        let arguments = arguments.with(&inputs.a).with(&inputs.d).with(&inputs.dt_bias).with(shape.dt_min).with(shape.dt_max);
+        let arguments = arguments.with(shape.heads).with(shape.head_dim).with(shape.groups).with(shape.state);
+        let arguments = arguments.with(state).with(scales).then(&inputs.gate).with(&y);
+        let (parts, arguments) = match self.form {
+            Form::Float => (shape.head_dim.div_ceil(4 * self.warps), arguments),
+            Form::PerToken | Form::Static => (1, arguments.with(self.head_block())),
+        };
+        lab.launch(self.kernel(format), [shape.heads, parts, count], 32 * self.warps, 0, arguments)?;
+        y.download(count * shape.inner())
+    }
+
+    /// What the recurrence makes of the same state.
+    fn expected(&self, mixer: &Mixer, xbc: &[f32], state: &mut [f64]) -> Vec<f64> {
+        let shape = &self.shape;
+        let states = state.chunks_exact_mut(shape.inner() * shape.state);
+        let rows = mixer.projected.chunks_exact(shape.projected()).zip(xbc.chunks_exact(shape.conv_channels())).zip(states);
+        rows.flat_map(|((projected, xbc), state)| recur(shape, mixer, projected, xbc, state, self.head_block())).collect()
+    }
 }
 
 const STEPS: usize = 2;
 
-fn step_f32(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
+fn step_f32(lab: &Lab, step: &Step) -> Result<f64> {
+    let shape = &step.shape;
     let mut mixer = Mixer::new(lab, shape, STEPS);
-    let inputs = Inputs::new(lab, shape, &mut mixer, 48, form)?;
+    let inputs = Inputs::new(lab, shape, &mut mixer, 48, step.form)?;
     let before = lab.normal(49, STEPS * shape.inner() * shape.state);
     let state = lab.put(&before)?;
-    let y = step(lab, "f32", shape, &inputs, &state, None)?;
+    let y = step.run(lab, "f32", &inputs, &state, None)?;
     let mut expected = wide(&before);
-    let expected_y = expected_step(shape, &mixer, &inputs.xbc, &mut expected);
+    let expected_y = step.expected(&mixer, &inputs.xbc, &mut expected);
     Ok(worse(difference(&y, &expected_y), difference(&state.download::<f32>(before.len())?, &expected)))
 }
 
-fn step_f16(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
+fn step_f16(lab: &Lab, step: &Step) -> Result<f64> {
+    let shape = &step.shape;
     let mut mixer = Mixer::new(lab, shape, STEPS);
-    let inputs = Inputs::new(lab, shape, &mut mixer, 50, form)?;
+    let inputs = Inputs::new(lab, shape, &mut mixer, 50, step.form)?;
     let before: Vec<u16> = lab.normal(51, STEPS * shape.inner() * shape.state).iter().map(|x| f16::from_f32(*x).to_bits()).collect();
     let state = lab.put(&before)?;
-    let y = step(lab, "f16", shape, &inputs, &state, None)?;
+    let y = step.run(lab, "f16", &inputs, &state, None)?;
     let mut expected: Vec<f64> = before.iter().map(|bits| f16::from_bits(*bits).to_f64()).collect();
-    let expected_y = expected_step(shape, &mixer, &inputs.xbc, &mut expected);
+    let expected_y = step.expected(&mixer, &inputs.xbc, &mut expected);
     // Within half a unit in the last place of f16, and a little for f32's own rounding.
     let found = state.download::<u16>(before.len())?;
     let near = |found: &u16, expected: &f64| (f16::from_bits(*found).to_f64() - expected).abs() <= expected.abs() * 5.0e-4 + 1e-6;
@@ -368,20 +407,21 @@ fn step_f16(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
     Ok(worse(difference(&y, &expected_y), wrong as f64))
 }
 
-fn step_i8(lab: &Lab, shape: &MambaShape, form: Form) -> Result<f64> {
+fn step_i8(lab: &Lab, step: &Step) -> Result<f64> {
+    let shape = &step.shape;
     let mut mixer = Mixer::new(lab, shape, STEPS);
-    let inputs = Inputs::new(lab, shape, &mut mixer, 52, form)?;
+    let inputs = Inputs::new(lab, shape, &mut mixer, 52, step.form)?;
     let rows = STEPS * shape.inner();
     let codes: Vec<i8> = lab.normal(53, rows * shape.state).iter().map(|x| (x * 60.0).clamp(-127.0, 127.0) as i8).collect();
     let scales: Vec<f32> = lab.normal(54, rows).iter().map(|x| x.abs() * 0.02).collect();
     let (state, held) = (lab.put(&codes)?, lab.put(&scales)?);
-    let y = step(lab, "i8", shape, &inputs, &state, Some(&held))?;
+    let y = step.run(lab, "i8", &inputs, &state, Some(&held))?;
     let mut expected: Vec<f64> = codes
         .chunks_exact(shape.state)
         .zip(&scales)
         .flat_map(|(row, scale)| row.iter().map(move |code| f64::from(*code) * f64::from(*scale)))
         .collect();
-    let expected_y = expected_step(shape, &mixer, &inputs.xbc, &mut expected);
+    let expected_y = step.expected(&mixer, &inputs.xbc, &mut expected);
     // Codes are within half a step, and the largest of a row is 127.
     let (found, scales) = (state.download::<i8>(codes.len())?, held.download::<f32>(rows)?);
     let mut wrong = 0;
@@ -446,7 +486,7 @@ fn scan(lab: &Lab, shape: &MambaShape, lengths: &[usize], form: Form, whole: boo
         for t in row[0] as usize..row[1] as usize {
             let projected = &mixer.projected[t * shape.projected()..(t + 1) * shape.projected()];
             let xbc = &xbc[t * shape.conv_channels()..(t + 1) * shape.conv_channels()];
-            expected_y.extend(recur(shape, &mixer, projected, xbc, &mut state));
+            expected_y.extend(recur(shape, &mixer, projected, xbc, &mut state, 1));
         }
         expected_states.extend(state);
     }
