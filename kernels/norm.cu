@@ -1,6 +1,7 @@
 // Norms and relu², and the forms in which they hand a row on: floats, int8 codes with a scale, either after a block-Hadamard
-// transform. One block a token; the row stays in shared memory, so that it is read and written once. With one token a single
-// block works, so what counts is how much it has under way: rows are read six vectors a thread at a time.
+// transform. One block a token. `emit_rows` keeps the row in registers; rows that do not fit, or are not of whole fours, stay in shared memory,
+// so that they are read and written once, six vectors a thread at a time. `turn_row` divides a single token's row among blocks.
+#include "rotate.cuh"
 #include "rows.cuh"
 
 #define EMIT_PARAMETERS float *out, i8 *codes, float *scales, const float *static_scale, int hadamard
@@ -106,7 +107,7 @@ template <int BITS> DEVICE void stages(float* row, int cols, int shift, float sc
 
 // Orthonormal Hadamard transform of each `size` values of the row, Sylvester's order.
 DEVICE void transform(float* row, int cols, int size) {
-    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(size)));
+    const float scale = turn_scale(size);
     int bits = 0;
     while (1 << (bits + 1) <= size) ++bits;
     for (int shift = 0; shift < bits;) {
@@ -144,6 +145,30 @@ DEVICE void emit_row(float* row, int cols, int largest, EMIT_PARAMETERS) {
         const auto value = [&](int i) { return 4 * word + i < cols ? rounding.within(four[i]) : 0.0f; };
         words[word] = scale > 0.0f ? rounding.codes(value(0), value(1), value(2), value(3)) : 0;
     }
+}
+
+constexpr int RUN = 8;  // segments of 128 values that a warp's lanes hold four each of
+
+DEVICE float square_of(float x) { const float positive = fmaxf(x, 0.0f); return positive * positive; }
+
+// The transform of each `size` values of a run, at least 2.
+DEVICE void turn(float4 (&held)[RUN], int size) {
+    const float scale = turn_scale(size);
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) held[i] = turn_four(held[i], size, size);
+#pragma unroll
+    for (int step = 1; step < RUN; step *= 2) {
+        if (128 * step >= size) break;
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) {
+            if (i & step) continue;
+            const float4 a = held[i], b = held[i + step];
+            held[i] = make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+            held[i + step] = make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) held[i] = times(held[i], scale);
 }
 
 }  // namespace
@@ -192,9 +217,9 @@ KERNEL(1024, relu2, (const float* x, int cols, EMIT_PARAMETERS)) {
     DYNAMIC_SHARED(float, row);
     int largest = 0;
     read_row(x + static_cast<i64>(blockIdx.x) * cols, cols, [&](int c, float value) {
-        const float positive = fmaxf(value, 0.0f);
-        row[place(c)] = positive * positive;
-        largest = maximum(largest, magnitude(positive * positive));
+        const float squared = square_of(value);
+        row[place(c)] = squared;
+        largest = maximum(largest, magnitude(squared));
     });
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
 }
@@ -208,4 +233,131 @@ KERNEL(1024, emit, (const float* x, int cols, EMIT_PARAMETERS)) {
         largest = maximum(largest, magnitude(value));
     });
     emit_row(row, cols, largest, EMIT_ARGUMENTS);
+}
+
+// Rows that stay in registers: a warp has a run of 1024 values, four of each 128 a lane, so that blocks of a Hadamard transform, at most as many, are
+// within it. A norm (`weight` null: none) goes over groups of whole 128; `square`: relu².
+KERNEL(1024, emit_rows, (const float* x, const float* weight, float eps, int group, int square, int cols, EMIT_PARAMETERS)) {
+    SHARED(float, sums, 32 * RUN);
+    SHARED(int, partial, 32);
+    depend();
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN;
+    const i64 token = blockIdx.x, start = token * cols;
+    const auto at = [&](int i) { return (first + i) * 32 + lane; };
+    float4 held[RUN];
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) held[i] = at(i) < cols / 4 ? reinterpret_cast<const float4*>(x + start)[at(i)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (weight) {
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) {
+            const float4& v = held[i];
+            const float sum = warp_sum(fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))));
+            if (lane == 0) sums[first + i] = sum;
+        }
+        __syncthreads();
+        // Lane i has the factor of segment i.
+        const int segments = group / 128, begin = minimum(first + lane % RUN, cols / 128 - 1) / segments * segments;
+        float total = 0.0f;
+#pragma unroll 8
+        for (int segment = 0; segment < segments; ++segment) total += sums[begin + segment];
+        const float own_factor = __fdiv_rn(1.0f, __fsqrt_rn(total / static_cast<float>(group) + eps));
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) {
+            const float factor = shuffle(own_factor, i);
+            if (at(i) >= cols / 4) continue;
+            const float4 own = reinterpret_cast<const float4*>(weight)[at(i)];
+            held[i] = make_float4(held[i].x * factor * own.x, held[i].y * factor * own.y, held[i].z * factor * own.z, held[i].w * factor * own.w);
+        }
+    }
+    if (square)
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) held[i] = make_float4(square_of(held[i].x), square_of(held[i].y), square_of(held[i].z), square_of(held[i].w));
+    if (hadamard > 1) turn(held, hadamard);
+    if (out)
+#pragma unroll
+        for (int i = 0; i < RUN; ++i)
+            if (at(i) < cols / 4) reinterpret_cast<float4*>(out + start)[at(i)] = held[i];
+    if (!codes) return;
+    int largest = 0;
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) largest = maximum(largest, maximum(maximum(magnitude(held[i].x), magnitude(held[i].y)), maximum(magnitude(held[i].z), magnitude(held[i].w))));
+    const float scale = static_scale ? *static_scale : __fdiv_rn(bits_float(static_cast<u32>(block_max(largest, partial))), 127.0f);
+    const Rounding rounding(scale);
+    if (threadIdx.x == 0) scales[token] = scale;
+    const int width = ld(cols);
+    u32* words = reinterpret_cast<u32*>(codes + token * width);
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+        if (at(i) >= width / 4) break;
+        const u32 word = rounding.codes(rounding.within(held[i].x), rounding.within(held[i].y), rounding.within(held[i].z), rounding.within(held[i].w));
+        words[at(i)] = scale > 0.0f && at(i) < cols / 4 ? word : 0;
+    }
+}
+
+// What a norm or relu² and a Hadamard transform leave of a single token, as floats: a block has `width` values, a group of the norm (`weight` null:
+// none) and whole blocks of the transform. It takes little of a multiprocessor, so that it waits beside the linear in front of it.
+KERNEL(256, turn_row, (const float* x, const float* weight, float eps, int square, int width, int hadamard, float* out)) {
+    constexpr int PART = 256, HELD = 2;
+    SHARED(float, row, 4 * PART * HELD);
+    SHARED(float, sums, PART / 32);
+    launch_next();
+    const int thread = threadIdx.x, lane = thread % 32;
+    const i64 start = static_cast<i64>(blockIdx.x) * width;
+    const float4 *from = reinterpret_cast<const float4*>(x + start), *weights = reinterpret_cast<const float4*>(weight + start);
+    float4 held[HELD], own[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; ++i)
+        if (weight && thread + i * PART < width / 4) own[i] = weights[thread + i * PART];
+    wait_previous();
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) held[i] = thread + i * PART < width / 4 ? from[thread + i * PART] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (weight) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) sum += fmaf(held[i].x, held[i].x, fmaf(held[i].y, held[i].y, fmaf(held[i].z, held[i].z, held[i].w * held[i].w)));
+        sum = warp_sum(sum);
+        if (lane == 0) sums[thread / 32] = sum;
+        __syncthreads();
+        float total = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < PART / 32; ++warp) total += sums[warp];
+        const float factor = __fdiv_rn(1.0f, __fsqrt_rn(total / static_cast<float>(width) + eps));
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) held[i] = make_float4(held[i].x * factor * own[i].x, held[i].y * factor * own[i].y, held[i].z * factor * own[i].z, held[i].w * factor * own[i].w);
+    }
+    const float scale = turn_scale(hadamard);
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        float4& v = held[i];
+        if (square) v = make_float4(square_of(v.x), square_of(v.y), square_of(v.z), square_of(v.w));
+        v = turn_four(v, hadamard, hadamard);
+        const int at = thread + i * PART;
+        if (at >= width / 4) continue;
+        if (hadamard > 128) reinterpret_cast<float4*>(row)[at] = v;
+        else reinterpret_cast<float4*>(out + start)[at] = times(v, scale);
+    }
+    if (hadamard <= 128) return;
+    __syncthreads();
+    // Across segments: a thread has the values of a block at one place of each.
+    const int segments = hadamard / 128;
+    for (int index = thread; index < width / segments; index += PART) {
+        const int first = index / 128 * hadamard + index % 128;
+        float v[RUN];
+#pragma unroll
+        for (int i = 0; i < RUN; ++i) v[i] = i < segments ? row[first + 128 * i] : 0.0f;
+#pragma unroll
+        for (int half = 1; half < RUN; half *= 2) {
+            if (half >= segments) break;
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) {
+                if (i & half) continue;
+                const float a = v[i], b = v[i + half];
+                v[i] = a + b;
+                v[i + half] = a - b;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < RUN; ++i)
+            if (i < segments) out[start + first + 128 * i] = __fmul_rn(v[i], scale);
+    }
 }

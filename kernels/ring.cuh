@@ -14,7 +14,7 @@ constexpr int WINDOW = 32;         // groups of int4 weights in a stage
 constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
 constexpr int STAGE = ROWS * (PITCH + SCALES);
 constexpr int UNDER_WAY = 2;  // stages asked for at a time: they keep the memory busy, and what others read does not queue behind a whole ring
-constexpr int BRINGING = 4;  // warps that bring, the last of a block: each asks for copies one by one, some hundred cycles each
+constexpr int BRINGING = 4;   // warps that bring, the last of a block: each asks for copies one by one, some hundred cycles each
 
 // Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.
 struct Stages {
@@ -91,10 +91,13 @@ struct Bringing {
     }
 };
 
-// Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row.
-DEVICE void bring(Bringing& bringing, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
-    // A warp has four rows, a lane one's weights or scales.
-    const int lane = threadIdx.x % 32, warp = (threadIdx.x - (blockDim.x - 32 * BRINGING)) / 32, line = warp * (ROWS / BRINGING) + lane % (ROWS / BRINGING), part = lane / (ROWS / BRINGING);
+// Brings the rows of `tiles`, `piece` bytes of each at a time, and with them a window of the scales of int4 weights, `groups` a row. By the block's
+// last WARPS warps.
+template <int WARPS = BRINGING> DEVICE void bring(Bringing& bringing, Tiles tiles, const void* w, const bf16* w_scales, int groups, int rows, int row_bytes, int piece) {
+    // A warp has some rows, a lane one's weights or scales.
+    constexpr int LINES = (ROWS + WARPS - 1) / WARPS;
+    const int lane = threadIdx.x % 32, warp = (threadIdx.x - (blockDim.x - 32 * WARPS)) / 32, line = warp * LINES + lane % LINES, part = lane / LINES;
+    const bool asks = part < 2 && line < ROWS;
     for (; tiles.more(); tiles.next()) {
         const int count = minimum(ROWS, rows - tiles.row()), row = tiles.row() + minimum(line, count - 1);
         const u8* weights = static_cast<const u8*>(w) + static_cast<i64>(row) * row_bytes;
@@ -107,8 +110,8 @@ DEVICE void bring(Bringing& bringing, Tiles tiles, const void* w, const bf16* w_
             const int own = part == 0 ? minimum(piece, row_bytes - at) : part == 1 && groups > 0 ? static_cast<int>(behind - first) * 2 : 0;
             const int bytes = line < count ? own : 0;
             stages.wait_empty();
-            if (part < 2) barrier_expect(full, bytes);
-            if (bytes == 0) continue;
+            if (asks) barrier_expect(full, bytes);
+            if (!asks || bytes == 0) continue;
             if (part == 0) copy_bulk(stages.stage() + line * PITCH, weights + at, bytes, full);
             else copy_bulk(stages.stage() + ROWS * PITCH + line * SCALES, w_scales + first, bytes, full);
         }

@@ -13,6 +13,10 @@ namespace {
 constexpr int WORKING = 32 * ROWS;  // threads that multiply
 constexpr int THREADS = WORKING + 32 * BRINGING;
 constexpr int ADDING = 32;          // threads that add up products of int4 weights
+// With them three warps that bring are twenty in all, five for each quarter of a multiprocessor, and 24 is what bounds their registers to 80: beside
+// six warps, or more registers, there is no room for a block of the small launch behind, which would begin only when this one ends.
+constexpr int BRINGING_INT4 = 3;
+constexpr int BOUND_INT4 = 32 * 24;
 constexpr int HANDED = WINDOW + 4;  // from one row's products of a stage to the next's: eight lanes that read sixteen bytes meet all banks
 
 DEVICE u32 word(const uint4& words, int k) { return k == 0 ? words.x : k == 1 ? words.y : k == 2 ? words.z : words.w; }
@@ -189,7 +193,7 @@ RESIDENT_KERNEL(THREADS, 1, one_w8a8, (const i8* w, const float* w_scales, int r
 }
 
 // A linear of two parts, `rows` int4 rows in front of `other_rows` int8 rows, of which there may be none: int8 tiles are the first.
-RESIDENT_KERNEL(THREADS + ADDING, 1, one_w4a8, (const u8* w, const bf16* w_scales, int group_size, int rows, const i8* other_w, const float* other_scales, int other_rows, int cols, int stages, CODES_PARAMETERS, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
+RESIDENT_KERNEL(BOUND_INT4, 1, one_w4a8, (const u8* w, const bf16* w_scales, int group_size, int rows, const i8* other_w, const float* other_scales, int other_rows, int cols, int stages, CODES_PARAMETERS, FRONT_PARAMETERS, TAIL_PARAMETERS)) {
     launch_next();
     DYNAMIC_SHARED(u8, shared);
     const Tiles others = tiles_of_block(0, other_rows), tiles = tiles_of_block(divide_up(other_rows, ROWS), rows);
@@ -199,8 +203,8 @@ RESIDENT_KERNEL(THREADS + ADDING, 1, one_w4a8, (const u8* w, const bf16* w_scale
     const int groups = cols / group_size;
     if (threadIdx.x >= WORKING + ADDING) {
         Bringing bringing(ring);
-        if (other_rows > 0) bring(bringing, others, other_w, nullptr, 0, other_rows, ld(cols), PIECE);
-        bring(bringing, tiles, w, w_scales, groups, rows, ld(cols) / 2, PIECE / 128 * group_size);
+        if (other_rows > 0) bring<BRINGING_INT4>(bringing, others, other_w, nullptr, 0, other_rows, ld(cols), PIECE);
+        bring<BRINGING_INT4>(bringing, tiles, w, w_scales, groups, rows, ld(cols) / 2, PIECE / 128 * group_size);
         return;
     }
     if (threadIdx.x >= WORKING) {

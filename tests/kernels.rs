@@ -44,7 +44,7 @@ fn every_kernel_agrees_with_its_reference() {
 
 /// Kernels, each broken in one place: file, what stands there, what stands there instead. Index arithmetic, sums, ties, barriers; last
 /// what writes past its shared memory.
-const MUTANTS: [(&str, &str, &str); 76] = [
+const MUTANTS: [(&str, &str, &str); 89] = [
     ("embedding.cu", "c / 32 * 16 + c % 16", "c / 32 * 16 + c % 8"),
     ("norm.cu", "index >> shift << (shift + BITS)", "index >> shift << shift"),
     ("norm.cu", "? c / group : c >> shift", "? c % group : c & shift"),
@@ -52,6 +52,7 @@ const MUTANTS: [(&str, &str, &str); 76] = [
     ("linear_few.cu", "quad * PARTS / 4 == part", "quad * PARTS / 2 == part"),
     ("linear_few.cu", "inputs.read(set, at + offset)", "inputs.read(set, at)"),
     ("ring.cuh", "line * PITCH, weights + at", "line * PITCH, weights"),
+    ("ring.cuh", "(ROWS + WARPS - 1) / WARPS", "ROWS / WARPS"),
     ("stream.cu", "group_wait(1, 32 * (WARPS + ADDING));", ""),
     ("ring.cuh", "        barrier_arrive(empty + at);\n", ""),
     ("ring.cuh", "row * SCALES) + first % 8", "row * SCALES)"),
@@ -87,9 +88,18 @@ const MUTANTS: [(&str, &str, &str); 76] = [
     ("ssm.cu", "(m.groups + group) * size", "group * size"),
     ("ssm.cu", "in.scale(slot, b_offset, m.heads + group)", "in.scale(slot, b_offset, group)"),
     ("internals.cu", "(index - layout.heads) * layout.state", "(index - layout.heads) * layout.state / 2"),
-    ("internals.cu", "lane & half ? other - v[i]", "lane & half ? v[i] - other"),
+    ("rotate.cuh", "lane & half ? other - v[i]", "lane & half ? v[i] - other"),
+    ("rotate.cuh", "        if (4 * mask >= size) continue;\n", ""),
     ("internals.cu", "const int at = t - kernel + 1 + k;", "const int at = t - kernel + k;"),
-    ("internals.cu", "window[static_cast<i64>(k + 1) * channels + c]", "window[static_cast<i64>(k) * channels + c]"),
+    ("internals.cu", "window[static_cast<i64>(k - 1) * channels + c] = code", "window[static_cast<i64>(k - 1) * channels + c] = codes[i]"),
+    ("fixed.cu", "c < 0 ? p : p - channels", "c < 0 ? p + 4 : p - channels"),
+    ("fixed.cu", "= held[k + 1];", "= held[k];"),
+    ("fixed.cu", "(TAPS - 1 + at) * channels", "(TAPS - 2 + at) * channels"),
+    ("fixed.cu", "past.push(held[i]);", "past.push(held[0]);"),
+    ("fixed.cu", "one(2, scale.z)", "one(2, scale.y)"),
+    ("fixed.cu", "c < inner ? head_block : state_block, largest", "state_block, largest"),
+    ("ssm.cu", "        ask();\n        ask_inputs();", "        ask_inputs();"),
+    ("ssm.cu", "    __syncthreads();\n    if (warp > 0) return;", "    if (warp > 0) return;"),
     ("scan.cu", "if (n / 4 == warp / 4)", "if (n / 4 == 0)"),
     ("scan.cu", "products.z * factor(first + 8, s,", "products.z * factor(first, s,"),
     ("scan.cu", "held[i].second * share[t + 1]", "held[i].second * share[t]"),
@@ -119,6 +129,9 @@ const MUTANTS: [(&str, &str, &str); 76] = [
     ("gemm.cu", "x_scales[x_row(token, x_rows)], w_scales[row]", "x_scales[token], w_scales[row]"),
     ("gptq.cu", "shares[lane + 32 * i]", "shares[lane + 16 * i]"),
     ("gptq.cu", "held[i], __fmul_rn(step, own[lane + 32 * i])", "held[i], __fmul_rn(step, own[lane + 16 * i])"),
+    ("norm.cu", "cols / 128 - 1) / segments * segments", "cols / 128 - 1) / segments"),
+    ("norm.cu", "        if (128 * step >= size) break;\n", ""),
+    ("norm.cu", "index / 128 * hadamard + index % 128", "index / 128 * 128 + index % 128"),
     ("norm.cu", "return c + (c >> 5);", "return c + (c >> 4);"),
     ("norm.cu", "scale) : held[i];\n    }\n    __syncthreads();", "scale) : held[i];\n    }"),
 ];

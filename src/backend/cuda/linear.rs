@@ -359,7 +359,7 @@ impl Cuda {
         let (launch, arguments) = match (one, kind) {
             (Some(launch), stream::Weights::Bf16) => {
                 let copied = if x.pending().is_none() { Some(Front::plain(self.float(x)?.clone())) } else { None };
-                let Some(front) = x.pending().or(copied.as_ref()).filter(|front| stream::serves_front(front, None)) else {
+                let Some(front) = x.pending().or(copied.as_ref()).filter(|front| stream::serves_front(front)) else {
                     return Ok(false);
                 };
                 (launch, stream::front_arguments(weights.with(x.cols).with(launch.stages), Some(front), None))

@@ -11,6 +11,8 @@ const TOKENS: usize = 8;
 const OUTPUTS: usize = 16;
 /// Bytes that a front takes beside what it leaves.
 const SCRATCH: usize = 1024;
+/// Bytes that a ring leaves to the small launch behind it, which waits beside it where there is room.
+const BESIDE: usize = 10 << 10;
 /// Fewer stages than this cannot keep memory busy.
 const LEAST_STAGES: usize = 3;
 /// The longest rows of a norm and of what is none, and what a norm's groups are multiples of.
@@ -47,13 +49,13 @@ pub struct Launch {
 impl Launch {
     /// For one token of so many inputs, whose front is computed as well.
     pub fn of_one(weights: Weights, cols: usize, arch: u32) -> Option<Self> {
-        // int4 weights have a warp more, and with each stage a window of products of each row.
-        let (kernel, threads, handed, row) = match weights {
-            Weights::Bf16 => ("one_bf16", 640, 0, 4 * cols.next_multiple_of(256)),
-            Weights::Int8 => ("one_w8a8", 640, 0, cols.next_multiple_of(4096)),
-            Weights::Int4 => ("one_w4a8", 672, OUTPUTS * (32 + 4) * 4, cols.next_multiple_of(4096)),
+        // int4 weights have with each stage a window of products of each row.
+        let (kernel, handed, row) = match weights {
+            Weights::Bf16 => ("one_bf16", 0, 4 * cols.next_multiple_of(256)),
+            Weights::Int8 => ("one_w8a8", 0, cols.next_multiple_of(4096)),
+            Weights::Int4 => ("one_w4a8", OUTPUTS * (32 + 4) * 4, cols.next_multiple_of(4096)),
         };
-        Self::with_ring(kernel, threads, STAGE + handed, SCRATCH + row, arch)
+        Self::with_ring(kernel, 640, STAGE + handed, SCRATCH + row, arch)
     }
 
     /// For int8 activations of several tokens.
@@ -69,7 +71,7 @@ impl Launch {
 
     /// With as many stages, of so many bytes, as there is room for beside `others`; `None`: too few.
     fn with_ring(kernel: &'static str, threads: usize, stage: usize, others: usize, arch: u32) -> Option<Self> {
-        let stages = super::shared_limit(arch).saturating_sub(others) / stage;
+        let stages = super::shared_limit(arch).saturating_sub(others + BESIDE) / stage;
         (stages >= LEAST_STAGES).then_some(Self { kernel, threads, stages, shared: stages * stage + others })
     }
 
@@ -80,13 +82,13 @@ impl Launch {
 }
 
 /// Whether the kernels for one token can compute this themselves.
-pub(super) fn serves_front(front: &Front, hadamard: Option<usize>) -> bool {
+pub(super) fn serves_front(front: &Front) -> bool {
     let cols = front.row.cols;
     let fits = match &front.norm {
         Some(norm) => cols <= NORM_INPUTS && cols.is_multiple_of(SEGMENT) && norm.group.is_multiple_of(SEGMENT),
         None => cols <= PLAIN_INPUTS,
     };
-    front.row.rows == 1 && cols.is_multiple_of(4) && hadamard.is_none() && fits
+    front.row.rows == 1 && cols.is_multiple_of(4) && fits
 }
 
 /// The kernels' parameters for what stands in front; `None`: nothing.

@@ -16,6 +16,22 @@ fn row_threads(tokens: usize, cols: usize) -> usize {
     }
 }
 
+/// Values of a row that a warp of `emit_rows` has, and warps of its blocks at most: with more a multiprocessor holds a single block, and waits
+/// for memory while that computes.
+const RUN: usize = 1024;
+const RUNS: usize = 10;
+
+/// Whether the kernel that keeps rows in registers serves.
+fn in_registers(front: &Front, hadamard: Option<usize>) -> bool {
+    let cols = front.row.cols;
+    let norm = front.norm.as_ref().is_none_or(|norm| cols.is_multiple_of(128) && norm.group.is_multiple_of(128));
+    cols.is_multiple_of(4) && cols <= RUN * RUNS && norm && hadamard.is_none_or(|size| size <= RUN)
+}
+
+/// Values of a row that a block of `turn_row` may have, and of a block of its transform.
+const PART: usize = 2048;
+const TURNED: usize = 1024;
+
 /// `[rows, cols]` in f32.
 #[derive(Clone)]
 pub struct CudaTensor {
@@ -106,17 +122,49 @@ impl Cuda {
     /// What `front` hands on: now, or where the kernels of linears can compute it, when somebody asks for it.
     pub(super) fn activation(&self, front: Front, emit: Emit) -> Result<CudaActivation> {
         let (tokens, cols) = (front.row.rows, front.row.cols);
-        if stream::serves(self.device().arch()) && stream::serves_front(&front, emit.hadamard) {
-            return Ok(CudaActivation::new(tokens, cols, emit, OnceLock::new(), Some(front)));
+        if stream::serves(self.device().arch()) && stream::serves_front(&front) {
+            let Some(size) = emit.hadamard else {
+                return Ok(CudaActivation::new(tokens, cols, emit, OnceLock::new(), Some(front)));
+            };
+            if let Some(turned) = self.turned(&front, size)? {
+                let emit = Emit { hadamard: None, ..emit };
+                return Ok(CudaActivation::new(tokens, cols, emit, OnceLock::new(), Some(Front::plain(turned))));
+            }
         }
         Ok(CudaActivation::new(tokens, cols, emit, OnceLock::from(self.computed(&front, emit)?), None))
+    }
+
+    /// The row of a single token as `front` and an online Hadamard transform leave it, in floats: by many blocks, each of which has whole
+    /// groups of the norm and blocks of the transform, where a row to be rounded would be one's. `None`: no such parts.
+    fn turned(&self, front: &Front, size: usize) -> Result<Option<CudaTensor>> {
+        let cols = front.row.cols;
+        let unit = front.norm.as_ref().map_or(size.max(4), |norm| norm.group);
+        if !(2..=TURNED).contains(&size) || unit > PART || !unit.is_multiple_of(size.max(4)) || !cols.is_multiple_of(unit) {
+            return Ok(None);
+        }
+        // Of a norm each has one group.
+        let most = if front.norm.is_some() { 1 } else { (PART / 2 / unit).max(1) };
+        let units = (1..=most).rev().find(|units| (cols / unit).is_multiple_of(*units)).unwrap_or(1);
+        let (width, turned) = (units * unit, self.tensor(1, cols)?);
+        let norm = front.norm.as_ref();
+        let arguments =
+            Arguments::default().with(front.row.buffer()).with(norm.map(|norm| &*norm.weight)).with(norm.map_or(0.0, |norm| norm.eps));
+        let arguments = arguments.with(usize::from(front.square)).with(width).with(size).with(turned.buffer());
+        self.launch("turn_row", [cols / width, 1, 1], 256, 0, arguments)?;
+        Ok(Some(turned))
     }
 
     /// By a kernel that works row by row.
     fn computed(&self, front: &Front, emit: Emit) -> Result<Forms> {
         let (tokens, cols) = (front.row.rows, front.row.cols);
         let row = Arguments::default().with(front.row.buffer());
+        let in_registers = in_registers(front, emit.hadamard);
         let (kernel, arguments) = match &front.norm {
+            _ if in_registers => {
+                let norm = front.norm.as_ref();
+                let arguments = row.with(norm.map(|norm| &*norm.weight)).with(norm.map_or(0.0, |norm| norm.eps));
+                ("emit_rows", arguments.with(norm.map_or(0, |norm| norm.group)).with(usize::from(front.square)).with(cols))
+            }
             Some(norm) => ("rms_norm", row.with(&*norm.weight).with(norm.eps).with(cols).with(norm.group)),
             None => (if front.square { "relu2" } else { "emit" }, row.with(cols)),
         };
@@ -129,7 +177,9 @@ impl Cuda {
             .with(int8.as_ref().map(|int8| &int8.scales))
             .with(scale.as_deref())
             .with(emit.hadamard.unwrap_or(0));
-        self.launch(kernel, [tokens, 1, 1], row_threads(tokens, cols), 4 * (cols + cols.div_ceil(32)), arguments)?;
+        let (threads, shared) =
+            if in_registers { (32 * cols.div_ceil(RUN), 0) } else { (row_threads(tokens, cols), 4 * (cols + cols.div_ceil(32))) };
+        self.launch(kernel, [tokens, 1, 1], threads, shared, arguments)?;
         Ok(Forms { float, int8 })
     }
 

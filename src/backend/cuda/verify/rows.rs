@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::internals::hadamard as turn;
 use super::linears::{pack_int4, quantized};
 use super::{Check, EXACT, Extent, FLOAT, Lab, difference, mismatches, pad, padded, wide, worse};
 use crate::backend::cpu::int_matmul::QuantizedRows;
@@ -38,11 +39,31 @@ pub fn checks(extent: Extent) -> Vec<Check> {
         }));
         all.push(Check::new("rms_norm", shape, FLOAT, move |lab| rms_norm(lab, tokens, 1, cols, hadamard)));
     }
-    all.push(Check::new("emit", "rows of zeros and of NaN", EXACT, extreme_rows));
-    all.push(Check::new("emit", "static scale", EXACT, static_scale));
+    for kernel in ["emit", "emit_rows"] {
+        all.push(Check::new(kernel, "rows of zeros and of NaN", EXACT, move |lab| extreme_rows(lab, kernel)));
+        all.push(Check::new(kernel, "static scale", EXACT, move |lab| static_scale(lab, kernel)));
+    }
     for (tokens, groups, group, hadamard) in [(1, 2, 96, 0), (3, 8, 64, 64), (2, 8, 1024, 1024), (5, 1, 40, 8)] {
         let shape = format!("{tokens}x{groups}x{group}, hadamard {hadamard}");
         all.push(Check::new("rms_norm", shape, FLOAT, move |lab| rms_norm(lab, tokens, groups, group, hadamard)));
+    }
+    let mut rows = vec![(3, 36, 0), (2, 96, 32), (5, 160, 2), (1, 4096, 128), (2, 2688, 64), (2, 3072, 1024), (1, 8192, 512)];
+    if extent == Extent::Published {
+        rows.extend([(1024, 21504, 1024), (100, 21504, 0), (17, 15680, 64), (1024, 4480, 128)]);
+    }
+    for (tokens, cols, hadamard) in rows {
+        let shape = format!("{tokens}x{cols}, hadamard {hadamard}");
+        let ways = [(0, false), (0, true), (cols, false), (1024, false), (384, false)];
+        for (group, square) in ways.into_iter().filter(|(group, _)| *group == 0 || cols % group == 0 && group % 128 == 0) {
+            let tolerance = if group == 0 { EXACT } else { FLOAT };
+            let name = format!("{shape}, norm of {group}, relu2 {square}");
+            all.push(Check::new("emit_rows", name, tolerance, move |lab| emit_rows(lab, [tokens, cols], hadamard, group, square)));
+        }
+    }
+    for (parts, width, hadamard) in [(3, 64, 2), (5, 448, 64), (3, 1280, 128), (4, 1280, 256), (2, 2048, 512), (21, 1024, 1024)] {
+        let shape = format!("{parts}x{width}, hadamard {hadamard}");
+        all.push(Check::new("turn_row", shape.clone(), EXACT, move |lab| turn_row(lab, [parts, width], hadamard, false)));
+        all.push(Check::new("turn_row", format!("norm of {shape}"), FLOAT, move |lab| turn_row(lab, [parts, width], hadamard, true)));
     }
     for count in [1, 1023, 5000] {
         all.push(Check::new("add", count.to_string(), EXACT, move |lab| add(lab, count)));
@@ -161,26 +182,35 @@ fn emit(lab: &Lab, kernel: &str, tokens: usize, cols: usize, hadamard: usize, f:
     Ok(mismatches(&out.float.download::<f32>(tokens * cols)?, &expected) + out.wrong_codes(&expected, tokens, cols)?)
 }
 
-fn extreme_rows(lab: &Lab) -> Result<f64> {
-    let cols = 70;
+/// Emits rows as they are.
+fn emit_plain(lab: &Lab, kernel: &str, input: &Buffer, tokens: usize, cols: usize, out: &Emitted, fixed: Option<&Buffer>) -> Result<()> {
+    let begin = Arguments::default().with(input);
+    let (begin, threads, shared) = if kernel == "emit" {
+        (begin, EMIT_THREADS, emit_shared(cols))
+    } else {
+        (begin.with(None::<&Buffer>).with(0.0).with(0_usize).with(0_usize), 32 * cols.div_ceil(1024), 0)
+    };
+    lab.launch(kernel, [tokens, 1, 1], threads, shared, out.arguments(begin.with(cols), fixed, 0))
+}
+
+fn extreme_rows(lab: &Lab, kernel: &str) -> Result<f64> {
+    let cols = 72;
     let mut x = vec![0.0_f32; 3 * cols];
     x[cols + 69] = f32::NAN;
     x[2 * cols + 3] = -1e-39;
     let (input, out) = (lab.put(&x)?, Emitted::new(lab, 3, cols)?);
-    let arguments = out.arguments(Arguments::default().with(&input).with(cols), None, 0);
-    lab.launch("emit", [3, 1, 1], EMIT_THREADS, emit_shared(cols), arguments)?;
+    emit_plain(lab, kernel, &input, 3, cols, &out, None)?;
     let scales = out.scales.download::<f32>(3)?;
     let codes = out.codes.download::<i8>(3 * padded(cols))?;
     let zeros = codes[..2 * padded(cols)].iter().all(|code| *code == 0);
     Ok(f64::from(u8::from(!(scales[0] == 0.0 && scales[1].is_nan() && scales[2] > 0.0 && zeros))))
 }
 
-fn static_scale(lab: &Lab) -> Result<f64> {
-    let (tokens, cols, scale) = (2, 70, 0.013_f32);
+fn static_scale(lab: &Lab, kernel: &str) -> Result<f64> {
+    let (tokens, cols, scale) = (2, 72, 0.013_f32);
     let x = lab.normal(3, tokens * cols);
     let (input, out, fixed) = (lab.put(&x)?, Emitted::new(lab, tokens, cols)?, lab.put(&[scale])?);
-    let arguments = out.arguments(Arguments::default().with(&input).with(cols), Some(&fixed), 0);
-    lab.launch("emit", [tokens, 1, 1], EMIT_THREADS, emit_shared(cols), arguments)?;
+    emit_plain(lab, kernel, &input, tokens, cols, &out, Some(&fixed))?;
     let codes: Vec<i8> = x.iter().map(|x| (x / scale).clamp(-127.0, 127.0).round_ties_even() as i8).collect();
     let found = out.codes.download::<i8>(tokens * padded(cols))?;
     Ok(mismatches(&found, &pad(&codes, cols)) + mismatches(&out.scales.download::<f32>(tokens)?, &[scale; 2]))
@@ -192,24 +222,58 @@ fn rms_norm(lab: &Lab, tokens: usize, groups: usize, group: usize, hadamard: usi
     let (input, weights, out) = (lab.put(&x)?, lab.put(&weight)?, Emitted::new(lab, tokens, cols)?);
     let arguments = Arguments::default().with(&input).with(&weights).with(eps).with(cols).with(group);
     lab.launch("rms_norm", [tokens, 1, 1], EMIT_THREADS, emit_shared(cols), out.arguments(arguments, None, hadamard))?;
-    let mut expected = wide(&x);
-    for (values, weight) in expected.chunks_exact_mut(group).zip(weight.chunks_exact(group).cycle()) {
+    finish_norm(&out, normed(&x, &weight, group, eps), tokens, cols, hadamard)
+}
+
+/// Rows in registers, with a norm of groups, or with relu², or as they are.
+fn emit_rows(lab: &Lab, [tokens, cols]: [usize; 2], hadamard: usize, group: usize, square: bool) -> Result<f64> {
+    let (x, weight, eps) = (lab.normal(4, tokens * cols), lab.normal(5, cols), 1e-5_f32);
+    let (input, weights, out) = (lab.put(&x)?, lab.put(&weight)?, Emitted::new(lab, tokens, cols)?);
+    let arguments = Arguments::default().with(&input).with(if group > 0 { Some(&weights) } else { None }).with(eps);
+    let arguments = arguments.with(group).with(usize::from(square)).with(cols);
+    lab.launch("emit_rows", [tokens, 1, 1], 32 * cols.div_ceil(1024), 0, out.arguments(arguments, None, hadamard))?;
+    if group > 0 {
+        return finish_norm(&out, normed(&x, &weight, group, eps), tokens, cols, hadamard);
+    }
+    let mut expected: Vec<f32> = x.into_iter().map(|x| if square { x.max(0.0) * x.max(0.0) } else { x }).collect();
+    if hadamard > 0 {
+        transform(&mut expected, hadamard);
+    }
+    Ok(mismatches(&out.float.download::<f32>(tokens * cols)?, &expected) + out.wrong_codes(&expected, tokens, cols)?)
+}
+
+/// A row in parts, whose norm or relu² is turned.
+fn turn_row(lab: &Lab, [parts, width]: [usize; 2], hadamard: usize, norm: bool) -> Result<f64> {
+    let (x, weight, eps) = (lab.normal(4, parts * width), lab.normal(5, parts * width), 1e-2_f32);
+    let (input, weights, out) = (lab.put(&x)?, lab.put(&weight)?, lab.poisoned::<f32>(parts * width)?);
+    let arguments = Arguments::default().with(&input).with(if norm { Some(&weights) } else { None }).with(eps);
+    let arguments = arguments.with(usize::from(!norm)).with(width).with(hadamard).with(&out);
+    lab.launch("turn_row", [parts, 1, 1], 256, 0, arguments)?;
+    let found = out.download::<f32>(parts * width)?;
+    if norm {
+        let mut expected = normed(&x, &weight, width, eps);
+        turn(&mut expected, hadamard);
+        return Ok(difference(&found, &expected));
+    }
+    let mut expected: Vec<f32> = x.iter().map(|x| x.max(0.0) * x.max(0.0)).collect();
+    transform(&mut expected, hadamard);
+    Ok(mismatches(&found, &expected))
+}
+
+/// Rows normed over each `group` values, `weight` of one row or of all.
+fn normed(x: &[f32], weight: &[f32], group: usize, eps: f32) -> Vec<f64> {
+    let mut normed = wide(x);
+    for (values, weight) in normed.chunks_exact_mut(group).zip(weight.chunks_exact(group).cycle()) {
         let scale = 1.0 / (values.iter().map(|x| x * x).sum::<f64>() / group as f64 + f64::from(eps)).sqrt();
         values.iter_mut().zip(weight).for_each(|(x, weight)| *x *= scale * f64::from(*weight));
     }
-    finish_norm(&out, expected, tokens, cols, hadamard)
+    normed
 }
 
 /// Compares floats with the reference and codes with the floats.
 fn finish_norm(out: &Emitted, mut expected: Vec<f64>, tokens: usize, cols: usize, hadamard: usize) -> Result<f64> {
     if hadamard > 0 {
-        for block in expected.chunks_exact_mut(hadamard) {
-            let before = block.to_vec();
-            for (i, x) in block.iter_mut().enumerate() {
-                let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
-                *x = before.iter().enumerate().map(|(j, x)| sign(j) * x).sum::<f64>() / (hadamard as f64).sqrt();
-            }
-        }
+        turn(&mut expected, hadamard);
     }
     let floats = out.float.download::<f32>(tokens * cols)?;
     Ok(worse(difference(&floats, &expected), out.wrong_codes(&floats, tokens, cols)?))
