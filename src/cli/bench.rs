@@ -32,6 +32,9 @@ pub struct Bench {
     /// With --verify: only every N-th check from the I-th on, so that parts 1/N to N/N are all of them.
     #[arg(long, requires = "verify", value_name = "I/N", value_parser = part, default_value = "1/1")]
     part: (usize, usize),
+    /// With --verify: only kernels whose names begin so.
+    #[arg(long, requires = "verify", value_name = "NAME", default_value = "")]
+    kernel: String,
     /// Registers, spills and shared memory of every kernel, by architecture.
     #[arg(long)]
     kernels_report: bool,
@@ -145,7 +148,8 @@ impl Bench {
         };
         let (mut results, mut failed) = (Vec::new(), 0);
         let (first, count) = self.part;
-        for check in verify::checks(extent, cuda.device().arch()).into_iter().skip(first - 1).step_by(count) {
+        let checks = verify::checks(extent, cuda.device().arch()).into_iter().filter(|check| check.kernel.starts_with(&self.kernel));
+        for check in checks.skip(first - 1).step_by(count) {
             let outcome = check.error(cuda.memory(), 1);
             let passes = outcome.as_ref().is_ok_and(|error| check.passes(*error));
             failed += usize::from(!passes);
@@ -159,6 +163,9 @@ impl Bench {
             }));
         }
         let count = results.len();
+        if count == 0 {
+            return Err(Error::input(format!("no check of a kernel `{}…` is in part {first}", self.kernel)).hint("leave --kernel and --part out for all"));
+        }
         if common.json {
             output::json(&json!({ "schema": "strata.verify/1", "device": cuda.name(), "checks": results }))?;
         } else {
