@@ -129,6 +129,9 @@ DEVICE void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(barrier)) : "memory");
 }
+// Orders what this thread has done in shared memory before what the copy engine and products of a warpgroup do there behind its next arrival: what it
+// wrote is seen, and what it read has come. Without it an arrival overtakes reads that are held up, and the copy engine writes first.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Barriers that were started are seen by the copy engine.
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 #endif
@@ -145,8 +148,6 @@ DEVICE void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(address(to)), "l"(&map), "r"(at), "r"(row), "r"(address(barrier)) : "memory");
 }
-// What this thread wrote to shared memory is seen by products.
-DEVICE void fence_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Registers of a warpgroup's threads, from what the launch gave them.
 template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }

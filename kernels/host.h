@@ -258,7 +258,7 @@ inline void barrier_expect(u64* at, int bytes) { strata::barrier(at)->change(1, 
 void copy_bulk(void* to, const void* from, int bytes, u64* barrier);
 void copy_box(u8* to, const TensorMap& map, int at, int row, u64* barrier);
 inline void barriers_ready() {}
-inline void fence_products() {}
+inline void fence_async() {}
 template <int COUNT> void take_registers() {}
 template <int COUNT> void give_registers() {}
 inline void products_begin() {}

@@ -42,8 +42,10 @@ struct Stages {
     void next() {
         if (++at == count) at = 0, parity ^= 1;
     }
-    // By each lane that has read one: racecheck does not follow one that arrives for its warp.
+    // By each lane that has read one: racecheck does not follow one that arrives for its warp. Reads that are under way must have come: a load from
+    // memory in front of them, whose page is not known yet, holds them up for longer than the copy engine needs.
     void release() {
+        fence_async();
         __syncwarp();
         barrier_arrive(empty + at);
         next();

@@ -196,6 +196,8 @@ template <class Source> DEVICE void scan(const Source& xbc, const float* dt, con
             load_left<CHUNK>(low, weighted.low, warp * 16, k);
             accumulate<4>(sums, high, low, own.b, half * 64, k);
         }
+        // The copy engine writes there next.
+        fence_async();
         __syncthreads();
     }
     if (to_slot >= 0) each_state(slot(to_slot), [](float& sum, float& kept) { kept = sum; });

@@ -140,7 +140,7 @@ template <class S> DEVICE void unpack(const Ring& ring, const u8* w, int own, in
             }
         }
         // Each lane for its own stores.
-        fence_products();
+        fence_async();
         barrier_arrive(ring.full + slot);
         ask();
     }
@@ -261,6 +261,7 @@ template <class S, int TOKENS> DEVICE void consume_int4(const Ring& ring, int& u
             products_commit();
             // Codes are 16 times themselves.
             const float upper = widen(scales.upper[part]) * 0.0625f, lower = widen(scales.lower[part]) * 0.0625f;
+            const float upper_base = -12582912.0f * upper, lower_base = -12582912.0f * lower;
             products_wait<0>();
             if (part == PARTS - 1) {
                 if (lane == 0) barrier_arrive(ring.empty + slot);
@@ -268,8 +269,8 @@ template <class S, int TOKENS> DEVICE void consume_int4(const Ring& ring, int& u
             }
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; ++i) {
-                const float sum = bits_float(static_cast<u32>(sums[i] + 0x4b400000)) - 12582912.0f;
-                totals[i] = __fadd_rn(totals[i], __fmul_rn(sum, i % 4 < 2 ? upper : lower));
+                const float sum = bits_float(static_cast<u32>(sums[i] + 0x4b400000));
+                totals[i] = __fadd_rn(totals[i], i % 4 < 2 ? fmaf(sum, upper, upper_base) : fmaf(sum, lower, lower_base));
             }
         }
         ++used;
