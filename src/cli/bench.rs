@@ -164,7 +164,8 @@ impl Bench {
         }
         let count = results.len();
         if count == 0 {
-            return Err(Error::input(format!("no check of a kernel `{}…` is in part {first}", self.kernel)).hint("leave --kernel and --part out for all"));
+            return Err(Error::input(format!("no check of a kernel `{}…` is in part {first}", self.kernel))
+                .hint("leave --kernel and --part out for all"));
         }
         if common.json {
             output::json(&json!({ "schema": "strata.verify/1", "device": cuda.name(), "checks": results }))?;
