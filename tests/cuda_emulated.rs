@@ -384,6 +384,9 @@ fn kernels_compile_for_every_architecture() {
             assert!(cubin.starts_with(b"\x7fELF"), "{} for sm_{arch} is no cubin", source.name);
         });
     }
+    // That a file is empty for an architecture is no failure.
+    let scan = sources::KERNELS.iter().find(|source| source.name == "scan.cu").unwrap();
+    assert!(nvrtc.resources(scan, 80).unwrap().is_empty() && !nvrtc.resources(scan, 90).unwrap().is_empty());
 }
 
 /// Buffers of the device by what was written into them before and is to be seen when copies ahead end.

@@ -67,8 +67,22 @@ pub struct Projection {
     projected: CudaTensor,
 }
 
+impl Projection {
+    /// See [`crate::backend::Backend::project`].
+    pub(super) fn new(projected: CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Result<Self> {
+        if matches!(parameters.internals, Internals::Int8(_)) && shape.head_dim.max(shape.state).max(shape.heads) > SPAN_CHANNELS {
+            return Err(Error::input(format!(
+                "int8 SSM internals on the GPU take heads, head dimension and state up to {SPAN_CHANNELS}; this model has {}, {} and {}",
+                shape.heads, shape.head_dim, shape.state
+            ))
+            .hint("run this variant with --device cpu"));
+        }
+        Ok(Self { projected })
+    }
+}
+
 /// Codes `[tokens, projected]` with scales `[tokens, spans]`, or static ones.
-pub struct Slices {
+struct Slices {
     tokens: usize,
     codes: Buffer,
     scales: Option<Buffer>,
@@ -118,18 +132,6 @@ impl Cuda {
             None => None,
         };
         Ok(Internals::Int8(Taps { codes: self.upload_values(&weights.codes)?, scales: self.upload_values(&weights.scales)?, fixed }))
-    }
-
-    /// See [`crate::backend::Backend::project`].
-    pub(super) fn projection(&self, projected: CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Result<Projection> {
-        if matches!(parameters.internals, Internals::Int8(_)) && shape.head_dim.max(shape.state).max(shape.heads) > SPAN_CHANNELS {
-            return Err(Error::input(format!(
-                "int8 SSM internals on the GPU take heads, head dimension and state up to {SPAN_CHANNELS}; this model has {}, {} and {}",
-                shape.heads, shape.head_dim, shape.state
-            ))
-            .hint("run this variant with --device cpu"));
-        }
-        Ok(Projection { projected })
     }
 
     fn slices(&self, projected: &CudaTensor, taps: &Taps, parameters: &Parameters, shape: &MambaShape) -> Result<Slices> {

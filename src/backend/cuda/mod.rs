@@ -326,7 +326,7 @@ impl Backend for Cuda {
         parameters: &mamba::Parameters,
         shape: &MambaShape,
     ) -> Result<mamba::Projection> {
-        self.projection(self.product(in_proj, x, None)?, parameters, shape)
+        mamba::Projection::new(self.product(in_proj, x, None)?, parameters, shape)
     }
 
     fn mamba_scan(
