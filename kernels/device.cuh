@@ -25,7 +25,7 @@ typedef unsigned long long u64;
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
-// The launch behind may get ready now: first in every kernel but `conv_step` and `ssm_step_*`, which say why.
+// The launch behind may get ready now: first in every kernel but `*conv*_step` and `ssm_step_*`, which say why.
 DEVICE void launch_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -130,7 +130,7 @@ KERNEL(128, fixed_conv_step, (const float* projected, const float* scales_in, co
     u32 held[TAPS];
     Window past;
 #pragma unroll
-    for (int k = 0; k < TAPS - 1; ++k) held[k] = word_at(window + static_cast<i64>(k) * channels);
+    for (int k = 0; k < TAPS - 1; ++k) held[k] = convolved ? word_at(window + static_cast<i64>(k) * channels) : 0;
     held[TAPS - 1] = in_front.codes(x, fault);
 #pragma unroll
     for (int k = 0; k < TAPS; ++k) past.push(held[k]);

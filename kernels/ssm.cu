@@ -125,7 +125,7 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         }
     };
     // Everything that is read from memory is under way before the first of it is used, states too: they are widened later. They are read while the
-    // launch in front still runs, and of floats dt and z, too: that one runs since `conv_step` or `conv_i8_step`, which let nothing begin before all in
+    // launch in front still runs, and of floats dt and z, too: that one runs since `conv_step`, `conv_i8_step` or `fixed_conv_step`, which let nothing begin before all in
     // front of themselves is done, wrote none of them.
     ask();
     float raw = Input::INTEGER ? 0.0f : in.dt(slot, head);

@@ -1,4 +1,4 @@
-// Linears of one token where there is a copy engine (sm_90 and later), bound by reading the weights once: four warps bring tiles of 16 rows
+// Linears of one token where there is a copy engine (sm_90 and later), bound by reading the weights once: four warps, of int4 weights three, bring tiles of 16 rows
 // through a ring (`ring.cuh`), sixteen multiply. bf16 and int8: each has a row of a tile, and needs neither tensor cores nor another warp's
 // sums; int4: each has the same inputs of all 16 rows, tensor cores multiply, and one warp more adds up. The norm or relu² in front of
 // the linear is computed here, too (`front.cuh`), while the ring fills. Integer results are those of `linear_few.cu` to the bit. This

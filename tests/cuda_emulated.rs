@@ -140,6 +140,35 @@ fn fronts_inside_linears_give_the_cpus_logits() {
     }
 }
 
+/// Sizes that the kernels do not serve are refused, and not computed wrong.
+#[test]
+fn mixers_beyond_the_kernels_are_refused() {
+    let Some(cuda) = emulated() else { return };
+    let refusal = |state: usize, kernel: usize| -> String {
+        let shape = MambaShape { heads: 2, head_dim: 4, groups: 1, state, kernel, dt_min: 0.0, dt_max: f32::INFINITY };
+        let of_heads = || vec![1.0; shape.heads];
+        let parameters = MambaParameters {
+            conv_weight: vec![0.0; shape.conv_channels() * kernel],
+            conv_bias: vec![0.0; shape.conv_channels()],
+            a: of_heads(),
+            d: of_heads(),
+            dt_bias: of_heads(),
+            internals: SsmInternals::Float,
+            rotation: None,
+        };
+        let project = || {
+            let parameters = cuda.prepare_mamba(parameters)?;
+            let in_proj = cuda.prepare(LinearWeights::float(vec![0.0; shape.projected() * 64], 64))?;
+            let x = cuda.emit(cuda.upload(vec![0.0; 64], 64)?, Emit::FLOAT)?;
+            cuda.project(&in_proj, &x, &parameters, &shape).map(drop)
+        };
+        project().err().map_or_else(String::new, |error| error.to_string())
+    };
+    assert!(refusal(6, 4).contains("multiple of 4") && refusal(260, 4).contains("up to 256"));
+    assert!(refusal(8, 9).contains("up to 8 taps"));
+    assert_eq!(refusal(8, 4), "");
+}
+
 /// One mixer on both backends, from the same projections: every form of the internals with every cache, rotated and not, over a
 /// prompt, another one and steps.
 #[test]

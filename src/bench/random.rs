@@ -22,7 +22,7 @@ pub fn plan_format(format: Format) -> Format {
 }
 
 /// A model of `shape` in `format` with random weights, its head in [`plan_format`], its SSM states kept as `caches` says. With a `recipe`
-/// it computes what one that the recipe quantized does: its online transforms, and its internals of Mamba-2.
+/// it has the online transforms and the internals of Mamba-2 of one that the recipe quantized, though not its formats.
 pub fn assemble<B: Backend>(
     backend: B,
     shape: &Shape,

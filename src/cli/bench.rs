@@ -33,8 +33,8 @@ pub struct Bench {
     #[arg(long, requires = "verify", value_name = "I/N", value_parser = part, default_value = "1/1")]
     part: (usize, usize),
     /// With --verify: only kernels whose names begin so.
-    #[arg(long, requires = "verify", value_name = "NAME", default_value = "")]
-    kernel: String,
+    #[arg(long, requires = "verify", value_name = "NAME")]
+    kernel: Option<String>,
     /// Registers, spills and shared memory of every kernel, by architecture.
     #[arg(long)]
     kernels_report: bool,
@@ -44,9 +44,9 @@ pub struct Bench {
     /// Quantize a model of the shape with random weights (nemotron-h-8b unless --shape names another) and time the stages.
     #[arg(long)]
     quantize: bool,
-    /// With --quantize: the recipe, phase2 if none is named. With --shape alone: give the random models the online transforms and the
-    /// internals of Mamba-2 that models of this recipe have.
-    #[arg(long)]
+    /// With --quantize: the recipe, phase2 if none is named. With --shape alone: give the random models, but for w16a16, the online
+    /// transforms and the internals of Mamba-2 that models of this recipe have; formats, head and caches stay as they are.
+    #[arg(long, conflicts_with_all = ["verify", "kernels_report"])]
     recipe: Option<String>,
     /// With --quantize: only so many of the shape's first blocks.
     #[arg(long, requires = "quantize")]
@@ -109,6 +109,9 @@ impl Bench {
             }
             return print_quantize(&speed, &backend.name());
         }
+        if self.recipe.is_some() && self.shape.is_none() {
+            return Err(Error::input("--recipe is of whole models").hint("give --shape, to time random models, or --quantize"));
+        }
         let bandwidth = model::copy_bandwidth(backend)?;
         let (mut timed, mut models) = (Vec::new(), Vec::new());
         match &self.shape {
@@ -121,9 +124,6 @@ impl Bench {
                     state: state(&self.state)?,
                 };
                 models = model::measure(backend, &Shape::find(name)?, &request, bandwidth, &monitor, |_| {})?;
-            }
-            None if self.recipe.is_some() => {
-                return Err(Error::input("--recipe is of whole models").hint("give --shape, to time random models, or --quantize"));
             }
             None => timed = operations::measure(backend, &Shape::find(PUBLISHED[0].0)?, &self.tokens, bandwidth, &monitor)?,
         }
@@ -148,7 +148,8 @@ impl Bench {
         };
         let (mut results, mut failed) = (Vec::new(), 0);
         let (first, count) = self.part;
-        let checks = verify::checks(extent, cuda.device().arch()).into_iter().filter(|check| check.kernel.starts_with(&self.kernel));
+        let kernel = self.kernel.as_deref().unwrap_or_default();
+        let checks = verify::checks(extent, cuda.device().arch()).into_iter().filter(|check| check.kernel.starts_with(kernel));
         for check in checks.skip(first - 1).step_by(count) {
             let outcome = check.error(cuda.memory(), 1);
             let passes = outcome.as_ref().is_ok_and(|error| check.passes(*error));
@@ -164,8 +165,9 @@ impl Bench {
         }
         let count = results.len();
         if count == 0 {
-            return Err(Error::input(format!("no check of a kernel `{}…` is in part {first}", self.kernel))
-                .hint("leave --kernel and --part out for all"));
+            return Err(
+                Error::input(format!("no check of a kernel `{kernel}…` is in part {first}")).hint("leave --kernel and --part out for all")
+            );
         }
         if common.json {
             output::json(&json!({ "schema": "strata.verify/1", "device": cuda.name(), "checks": results }))?;

@@ -70,12 +70,15 @@ pub struct Projection {
 impl Projection {
     /// See [`crate::backend::Backend::project`].
     pub(super) fn new(projected: CudaTensor, parameters: &Parameters, shape: &MambaShape) -> Result<Self> {
-        if matches!(parameters.internals, Internals::Int8(_)) && shape.head_dim.max(shape.state).max(shape.heads) > SPAN_CHANNELS {
+        let int8 = matches!(parameters.internals, Internals::Int8(_));
+        let wide = (int8 || parameters.rotation.is_some()) && shape.head_dim > SPAN_CHANNELS || int8 && shape.heads > SPAN_CHANNELS;
+        if wide || shape.state > SPAN_CHANNELS || !shape.state.is_multiple_of(4) {
             return Err(Error::input(format!(
-                "int8 SSM internals on the GPU take heads, head dimension and state up to {SPAN_CHANNELS}; this model has {}, {} and {}",
-                shape.heads, shape.head_dim, shape.state
+                "the GPU takes SSM states of a multiple of 4 up to {SPAN_CHANNELS}, and where they are rotated or int8 up to {SPAN_CHANNELS} heads of as \
+                 many channels; this model has states of {} and {} heads of {}",
+                shape.state, shape.heads, shape.head_dim
             ))
-            .hint("run this variant with --device cpu"));
+            .hint("run it with --device cpu"));
         }
         Ok(Self { projected })
     }

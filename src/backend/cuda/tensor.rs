@@ -128,6 +128,9 @@ impl Cuda {
             };
             if let Some(turned) = self.turned(&front, size)? {
                 let emit = Emit { hadamard: None, ..emit };
+                if !emit.int8 {
+                    return Ok(CudaActivation::new(tokens, cols, emit, OnceLock::from(Forms { float: Some(turned), int8: None }), None));
+                }
                 return Ok(CudaActivation::new(tokens, cols, emit, OnceLock::new(), Some(Front::plain(turned))));
             }
         }
