@@ -42,8 +42,8 @@ struct Stages {
     void next() {
         if (++at == count) at = 0, parity ^= 1;
     }
-    // By each lane that has read one: racecheck does not follow one that arrives for its warp. Reads that are under way must have come: a load from
-    // memory in front of them, whose page is not known yet, holds them up for longer than the copy engine needs.
+    // By each lane that has read one: racecheck does not follow one that arrives for its warp. Reads that are under way must have come: an
+    // arrival does not wait for them, nor does the copy engine.
     void release() {
         fence_async();
         __syncwarp();
