@@ -68,6 +68,8 @@ DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+DEVICE int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
+
 // d += a b on 16 x 32 by 32 x 8 int8. With row = lane / 4 and quad = lane % 4: a[0] has row, inputs 4 quad + 0..3; a[1] row + 8;
 // a[2], a[3] the same with inputs 16 + 4 quad + 0..3; b[0], b[1] column `row` with those inputs; d[0], d[1] row, columns
 // 2 quad + 0..1; d[2], d[3] row + 8.
@@ -212,10 +214,6 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-DEVICE int warp_max(int x) {
-    for (int mask = 16; mask > 0; mask /= 2) { int other = shuffle_xor(x, mask); x = x > other ? x : other; }
-    return x;
-}
 
 DEVICE int minimum(int a, int b) { return a < b ? a : b; }
 DEVICE int maximum(int a, int b) { return a > b ? a : b; }

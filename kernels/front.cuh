@@ -22,10 +22,11 @@ constexpr int SCRATCH = 1024;  // bytes of its own
 // Shared memory of a front.
 struct Scratch {
     float* partial;  // sums of segments, of which there are at most 80
+    float* factors;  // of groups, likewise
     int* largest;    // maxima of warps
     float* scale;    // of the codes, for others than those who compute the front
 
-    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), largest(reinterpret_cast<int*>(partial + 128)), scale(partial + 192) {}
+    explicit Scratch(u8* at) : partial(reinterpret_cast<float*>(at)), factors(partial + 80), largest(reinterpret_cast<int*>(partial + 160)), scale(partial + 192) {}
 };
 
 DEVICE float dot(const float4& a) { return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, a.w * a.w))); }
@@ -46,19 +47,29 @@ template <int THREADS> DEVICE void norm_row(float4 (&held)[HELD], const Scratch&
     for (int i = 0; i < HELD; ++i) held[i] = thread + i * THREADS < cols / 4 ? values[thread + i * THREADS] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
+        if (i * THREADS >= cols / 4) break;
         const float sum = warp_sum(dot(held[i]));
         if (lane == 0) scratch.partial[i * (THREADS / 32) + warp] = sum;
     }
     group_wait(FRONT_BARRIER, THREADS);
-    // Each warp takes the sums of the groups in which its own values are.
+    // In a loop: code that runs once comes from memory line by line, and divisions and roots for each vector are longer code than a barrier takes.
     const int segments = group / SEGMENT;
+#pragma unroll 1
+    for (int own_group = warp; own_group * group < cols; own_group += THREADS / 32) {
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int segment = lane; segment < segments; segment += 32) sum += scratch.partial[own_group * segments + segment];
+        sum = warp_sum(sum);
+        if (lane == 0) scratch.factors[own_group] = __fdiv_rn(1.0f, __fsqrt_rn(sum / static_cast<float>(group) + eps));
+    }
+    group_wait(FRONT_BARRIER, THREADS);
+    // segment · inverse >> 16 is segment / segments for all that there are.
+    const int inverse = 65535 / segments + 1;
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-        const int own_segment = i * (THREADS / 32) + warp, first = own_segment / segments * segments;
-        if (own_segment * SEGMENT >= cols) break;
-        float sum = 0.0f;
-        for (int segment = lane; segment < segments; segment += 32) sum += scratch.partial[first + segment];
-        const float factor = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(sum) / static_cast<float>(group) + eps));
+        const int segment = i * (THREADS / 32) + warp;
+        if (segment * SEGMENT >= cols) break;
+        const float factor = scratch.factors[segment * inverse >> 16];
         held[i] = make_float4(held[i].x * factor * own[i].x, held[i].y * factor * own[i].y, held[i].z * factor * own[i].z, held[i].w * factor * own[i].w);
     }
 }
@@ -82,10 +93,7 @@ template <int THREADS> DEVICE int front_max(int own, const Scratch& scratch) {
     own = warp_max(own);
     if (threadIdx.x % 32 == 0) scratch.largest[threadIdx.x / 32] = own;
     group_wait(FRONT_BARRIER, THREADS);
-    int largest = 0;
-#pragma unroll
-    for (int warp = 0; warp < THREADS / 32; ++warp) largest = maximum(largest, scratch.largest[warp]);
-    return largest;
+    return warp_max(scratch.largest[threadIdx.x % (THREADS / 32)]);
 }
 
 constexpr int ROW_CODES = 4096;  // what rows of codes are filled up to a multiple of, with zeros

@@ -203,6 +203,10 @@ inline int shuffle(int x, int lane) { return strata::exchange_value(x, lane); }
 inline float shuffle_xor(float x, int mask) { return strata::exchange_value(x, threadIdx.x ^ mask); }
 inline double shuffle_xor(double x, int mask) { return strata::exchange_value(x, threadIdx.x ^ mask); }
 inline int shuffle_xor(int x, int mask) { return strata::exchange_value(x, threadIdx.x ^ mask); }
+inline int warp_max(int x) {
+    for (int mask = 16; mask > 0; mask /= 2) { const int other = shuffle_xor(x, mask); x = x > other ? x : other; }
+    return x;
+}
 
 void mma_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
 void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);

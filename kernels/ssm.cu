@@ -99,15 +99,19 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
     int start = blockIdx.y * OWN * warps;
     const int end = Input::INTEGER ? m.head_dim : minimum(m.head_dim, start + OWN * warps);
     decltype(fetch(state)) held[OWN][CHUNKS];
-    float scales[OWN], z[OWN], x[OWN];
+    // Lane i has what there is one of in row i of the warp.
+    float scales = 1.0f, z = 0.0f, x = 0.0f, out = 0.0f;
     const auto row = [&](int own) { return start + own * warps + warp; };
+    const auto keeps = [&] { return lane < OWN && row(lane) < end; };
     const auto ask = [&] {
+        if (keeps()) {
+            if (scaled<State>) scales = state_scales[first + row(lane)];
+            if (!Input::INTEGER) z = gate.raw(slot, head * m.head_dim + row(lane));
+        }
 #pragma unroll
         for (int own = 0; own < OWN; ++own) {
             const int p = row(own);
             if (p >= end) continue;
-            scales[own] = scaled<State> ? state_scales[first + p] : 1.0f;
-            if (!Input::INTEGER) z[own] = gate.raw(slot, head * m.head_dim + p);
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                 const int n = chunk * 128 + lane * 4;
@@ -116,13 +120,9 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
         }
     };
     const auto ask_inputs = [&] {
-#pragma unroll
-        for (int own = 0; own < OWN; ++own) {
-            const int p = row(own);
-            if (p >= end) continue;
-            x[own] = in.x(slot, head * m.head_dim + p, head);
-            if (Input::INTEGER) z[own] = gate.raw(slot, head * m.head_dim + p);
-        }
+        if (!keeps()) return;
+        x = in.x(slot, head * m.head_dim + row(lane), head);
+        if (Input::INTEGER) z = gate.raw(slot, head * m.head_dim + row(lane));
     };
     // Everything that is read from memory is under way before the first of it is used, states too: they are widened later. They are read while the
     // launch in front still runs, and of floats dt and z, too: that one runs since `conv_step`, `conv_i8_step` or `fixed_conv_step`, which let nothing begin before all in
@@ -157,34 +157,39 @@ DEVICE void step(const Input& in, const Mixer& m, State* state, float* state_sca
             const int p = row(own);
             if (p >= end) break;
             Four s[CHUNKS];
+            const float own_x = shuffle(x, own), held_scale = scaled<State> ? shuffle(scales, own) : 1.0f;
             float sum = 0.0f, largest = 0.0f;
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                 if (chunk * 128 + lane * 4 >= size) continue;
-                s[chunk] = expand(held[own][chunk], scales[own]);
+                s[chunk] = expand(held[own][chunk], held_scale);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float& value = s[chunk].v[i];
                     if (Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
-                    value = value * decay + dt * x[own] * b[chunk].v[i];
+                    value = value * decay + dt * own_x * b[chunk].v[i];
                     if (!Input::INTEGER) sum = fmaf(value, c[chunk].v[i], sum);
                     if (scaled<State>) largest = fmaxf(largest, fabsf(value));
                 }
             }
             sum = warp_sum(sum);
-            if (Input::INTEGER) sum = decay * sum + share * dt * x[own];
             const float scale = scaled<State> ? __fdiv_rn(warp_max(largest), 127.0f) : 1.0f;
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                 const int n = chunk * 128 + lane * 4;
                 if (n < size) write(state + (first + p) * size + n, s[chunk], scale);
             }
-            if (lane == 0) {
-                if (scaled<State>) state_scales[first + p] = scale;
-                const float out = sum + skip * x[own], factor = gate.factor(z[own]);
-                if (Input::INTEGER) turned[p] = out, factors[p] = factor;
-                else y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = out * factor;
-            }
+            if (lane == own) out = sum;
+            if (scaled<State> && lane == own) scales = scale;
+        }
+        if (keeps()) {
+            const int p = row(lane);
+            if (scaled<State>) state_scales[first + p] = scales;
+            if (Input::INTEGER) out = decay * out + share * dt * x;
+            out += skip * x;
+            const float factor = gate.factor(z);
+            if (Input::INTEGER) turned[p] = out, factors[p] = factor;
+            else y[static_cast<i64>(slot) * inner + head * m.head_dim + p] = out * factor;
         }
         if (!Input::INTEGER) return;
         start += OWN * warps;

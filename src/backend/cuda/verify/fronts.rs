@@ -36,6 +36,7 @@ pub fn checks(extent: Extent, arch: u32) -> Vec<Check> {
         (Kind::Norm(9216), 17, 9216, None),
         (Kind::Norm(2688), 40, 2688, Some(0.02)),
         (Kind::Norm(256), 33, 1024, None),
+        (Kind::Norm(384), 21, 3456, None),
         (Kind::Norm(1024), 20, 8192, None),
     ];
     if extent == Extent::Published {
