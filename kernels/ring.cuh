@@ -13,9 +13,10 @@ constexpr int PITCH = PIECE + 64;  // from one row to the next: two rows that a 
 constexpr int WINDOW = 32;         // groups of int4 weights in a stage
 constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
 constexpr int STAGE = ROWS * (PITCH + SCALES);
-// Stages asked for at a time: they keep the memory busy, and what others read does not queue behind a whole ring. int4's fronts are a larger part of the time
-// between linears, and their rings are to be fuller behind them: 3 is 3 % faster there, and 4 % slower with int8 (measured on an H200).
-constexpr int UNDER_WAY = 2, UNDER_WAY_INT4 = 3;
+// Stages asked for at a time: they keep the memory busy, and what others read does not queue behind a whole ring. Behind a norm or relu², which int4 weights wait
+// for as long as half of themselves take to read, a fuller ring is worth more (on an H200 3 % of a step; with int8 4 % less); not behind a small launch, which
+// reads while the ring fills.
+constexpr int UNDER_WAY = 2, UNDER_WAY_FULLER = 3;
 constexpr int BRINGING = 4;   // warps that bring, the last of a block: each asks for copies one by one, some hundred cycles each
 
 // Stages of a ring as one of the block's roles sees them: the next to be filled, or to be read.

@@ -202,7 +202,7 @@ RESIDENT_KERNEL(BOUND_INT4, 1, one_w4a8, (const u8* w, const bf16* w_scales, int
     u8* front = ring.behind() + stages * ROWS * HANDED * sizeof(float);
     const int groups = cols / group_size;
     if (threadIdx.x >= WORKING + ADDING) {
-        Bringing bringing(ring, UNDER_WAY_INT4);
+        Bringing bringing(ring, weight || square ? UNDER_WAY_FULLER : UNDER_WAY);
         if (other_rows > 0) bring<BRINGING_INT4>(bringing, others, other_w, nullptr, 0, other_rows, ld(cols), PIECE);
         bring<BRINGING_INT4>(bringing, tiles, w, w_scales, groups, rows, ld(cols) / 2, PIECE / 128 * group_size);
         return;
