@@ -13,9 +13,8 @@ constexpr int PITCH = PIECE + 64;  // from one row to the next: two rows that a 
 constexpr int WINDOW = 32;         // groups of int4 weights in a stage
 constexpr int SCALES = 2 * WINDOW + 16;  // bytes from one row's scales to the next: they come in whole pieces of 16
 constexpr int STAGE = ROWS * (PITCH + SCALES);
-// Stages asked for at a time: they keep the memory busy, and what others read does not queue behind a whole ring. Behind a norm or relu², which int4 weights wait
-// for as long as half of themselves take to read, a fuller ring is worth more (on an H200 3 % of a step; with int8 4 % less); not behind a small launch, which
-// reads while the ring fills.
+// Stages asked for at a time: they keep the memory busy, and what others read does not queue behind a whole ring. With int4 a fuller ring is worth more behind a
+// norm or relu² (on an H200 3 % of a step; with int8 it costs 4 %), but not behind a small launch, which reads while the ring fills.
 constexpr int UNDER_WAY = 2, UNDER_WAY_FULLER = 3;
 constexpr int BRINGING = 4;   // warps that bring, the last of a block: each asks for copies one by one, some hundred cycles each
 
