@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 
 /// As on GPUs, allocations begin at multiples of this.
 const ALIGNMENT: usize = 256;
+/// Bytes in front of each allocation and behind it that are nobody's: a kernel that is wrong, as tests make them, writes there and not into the
+/// process's own memory.
+const APART: usize = 1 << 18;
 
 /// What a library without a GPU is asked to do: kernel, blocks, threads, bytes of shared memory, arguments.
 type Launch = unsafe extern "C" fn(*const c_char, *const u32, *const u32, u32, *mut *mut c_void) -> c_int;
@@ -223,7 +226,7 @@ fn run(command: &mut Command, compiler: &str) -> Result<()> {
 }
 
 fn layout(bytes: usize) -> Result<Layout> {
-    Layout::from_size_align(bytes.max(1), ALIGNMENT).map_err(|_| Error::run(format!("{bytes} bytes are too many")))
+    Layout::from_size_align(bytes.max(1) + 2 * APART, ALIGNMENT).map_err(|_| Error::run(format!("{bytes} bytes are too many")))
 }
 
 /// A float that is not a number in every element type, so that what no kernel wrote is noticed.
@@ -256,6 +259,8 @@ impl Device for Emulated {
             self.allocated.fetch_sub(bytes as u64, Ordering::Relaxed);
             return Err(refused());
         }
+        // SAFETY: just allocated, with as much in front.
+        let address = unsafe { address.add(APART) };
         // SAFETY: just allocated.
         unsafe { address.write_bytes(POISON, bytes) };
         Ok(address as u64)
@@ -263,8 +268,8 @@ impl Device for Emulated {
 
     unsafe fn free(&self, address: u64, bytes: usize) {
         if let Ok(layout) = layout(bytes) {
-            // SAFETY: the caller's promise.
-            unsafe { dealloc(address as *mut u8, layout) };
+            // SAFETY: the caller's promise; `allocate` went so much further.
+            unsafe { dealloc((address as *mut u8).sub(APART), layout) };
             self.allocated.fetch_sub(bytes as u64, Ordering::Relaxed);
         }
     }
