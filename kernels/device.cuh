@@ -214,7 +214,6 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-
 DEVICE int minimum(int a, int b) { return a < b ? a : b; }
 DEVICE int maximum(int a, int b) { return a > b ? a : b; }
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }

@@ -52,7 +52,7 @@ template <int THREADS> DEVICE void norm_row(float4 (&held)[HELD], const Scratch&
         if (lane == 0) scratch.partial[i * (THREADS / 32) + warp] = sum;
     }
     group_wait(FRONT_BARRIER, THREADS);
-    // In a loop: code that runs once comes from memory line by line, and divisions and roots for each vector are longer code than a barrier takes.
+    // Each group's factor once, in a loop: a division and a root for each vector, and the code for them, took longer than a barrier.
     const int segments = group / SEGMENT;
 #pragma unroll 1
     for (int own_group = warp; own_group * group < cols; own_group += THREADS / 32) {
