@@ -149,28 +149,42 @@ fn a_kernel_that_is_broken_in_one_place_is_caught() {
     if compiler_is_missing() {
         return;
     }
-    let checks = checks(Extent::Small, 0);
-    let survivors: Vec<&str> = MUTANTS
-        .iter()
-        .filter_map(|(file, before, after)| {
-            let text =
-                |source: &'static Source| if source.name == *file { source.text.replacen(before, after, 1) } else { source.text.into() };
-            let all = || sources::HEADERS.iter().chain(sources::KERNELS);
-            assert!(all().any(|source| source.name == *file && source.text.contains(before)), "{file} no longer has `{before}`");
-            let mutant = |sources: &'static [Source]| -> Vec<Source> {
-                sources.iter().map(|source| Source { name: source.name, text: String::leak(text(source)) }).collect()
-            };
-            let device = Arc::new(Emulated::with_sources(&mutant(sources::HEADERS), &mutant(sources::KERNELS)).unwrap());
-            let memory = Memory::new(device as Arc<dyn Device>);
-            // A header's kernels are those of the files that include it.
-            let files: Vec<&Source> = all().filter(|source| source.name == *file || source.text.contains(&format!("\"{file}\""))).collect();
-            let own = checks.iter().enumerate().filter(|(_, check)| files.iter().any(|source| source.text.contains(stem(check.kernel))));
-            let caught = own
-                .collect::<Vec<_>>()
-                .par_iter()
-                .any(|(index, check)| !check.error(&memory, *index as u64 + 1).is_ok_and(|error| check.passes(error)));
-            (!caught).then_some(*before)
+    if let Ok(index) = std::env::var(ONE) {
+        let mutant = &MUTANTS[index.parse::<usize>().unwrap()];
+        assert!(is_caught(mutant), "not caught: {mutant:?}");
+        return;
+    }
+    // Each in a process of its own: what a broken kernel writes anywhere is that process's alone, and one that dies of it is caught as well.
+    let alone = |index: usize| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "a_kernel_that_is_broken_in_one_place_is_caught"]).env(ONE, index.to_string());
+        command.stdout(std::process::Stdio::null()).status().unwrap()
+    };
+    let survivors: Vec<&str> = (0..MUTANTS.len())
+        .filter(|index| {
+            let status = alone(*index);
+            !status.success() && status.code().is_some()
         })
+        .map(|index| MUTANTS[index].1)
         .collect();
     assert!(survivors.is_empty(), "not caught: {survivors:#?}");
+}
+
+/// Which mutant a process is to run alone.
+const ONE: &str = "STRATA_TEST_MUTANT";
+
+fn is_caught((file, before, after): &(&str, &str, &str)) -> bool {
+    let checks = checks(Extent::Small, 0);
+    let text = |source: &'static Source| if source.name == *file { source.text.replacen(before, after, 1) } else { source.text.into() };
+    let all = || sources::HEADERS.iter().chain(sources::KERNELS);
+    assert!(all().any(|source| source.name == *file && source.text.contains(before)), "{file} no longer has `{before}`");
+    let mutant = |sources: &'static [Source]| -> Vec<Source> {
+        sources.iter().map(|source| Source { name: source.name, text: String::leak(text(source)) }).collect()
+    };
+    let device = Arc::new(Emulated::with_sources(&mutant(sources::HEADERS), &mutant(sources::KERNELS)).unwrap());
+    let memory = Memory::new(device as Arc<dyn Device>);
+    // A header's kernels are those of the files that include it.
+    let files: Vec<&Source> = all().filter(|source| source.name == *file || source.text.contains(&format!("\"{file}\""))).collect();
+    let own = checks.iter().enumerate().filter(|(_, check)| files.iter().any(|source| source.text.contains(stem(check.kernel))));
+    own.collect::<Vec<_>>().par_iter().any(|(index, check)| !check.error(&memory, *index as u64 + 1).is_ok_and(|error| check.passes(error)))
 }
